@@ -1,0 +1,464 @@
+//! The catalog: what the definition files say, checked, with the place each thing was said.
+//!
+//! Everything a user may write is a type here. Text becomes these types in `parse.rs`; names are resolved and rules across
+//! objects checked in `check.rs`; expressions are still text and become typed in `plan.rs`, which needs source schemas.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::diagnose::{Span, Spanned};
+use crate::value::Type;
+
+/// All definitions of a project. Lists are in file order (files sorted by path), names are unique per kind.
+#[derive(Debug, Clone, Default)]
+pub struct Catalog {
+    pub project: String,
+    pub entities: Vec<Entity>,
+    pub sources: Vec<Source>,
+    pub feature_views: Vec<FeatureView>,
+    pub requests: Vec<Request>,
+    pub transforms: Vec<Transform>,
+    pub vocabularies: Vec<Vocabulary>,
+    pub feature_services: Vec<FeatureService>,
+    pub models: Vec<Model>,
+}
+
+/// What every object carries. None of it changes a digest.
+#[derive(Debug, Clone, Default)]
+pub struct About {
+    pub description: Option<String>,
+    pub owner: Option<String>,
+    pub tags: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Entity {
+    pub name: Spanned<String>,
+    pub about: About,
+    /// May be empty: a view of such an entity has one row for everybody.
+    pub keys: Vec<Field>,
+}
+
+/// A named, typed column: an entity key, a request field, a column of a stream.
+#[derive(Debug, Clone)]
+pub struct Field {
+    pub name: Spanned<String>,
+    pub field_type: Spanned<Type>,
+    pub nullable: bool,
+    pub sensitive: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct Source {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub kind: SourceKind,
+    /// None only for static sources.
+    pub event_time: Option<Spanned<String>>,
+    /// The column that says when a row became known. Excludes `delay`.
+    pub created_time: Option<Spanned<String>>,
+    /// A row becomes known this long after its event time.
+    pub delay: Duration,
+    /// Rows of file sources become visible online on this grid.
+    pub every: Option<Duration>,
+    /// Boolean expression over the source's columns; true makes the row a tombstone.
+    pub deleted: Option<Spanned<String>>,
+    pub visibility: Visibility,
+    /// Declared columns: required for streams, optional for files (then checked against them).
+    pub schema: Vec<Field>,
+}
+
+#[derive(Debug, Clone)]
+pub enum SourceKind {
+    /// Files that somebody else owns. `static: true` means no event time: every row is always known.
+    Files { pattern: Spanned<String>, is_static: bool },
+    /// A stream that Coeval owns: pushed, logged, kept as history.
+    Stream {
+        /// Column by which redelivery is recognised.
+        event_id: Option<Spanned<String>>,
+        /// Files holding what happened before the stream began.
+        history: Option<Spanned<String>>,
+    },
+}
+
+/// Which condition hides rows from a training row besides event time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Visibility {
+    /// Known at the row's time: the default.
+    #[default]
+    Known,
+    /// No condition beside event time.
+    EventTime,
+    /// What had actually arrived.
+    Ingested,
+}
+
+#[derive(Debug, Clone)]
+pub struct FeatureView {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub entity: Spanned<String>,
+    /// Entity key -> source column, where they differ.
+    pub keys: Vec<(Spanned<String>, Spanned<String>)>,
+    pub source: Spanned<String>,
+    pub filter: Option<Spanned<String>>,
+    pub freshness: Option<Duration>,
+    pub kind: ViewKind,
+}
+
+#[derive(Debug, Clone)]
+pub enum ViewKind {
+    /// The latest row as of t.
+    AsOf {
+        ttl: Option<Duration>,
+        /// A row older than ttl + keep is NOT_FOUND. Default: the larger of ttl and one day.
+        keep: Option<Duration>,
+        features: Vec<Feature>,
+    },
+    /// Aggregates over windows of events.
+    Windowed { windows: Vec<Spanned<Duration>>, hop: Option<Spanned<Hop>>, head: Head, aggregates: Vec<AggregateDef> },
+}
+
+#[derive(Debug, Clone)]
+pub struct Feature {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub feature_type: Option<Spanned<Type>>,
+    /// Absent: the source column of the same name.
+    pub expr: Option<Spanned<String>>,
+    pub default: Option<Spanned<Literal>>,
+    pub sensitive: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct AggregateDef {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub function: Spanned<String>,
+    pub of: Option<Spanned<String>>,
+    pub filter: Option<Spanned<String>>,
+    /// Overrides the view's windows.
+    pub windows: Option<Vec<Spanned<Duration>>>,
+    pub default: Option<Spanned<Literal>>,
+    pub parameters: AggregateParameters,
+}
+
+/// Parameters of particular aggregate functions; which apply is checked with the function.
+#[derive(Debug, Clone, Default)]
+pub struct AggregateParameters {
+    pub q: Option<Spanned<f64>>,
+    pub clamp: Option<Spanned<(f64, f64)>>,
+    pub n: Option<Spanned<u32>>,
+    pub edges: Option<Spanned<Vec<f64>>>,
+    pub values: Option<Spanned<Vec<Literal>>>,
+    pub by: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hop {
+    Every(Duration),
+    /// Exact tails, offline only.
+    None,
+}
+
+/// Whether an event at exactly t is inside a window that ends at t.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Head {
+    #[default]
+    Exclusive,
+    Inclusive,
+}
+
+/// A constant written in YAML, before it meets the type it must have.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Literal {
+    Null,
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    String(String),
+    List(Vec<Literal>),
+    Map(Vec<(String, Literal)>),
+}
+
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub fields: Vec<Field>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Transform {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub inputs: Vec<Input>,
+    pub features: Vec<Feature>,
+}
+
+/// One input of a transform or line of a service.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// `{view: v, as: alias, keys: {entity key: request column}, features: [a, b]}`
+    View(ViewInput),
+    /// The name of a request, a view (with its entity's own key names) or another transform; in services also with
+    /// `:feature` or `:*`.
+    Name(Spanned<String>),
+}
+
+#[derive(Debug, Clone)]
+pub struct ViewInput {
+    pub view: Spanned<String>,
+    pub alias: Option<Spanned<String>>,
+    /// Entity key -> column of the request or spine, where they differ.
+    pub keys: Vec<(Spanned<String>, Spanned<String>)>,
+    /// Absent: all features of the view.
+    pub features: Option<Vec<Spanned<String>>>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Vocabulary {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub values: Vec<Spanned<String>>,
+}
+
+#[derive(Debug, Clone)]
+pub struct FeatureService {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub features: Vec<Input>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Model {
+    pub name: Spanned<String>,
+    pub about: About,
+    pub features: Spanned<String>,
+    pub runtime: Runtime,
+    pub inputs: Vec<ModelInput>,
+    pub outputs: Vec<ModelOutput>,
+    /// Named expressions over the outputs: calibration, thresholds.
+    pub post: Vec<Feature>,
+    pub decision: Option<Spanned<String>>,
+    pub label: Option<Label>,
+    pub placement: Placement,
+    pub slo: Slo,
+    pub batching: Batching,
+    pub fallback: Option<Fallback>,
+    pub shadow: Option<Shadow>,
+    pub canary: Option<Canary>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    TorchScript,
+    Pt2,
+}
+
+#[derive(Debug, Clone)]
+pub struct ModelInput {
+    pub name: Spanned<String>,
+    pub dtype: Spanned<Type>,
+    /// `*`, `view:*`, `view:feature`, each with an optional leading `!`; applied in order.
+    pub features: Vec<Spanned<String>>,
+    pub missing: Missing,
+}
+
+/// What becomes of a null when features become tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Missing {
+    /// The row fails.
+    Refuse,
+    Nan,
+    Value(f64),
+}
+
+#[derive(Debug, Clone)]
+pub struct ModelOutput {
+    pub name: Spanned<String>,
+    pub dtype: Spanned<Type>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Label {
+    pub name: Spanned<String>,
+    pub label_type: Spanned<Type>,
+    pub within: Option<Duration>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Placement {
+    pub devices: Vec<Spanned<String>>,
+    pub executors: u32,
+    pub threads: u32,
+    pub max_shape: BTreeMap<String, Vec<u64>>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Slo {
+    pub deadline: Option<Duration>,
+    pub tiers: Vec<Spanned<String>>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Batching {
+    pub policy: BatchingPolicy,
+    pub max_rows: u32,
+    pub max_queue_rows: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchingPolicy {
+    Adaptive,
+    Window(Duration),
+}
+
+#[derive(Debug, Clone)]
+pub enum Fallback {
+    /// Values of the outputs.
+    Values(Vec<(Spanned<String>, f64)>),
+    Model(Spanned<String>),
+}
+
+#[derive(Debug, Clone)]
+pub struct Shadow {
+    pub min_rows: u64,
+    pub max_skew_rows: u64,
+    /// `hold` or `ignore`.
+    pub drift: Spanned<String>,
+    pub max_flip_rate: Option<f64>,
+    pub max_forward_ratio: Option<f64>,
+    pub ends_after: Option<Duration>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Canary {
+    /// The entity that is randomised.
+    pub unit: Spanned<String>,
+    /// What a request without the unit gets: `champion`.
+    pub without_unit: Spanned<String>,
+    /// Ascending shares of traffic, each in (0, 1].
+    pub steps: Vec<f64>,
+    pub bake: Option<Duration>,
+    pub min_units: u64,
+    pub ends_after: Option<Duration>,
+    pub success: Vec<Spanned<String>>,
+    pub guardrails: Vec<Guardrail>,
+}
+
+/// `error_rate < 0.5%`, `p99 < 60ms`: a metric, a comparison and a bound in the metric's own unit (a share, or seconds).
+#[derive(Debug, Clone)]
+pub struct Guardrail {
+    pub text: Spanned<String>,
+    pub metric: String,
+    pub comparison: Comparison,
+    pub bound: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Comparison {
+    Less,
+    LessOrEqual,
+    Greater,
+    GreaterOrEqual,
+}
+
+/// `coeval.yaml`.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub project: Spanned<String>,
+    /// An object-store URL: a folder, s3://, gs://, az://.
+    pub store: Spanned<String>,
+    pub online: Spanned<OnlineUrl>,
+    pub log: LogKind,
+    pub offline: OfflineSettings,
+    pub serve: ServeSettings,
+    pub guardrails: Vec<Guardrail>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OnlineUrl {
+    Embedded,
+    /// `redis://` or `rediss://`, whole.
+    Redis(String),
+    /// Host:port of the seeds of `redis+cluster://`.
+    RedisCluster(Vec<String>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogKind {
+    Disk,
+    Redis,
+}
+
+#[derive(Debug, Clone)]
+pub struct OfflineSettings {
+    /// `local` is the one engine so far.
+    pub engine: String,
+    pub memory_bytes: u64,
+    pub spill: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct ServeSettings {
+    pub grpc: Spanned<String>,
+    pub http: Spanned<String>,
+    pub request_time: RequestTime,
+    /// Listening beyond loopback without authentication has to be asked for in words.
+    pub beyond_loopback: bool,
+}
+
+/// Whether a request may say at what time it wants to be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestTime {
+    Refused,
+    Allowed,
+}
+
+/// The texts the spans point into.
+#[derive(Debug, Clone, Default)]
+pub struct Files {
+    pub files: Vec<Arc<SourceFile>>,
+}
+
+#[derive(Debug)]
+pub struct SourceFile {
+    /// As shown to the user, relative to the project folder.
+    pub path: String,
+    pub text: String,
+}
+
+impl Catalog {
+    pub fn entity(&self, name: &str) -> Option<&Entity> {
+        self.entities.iter().find(|entity| *entity.name == name)
+    }
+    pub fn source(&self, name: &str) -> Option<&Source> {
+        self.sources.iter().find(|source| *source.name == name)
+    }
+    pub fn view(&self, name: &str) -> Option<&FeatureView> {
+        self.feature_views.iter().find(|view| *view.name == name)
+    }
+    pub fn request(&self, name: &str) -> Option<&Request> {
+        self.requests.iter().find(|request| *request.name == name)
+    }
+    pub fn transform(&self, name: &str) -> Option<&Transform> {
+        self.transforms.iter().find(|transform| *transform.name == name)
+    }
+    pub fn vocabulary(&self, name: &str) -> Option<&Vocabulary> {
+        self.vocabularies.iter().find(|vocabulary| *vocabulary.name == name)
+    }
+    pub fn service(&self, name: &str) -> Option<&FeatureService> {
+        self.feature_services.iter().find(|service| *service.name == name)
+    }
+    pub fn model(&self, name: &str) -> Option<&Model> {
+        self.models.iter().find(|model| *model.name == name)
+    }
+}
+
+impl Files {
+    pub fn file(&self, span: Span) -> &SourceFile {
+        &self.files[span.file as usize]
+    }
+}

@@ -1,0 +1,8 @@
+//! The domain of Coeval, pure: YAML becomes a checked catalog, the catalog becomes a compiled plan, and the plan's
+//! expressions, aggregators and encodings are the ones that both the offline engine and the online path run.
+//!
+//! This crate never awaits, reads no file and has no clock: time is always an argument.
+
+pub mod value;
+
+pub mod aggregate;
