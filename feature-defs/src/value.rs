@@ -464,7 +464,7 @@ impl Value {
             Type::List(item) => {
                 let lists = values.iter().map(|v| if let Value::List(x) = v { x.as_slice() } else { &[] });
                 let offsets = OffsetBuffer::from_lengths(lists.clone().map(<[Value]>::len));
-                let items = Value::to_array(lists.flatten(), item);
+                let items = Value::to_array(lists.flatten().collect::<Vec<_>>(), item);
                 let field = Arc::new(Field::new("item", item.arrow(), true));
                 Arc::new(ListArray::new(field, offsets, items, nulls_of(&values)))
             }
@@ -472,7 +472,7 @@ impl Value {
                 let maps = values.iter().map(|v| if let Value::Map(x) = v { x.as_slice() } else { &[] });
                 let offsets = OffsetBuffer::from_lengths(maps.clone().map(<[(Box<str>, Value)]>::len));
                 let keys: StringArray = maps.clone().flatten().map(|(key, _)| Some(&**key)).collect();
-                let items = Value::to_array(maps.flatten().map(|(_, value)| value), value);
+                let items = Value::to_array(maps.flatten().map(|(_, value)| value).collect::<Vec<_>>(), value);
                 let ArrowType::Map(entries_field, _) = value_type.arrow() else { unreachable!("a map's Arrow type is a map") };
                 let ArrowType::Struct(fields) = entries_field.data_type().clone() else {
                     unreachable!("map entries are a struct")
@@ -486,7 +486,7 @@ impl Value {
                     .enumerate()
                     .map(|(i, (_, field_type))| {
                         let column = values.iter().map(|v| if let Value::Struct(x) = v { &x[i] } else { &Value::Null });
-                        Value::to_array(column, field_type)
+                        Value::to_array(column.collect::<Vec<_>>(), field_type)
                     })
                     .collect();
                 Arc::new(StructArray::new(struct_fields(fields), columns, nulls_of(&values)))
