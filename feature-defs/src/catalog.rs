@@ -117,7 +117,7 @@ pub enum ViewKind {
         features: Vec<Feature>,
     },
     /// Aggregates over windows of events.
-    Windowed { windows: Vec<Spanned<Duration>>, hop: Option<Spanned<Hop>>, head: Head, aggregates: Vec<AggregateDef> },
+    Windowed { windows: Vec<Spanned<WindowLength>>, hop: Option<Spanned<Hop>>, head: Head, aggregates: Vec<AggregateDef> },
 }
 
 #[derive(Debug, Clone)]
@@ -139,9 +139,17 @@ pub struct AggregateDef {
     pub of: Option<Spanned<String>>,
     pub filter: Option<Spanned<String>>,
     /// Overrides the view's windows.
-    pub windows: Option<Vec<Spanned<Duration>>>,
+    pub windows: Option<Vec<Spanned<WindowLength>>>,
     pub default: Option<Spanned<Literal>>,
     pub parameters: AggregateParameters,
+}
+
+/// How long a window is. The text is kept because it names features: `24h` makes `departures_24h`, `1d` makes
+/// `departures_1d`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WindowLength {
+    pub duration: Duration,
+    pub text: String,
 }
 
 /// Parameters of particular aggregate functions; which apply is checked with the function.
@@ -457,7 +465,69 @@ impl Catalog {
     }
 }
 
+impl FeatureView {
+    /// Whether the view can only be computed offline, because its windows have exact tails.
+    pub fn is_offline_only(&self) -> bool {
+        matches!(&self.kind, ViewKind::Windowed { hop: Some(hop), .. } if hop.value == Hop::None)
+    }
+
+    /// The names of the view's features, in order. A windowed aggregate yields one per window.
+    pub fn feature_names(&self) -> Vec<String> {
+        match &self.kind {
+            ViewKind::AsOf { features, .. } => features.iter().map(|feature| feature.name.value.clone()).collect(),
+            ViewKind::Windowed { windows, aggregates, .. } => aggregates
+                .iter()
+                .flat_map(|aggregate| {
+                    aggregate.windows_in(windows).iter().map(|window| aggregate.feature_name(window)).collect::<Vec<_>>()
+                })
+                .collect(),
+        }
+    }
+}
+
+impl AggregateDef {
+    /// Its own windows, else those of its view.
+    pub fn windows_in<'a>(&'a self, view_windows: &'a [Spanned<WindowLength>]) -> &'a [Spanned<WindowLength>] {
+        self.windows.as_deref().unwrap_or(view_windows)
+    }
+
+    /// `departures_1h`.
+    pub fn feature_name(&self, window: &WindowLength) -> String {
+        format!("{}_{}", *self.name, window.text)
+    }
+}
+
+impl ViewInput {
+    /// By what name the view's features are addressed: its alias, else its own.
+    pub fn address(&self) -> &Spanned<String> {
+        self.alias.as_ref().unwrap_or(&self.view)
+    }
+}
+
+impl Input {
+    /// By what name expressions and services address this input.
+    pub fn address(&self) -> &str {
+        match self {
+            Input::View(view) => view.address(),
+            Input::Name(name) => name.split_once(':').map_or(name.as_str(), |(object, _)| object),
+        }
+    }
+
+    pub fn span(&self) -> Span {
+        match self {
+            Input::View(view) => view.view.span,
+            Input::Name(name) => name.span,
+        }
+    }
+}
+
 impl Files {
+    /// Sorts by path, so that everything derived from the files is the same on every machine.
+    pub fn new(mut files: Vec<SourceFile>) -> Files {
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        Files { files: files.into_iter().map(Arc::new).collect() }
+    }
+
     pub fn file(&self, span: Span) -> &SourceFile {
         &self.files[span.file as usize]
     }

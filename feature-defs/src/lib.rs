@@ -3,6 +3,12 @@
 //!
 //! This crate never awaits, reads no file and has no clock: time is always an argument.
 
+pub mod time;
 pub mod value;
 
+pub mod catalog;
+pub mod diagnose;
+
 pub mod aggregate;
+pub mod as_of;
+pub mod window;

@@ -1,1 +1,119 @@
+//! The online store: the newest row of every entity and the tiles of its windows, by entity key.
+//!
+//! [`OnlineStore`] states what every store promises; [`memory`] is its executable specification, [`embedded`] and
+//! [`redis`] are the stores in use, and [`conformance`] is the one suite that all of them pass. Bytes are made and read by
+//! [`key`], [`row`] and [`tile`]; the stores move them and never look inside, except to compare the order of rows.
+//!
+//! This crate never sees protobuf and has no clock.
 
+pub mod key;
+pub mod row;
+pub mod tile;
+
+pub mod conformance;
+pub mod embedded;
+pub mod memory;
+pub mod redis;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use feature_defs::time::Position;
+use feature_defs::window::TileId;
+
+use crate::key::Key;
+
+/// One thing to read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Read {
+    /// The row of an entity in an as-of view.
+    Row(Key),
+    /// The header of an entity in a windowed view, and these of its tiles.
+    Tiles(Key, Vec<TileId>),
+    /// The header and every tile, for maintenance.
+    AllTiles(Key),
+    /// A small named fact about the store itself, see [`OnlineStore::write`] and [`Write::Fact`].
+    Fact(String),
+}
+
+/// The answer to one [`Read`], of the same kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// None: the entity has no row.
+    Row(Option<Bytes>),
+    /// `position` is None where nothing was ever applied; tiles are in the order asked, None where absent.
+    Tiles { position: Option<Position>, tiles: Vec<Option<Bytes>> },
+    /// In order of (level, start).
+    AllTiles { position: Option<Position>, tiles: Vec<(TileId, Bytes)> },
+    Fact(Option<Bytes>),
+}
+
+/// One change. Each is atomic for itself; several in one call are not atomic together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Write {
+    /// Put a row blob made by [`row::encode`]: it replaces the stored row if it is later in the order of rows
+    /// ([`row::order`]), else it is stale. Either way the stored position becomes the larger of the two.
+    Row(Key, Bytes),
+    /// Set and remove tiles of an entity and advance its position, if `position` is after the stored one; else nothing
+    /// changes and the write is stale. So a repeated write changes nothing.
+    Tiles { key: Key, position: Position, set: Vec<(TileId, Bytes)>, remove: Vec<TileId> },
+    /// Remember a small fact (at most 64 KiB): checkpoints, which generations are complete. None forgets it.
+    Fact(String, Option<Bytes>),
+}
+
+/// What became of a batch of writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteOutcome {
+    pub applied: u64,
+    /// Writes that came after a later one, or again.
+    pub stale: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The store cannot be reached; the same call may succeed later.
+    #[error("the online store at {place} cannot be reached ({what}); it is retried, start it or check `online:` in coeval.yaml")]
+    Unreachable { place: String, what: String },
+    /// The store did not answer in time.
+    #[error("the online store at {place} did not answer within {millis} ms")]
+    Timeout { place: String, millis: u64 },
+    /// The store answered, and refused.
+    #[error("the online store at {place} refused: {what}")]
+    Refused { place: String, what: String },
+    /// Bytes in the store are not what this version writes.
+    #[error("the online store holds bytes under {key} that cannot be read: {what}")]
+    Corrupt { key: String, what: String },
+    /// The disk under the embedded store failed.
+    #[error("the embedded online store at {place} failed: {what}")]
+    Disk { place: String, what: String },
+}
+
+impl StoreError {
+    /// Whether the same call may succeed later without anybody changing anything.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, StoreError::Unreachable { .. } | StoreError::Timeout { .. })
+    }
+}
+
+/// A store of rows, tiles and facts by key.
+///
+/// Promises, which [`conformance`] checks:
+/// - `read` answers every read, in order, in one round trip (one per node of a cluster). Each `Tiles` answer is a
+///   consistent picture of that entity: never half of a write.
+/// - `write` applies each write atomically for its key, in the order given for equal keys. When it returns, later reads
+///   by anyone see it. It is durable once [`OnlineStore::sync`] has returned.
+/// - Repeating writes, or any prefix of a sequence of writes, any number of times ends in the same state.
+/// - Keys that differ in any part never meet.
+/// - No call waits longer than the store's timeout, whatever happens to the other side.
+#[async_trait]
+pub trait OnlineStore: Send + Sync + 'static {
+    async fn read(&self, reads: &[Read]) -> Result<Vec<Answer>, StoreError>;
+    async fn write(&self, writes: Vec<Write>) -> Result<WriteOutcome, StoreError>;
+    /// Everything written before is durable when this returns (as durable as the store can be).
+    async fn sync(&self) -> Result<(), StoreError>;
+    /// Removes all entities of one view generation. Reads of it are undefined meanwhile.
+    async fn remove_generation(&self, generation: &key::Generation) -> Result<u64, StoreError>;
+    /// Whether the store answers now; for health.
+    async fn ping(&self) -> Result<(), StoreError>;
+    /// Where it is, for people.
+    fn place(&self) -> String;
+}

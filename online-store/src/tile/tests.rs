@@ -1,0 +1,198 @@
+use feature_defs::aggregate::Function;
+use feature_defs::as_of::Visibility;
+use feature_defs::window::{DAY, HOUR, MINUTE, SECOND, default_hop, window_value};
+
+use super::*;
+
+const T0: Micros = 1_700_000_000 * SECOND;
+
+fn layout(lengths: &[Micros]) -> Layout {
+    let windows: Vec<Window> = lengths
+        .iter()
+        .map(|length| Window { length: *length, hop: Some(default_hop(*length)), head: Head::Exclusive })
+        .collect();
+    let levels = Levels::new(windows.iter().filter_map(|window| window.hop)).unwrap();
+    let aggregates = [
+        (Function::Count, None),
+        (Function::Sum, Some(Type::Float64)),
+        (Function::Min, Some(Type::Float64)),
+        (Function::Max, Some(Type::Int64)),
+    ]
+    .map(|(function, input)| Aggregate::new(function, input).unwrap());
+    Layout { aggregates: aggregates.into(), windows, levels }
+}
+
+/// A small generator of its own, so that a failing seed can be run again anywhere.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+/// Events in order of position: mostly fresh, some late, some tied, some known later than they happened.
+fn events(random: &mut Random, n: u64, step: Micros) -> Vec<WindowEvent> {
+    let mut clock = T0;
+    (1..=n)
+        .map(|sequence| {
+            clock += random.below(step as u64) as Micros;
+            let late = match random.below(5) {
+                0 => random.below(3 * DAY as u64) as Micros,
+                1 => random.below(10 * MINUTE as u64) as Micros,
+                _ => 0,
+            };
+            let event_time = if random.below(3) == 0 { floor_to(clock - late, MINUTE) } else { clock - late };
+            let known_time = if random.below(4) == 0 { clock } else { event_time };
+            let position = Position { time: clock, sequence };
+            let times = Times { event_time, created_time: None, known_time, position };
+            let float = match random.below(12) {
+                0 => Value::Null,
+                1 => Value::Float64(f64::NAN),
+                2 => Value::Float64(1e300),
+                3 => Value::Float64(-1e300),
+                other => Value::Float64(other as f64 / 10.0),
+            };
+            let inputs =
+                vec![Value::Bool(true), float.clone(), float, Value::Int64(random.below(1_000) as i64)];
+            WindowEvent { times, inputs }
+        })
+        .collect()
+}
+
+fn outputs(layout: &Layout) -> Vec<(usize, Window)> {
+    (0..layout.aggregates.len()).flat_map(|a| layout.windows.iter().map(move |window| (a, *window))).collect()
+}
+
+/// Reads through bytes, as a reader does: only the tiles asked for.
+fn read(layout: &Layout, tiles: &Tiles, t: Micros) -> Result<Vec<Value>, AtBeforeStore> {
+    let ids = layout.tiles_at(t);
+    let answer = ids.iter().filter_map(|id| match id {
+        &BOUNDS => Some((BOUNDS, encode_bounds(tiles.exact_from))),
+        id => Some((*id, layout.encode(tiles.tiles.get(id)?))),
+    });
+    let tiles = layout.decode_answer(tiles.position, answer.collect::<Vec<_>>()).unwrap();
+    layout.read(&tiles, &outputs(layout), t)
+}
+
+fn reference(layout: &Layout, events: &[WindowEvent], t: Micros) -> Vec<Value> {
+    outputs(layout)
+        .iter()
+        .map(|(a, window)| window_value(events, *a, &layout.aggregates[*a], window, t, Visibility::Known))
+        .collect()
+}
+
+#[test]
+fn tiles_agree_with_the_reference_at_every_position() {
+    for seed in 1..=20 {
+        let layout = layout(&[HOUR, 6 * HOUR, 24 * HOUR, 7 * DAY]);
+        let mut random = Random(seed * 0x9e37_79b9);
+        let all = events(&mut random, 300, 20 * MINUTE);
+        let mut tiles = Tiles::default();
+        let (mut exact, mut refused) = (0, 0);
+        for (i, event) in all.iter().enumerate() {
+            layout.apply(&mut tiles, [event], event.times.position);
+            let now = event.times.position.time;
+            // At the server's clock every read is exact.
+            for t in [now, now + 1, now + 7 * MINUTE, now + 2 * HOUR, now + 3 * DAY] {
+                assert_eq!(read(&layout, &tiles, t), Ok(reference(&layout, &all[..=i], t)), "seed {seed} event {i}");
+            }
+            // At a past time a read is exact or says that it is not.
+            for back in [1, 30 * SECOND, 4 * MINUTE, 6 * MINUTE, 11 * MINUTE, HOUR, DAY] {
+                match read(&layout, &tiles, now - back) {
+                    Ok(values) => {
+                        exact += 1;
+                        assert_eq!(values, reference(&layout, &all[..=i], now - back), "seed {seed} event {i} -{back}");
+                    }
+                    Err(AtBeforeStore) => refused += 1,
+                }
+            }
+        }
+        assert!(exact > 300 && refused > 300, "both happen: {exact} exact, {refused} refused");
+    }
+}
+
+#[test]
+fn applying_any_prefix_again_changes_nothing() {
+    let layout = layout(&[HOUR, 24 * HOUR]);
+    let all = events(&mut Random(7), 100, 10 * MINUTE);
+    let mut once = Tiles::default();
+    for event in &all {
+        layout.apply(&mut once, [event], event.times.position);
+    }
+    let mut again = once.clone();
+    for event in &all {
+        assert_eq!(layout.apply(&mut again, [event], event.times.position), None);
+    }
+    assert_eq!(again, once);
+    // In batches the same bytes come out.
+    let mut batched = Tiles::default();
+    for batch in all.chunks(17) {
+        layout.apply(&mut batched, batch, batch.last().unwrap().times.position);
+    }
+    let now = all.last().unwrap().times.position.time;
+    assert_eq!(read(&layout, &batched, now), read(&layout, &once, now));
+}
+
+#[test]
+fn a_full_tile_folds_and_stays_exact_at_its_newest_time() {
+    let layout = layout(&[HOUR]);
+    let start = floor_to(T0, 5 * MINUTE);
+    let all: Vec<WindowEvent> = (0..3_000u64)
+        .map(|i| {
+            let event_time = start + i as Micros * 1_000;
+            let position = Position { time: event_time, sequence: i + 1 };
+            let times = Times { event_time, created_time: None, known_time: event_time, position };
+            let inputs = vec![Value::Bool(true), Value::Float64(0.1), Value::Float64(i as f64), Value::Int64(i as i64)];
+            WindowEvent { times, inputs }
+        })
+        .collect();
+    let mut tiles = Tiles::default();
+    for event in &all {
+        layout.apply(&mut tiles, [event], event.times.position);
+        let raw = tiles.tiles[&TileId { level: 5 * MINUTE, start }].raw.as_ref().unwrap();
+        assert!(raw.events.len() <= RAW_EVENTS_MAX);
+    }
+    let last = all.last().unwrap().times.event_time;
+    for t in [last, last - 100_000, last + 1] {
+        assert_eq!(read(&layout, &tiles, t), Ok(reference(&layout, &all, t)));
+    }
+    assert_eq!(read(&layout, &tiles, start + 1_000), Err(AtBeforeStore), "folded away, and said so");
+}
+
+#[test]
+fn an_entity_stays_small() {
+    let layout = layout(&[HOUR, 6 * HOUR, 24 * HOUR]);
+    let mut tiles = Tiles::default();
+    for i in 0..20_000u64 {
+        let event_time = T0 + i as Micros * 7 * MINUTE;
+        let position = Position { time: event_time, sequence: i + 1 };
+        let times = Times { event_time, created_time: None, known_time: event_time, position };
+        let inputs = vec![Value::Bool(true), Value::Float64(1.0), Value::Float64(1.0), Value::Int64(1)];
+        layout.apply(&mut tiles, [&WindowEvent { times, inputs }], position);
+    }
+    // 6 h of 5 min tiles, 25 h of 1 h tiles, 2 d of 1 d tiles, and a little over.
+    assert!(tiles.tiles.len() < 120, "{} tiles", tiles.tiles.len());
+}
+
+#[test]
+fn damage_is_an_error_and_never_a_panic() {
+    let layout = layout(&[HOUR]);
+    let mut tiles = Tiles::default();
+    for event in events(&mut Random(3), 40, SECOND) {
+        layout.apply(&mut tiles, [&event], event.times.position);
+    }
+    for tile in tiles.tiles.values() {
+        let bytes = layout.encode(tile);
+        assert_eq!(&layout.decode(&bytes).unwrap(), tile);
+        for length in 0..bytes.len() {
+            assert!(layout.decode(&bytes[..length]).is_err());
+        }
+        let mut future = bytes.to_vec();
+        future[0] = 2;
+        assert_eq!(layout.decode(&future), Err(DecodeError::Version { found: 2, newest: 1 }));
+    }
+}
