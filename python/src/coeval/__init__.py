@@ -1,0 +1,66 @@
+"""Coeval: a feature store with an inference gateway, in which training and serving see the same values.
+
+`connect` is the way in; what it returns is a `Client`.
+"""
+
+from .client import Client, Pusher, connect
+from .dataset import Dataset
+from .errors import (
+    AlreadyExists,
+    CoevalError,
+    Conflict,
+    DeadlineExceeded,
+    InvalidArgument,
+    MissingDependency,
+    NotFound,
+    Refused,
+    ResourceExhausted,
+    Unavailable,
+)
+from .types import (
+    Catalog,
+    DatasetInfo,
+    Features,
+    Model,
+    Outcome,
+    Position,
+    Predictions,
+    PushResult,
+    Rejected,
+    RowStatus,
+    Status,
+    Timings,
+    UnavailableReason,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyExists",
+    "Catalog",
+    "Client",
+    "CoevalError",
+    "Conflict",
+    "Dataset",
+    "DatasetInfo",
+    "DeadlineExceeded",
+    "Features",
+    "InvalidArgument",
+    "MissingDependency",
+    "Model",
+    "NotFound",
+    "Outcome",
+    "Position",
+    "Predictions",
+    "PushResult",
+    "Pusher",
+    "Refused",
+    "Rejected",
+    "ResourceExhausted",
+    "RowStatus",
+    "Status",
+    "Timings",
+    "Unavailable",
+    "UnavailableReason",
+    "connect",
+]

@@ -1,0 +1,265 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetCatalogRequest(_message.Message):
+    __slots__ = ("project",)
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    def __init__(self, project: _Optional[str] = ...) -> None: ...
+
+class GetCatalogResponse(_message.Message):
+    __slots__ = ("project", "catalog_digest", "views", "services", "sources", "control_head")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    CATALOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
+    SERVICES_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_HEAD_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    catalog_digest: str
+    views: _containers.RepeatedCompositeFieldContainer[ViewInfo]
+    services: _containers.RepeatedCompositeFieldContainer[ServiceInfo]
+    sources: _containers.RepeatedCompositeFieldContainer[SourceInfo]
+    control_head: int
+    def __init__(self, project: _Optional[str] = ..., catalog_digest: _Optional[str] = ..., views: _Optional[_Iterable[_Union[ViewInfo, _Mapping]]] = ..., services: _Optional[_Iterable[_Union[ServiceInfo, _Mapping]]] = ..., sources: _Optional[_Iterable[_Union[SourceInfo, _Mapping]]] = ..., control_head: _Optional[int] = ...) -> None: ...
+
+class ViewInfo(_message.Message):
+    __slots__ = ("name", "entity", "storage_digest", "semantic_digest", "ready")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ENTITY_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEMANTIC_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    entity: str
+    storage_digest: str
+    semantic_digest: str
+    ready: bool
+    def __init__(self, name: _Optional[str] = ..., entity: _Optional[str] = ..., storage_digest: _Optional[str] = ..., semantic_digest: _Optional[str] = ..., ready: _Optional[bool] = ...) -> None: ...
+
+class ServiceInfo(_message.Message):
+    __slots__ = ("name", "semantic_digest", "inputs", "features")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SEMANTIC_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    semantic_digest: str
+    inputs: _containers.RepeatedCompositeFieldContainer[NamedType]
+    features: _containers.RepeatedCompositeFieldContainer[NamedType]
+    def __init__(self, name: _Optional[str] = ..., semantic_digest: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ..., features: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ...) -> None: ...
+
+class SourceInfo(_message.Message):
+    __slots__ = ("name", "kind", "schema", "event_time", "created_time")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    EVENT_TIME_FIELD_NUMBER: _ClassVar[int]
+    CREATED_TIME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    schema: _containers.RepeatedCompositeFieldContainer[NamedType]
+    event_time: str
+    created_time: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., schema: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ..., event_time: _Optional[str] = ..., created_time: _Optional[str] = ...) -> None: ...
+
+class NamedType(_message.Message):
+    __slots__ = ("name", "type", "nullable")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    NULLABLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    type: str
+    nullable: bool
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., nullable: _Optional[bool] = ...) -> None: ...
+
+class RefreshRequest(_message.Message):
+    __slots__ = ("project", "at_least")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    at_least: int
+    def __init__(self, project: _Optional[str] = ..., at_least: _Optional[int] = ...) -> None: ...
+
+class RefreshResponse(_message.Message):
+    __slots__ = ("control_head", "ready", "reasons")
+    CONTROL_HEAD_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    control_head: int
+    ready: bool
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, control_head: _Optional[int] = ..., ready: _Optional[bool] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RegisterModelRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: ModelHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class ModelHeader(_message.Message):
+    __slots__ = ("project", "model", "author", "commit", "environment_digest", "seed", "hardware", "libraries", "dataset", "metrics")
+    class LibrariesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_FIELD_NUMBER: _ClassVar[int]
+    LIBRARIES_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    author: str
+    commit: str
+    environment_digest: str
+    seed: int
+    hardware: str
+    libraries: _containers.ScalarMap[str, str]
+    dataset: str
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., author: _Optional[str] = ..., commit: _Optional[str] = ..., environment_digest: _Optional[str] = ..., seed: _Optional[int] = ..., hardware: _Optional[str] = ..., libraries: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class RegisterModelResponse(_message.Message):
+    __slots__ = ("version", "digest", "existed")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    digest: str
+    existed: bool
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., existed: _Optional[bool] = ...) -> None: ...
+
+class DeployModelRequest(_message.Message):
+    __slots__ = ("project", "model", "version", "who", "why")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    version: int
+    who: str
+    why: str
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class DeployModelResponse(_message.Message):
+    __slots__ = ("version", "previous")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    previous: int
+    def __init__(self, version: _Optional[int] = ..., previous: _Optional[int] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ("project",)
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    def __init__(self, project: _Optional[str] = ...) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
+
+class ModelInfo(_message.Message):
+    __slots__ = ("name", "version", "digest", "service", "service_digest", "deployed", "author", "commit", "environment_digest", "seed", "hardware", "libraries", "dataset", "metrics", "registered_at")
+    class LibrariesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYED_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_FIELD_NUMBER: _ClassVar[int]
+    LIBRARIES_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_AT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    digest: str
+    service: str
+    service_digest: str
+    deployed: bool
+    author: str
+    commit: str
+    environment_digest: str
+    seed: int
+    hardware: str
+    libraries: _containers.ScalarMap[str, str]
+    dataset: str
+    metrics: _containers.ScalarMap[str, float]
+    registered_at: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., service: _Optional[str] = ..., service_digest: _Optional[str] = ..., deployed: _Optional[bool] = ..., author: _Optional[str] = ..., commit: _Optional[str] = ..., environment_digest: _Optional[str] = ..., seed: _Optional[int] = ..., hardware: _Optional[str] = ..., libraries: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., registered_at: _Optional[str] = ...) -> None: ...
+
+class ListDatasetsRequest(_message.Message):
+    __slots__ = ("project",)
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    def __init__(self, project: _Optional[str] = ...) -> None: ...
+
+class ListDatasetsResponse(_message.Message):
+    __slots__ = ("datasets",)
+    DATASETS_FIELD_NUMBER: _ClassVar[int]
+    datasets: _containers.RepeatedCompositeFieldContainer[DatasetInfo]
+    def __init__(self, datasets: _Optional[_Iterable[_Union[DatasetInfo, _Mapping]]] = ...) -> None: ...
+
+class DatasetInfo(_message.Message):
+    __slots__ = ("name", "id", "service", "service_digest", "rows", "location", "created_at")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LOCATION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    id: str
+    service: str
+    service_digest: str
+    rows: int
+    location: str
+    created_at: str
+    def __init__(self, name: _Optional[str] = ..., id: _Optional[str] = ..., service: _Optional[str] = ..., service_digest: _Optional[str] = ..., rows: _Optional[int] = ..., location: _Optional[str] = ..., created_at: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,646 @@
+"""The client: one connection for gRPC, one for Arrow Flight, both to the same port.
+
+Messages are bounded and calls have deadlines; a call that streams (training sets, pushes) has none, because how long it
+takes is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import io
+import os
+import queue
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from . import environment, errors, tables
+from ._generated import (
+    control_pb2,
+    control_pb2_grpc,
+    flight_pb2,
+    gateway_pb2,
+    gateway_pb2_grpc,
+    ingest_pb2,
+    ingest_pb2_grpc,
+)
+from .columns import to_column
+from .dataset import Dataset, SpineWriter, Stream
+from .types import (
+    TIMESTAMP,
+    Catalog,
+    DatasetInfo,
+    Deployed,
+    Features,
+    Materialized,
+    Model,
+    Predictions,
+    PushResult,
+    Registered,
+    Rejected,
+    Service,
+    Source,
+    View,
+    parse_type,
+)
+
+# Responses hold whole feature batches; requests are cut to tables.BATCH_BYTES_MAX or fail with a clear error.
+RECEIVE_BYTES_MAX = 64 * 1024 * 1024
+SEND_BYTES_MAX = 64 * 1024 * 1024
+MODEL_CHUNK_BYTES = 1024 * 1024
+# Messages a Pusher has sent and not yet seen acknowledged.
+PUSHES_OUTSTANDING_MAX = 64
+
+
+def connect(url: str, project: str | None = None, *, timeout: float = 30.0) -> Client:
+    """Connects to a server at `grpc://host:port` (or `grpcs://host:port`).
+
+    Without `project` the server says which one it serves. `timeout` is the deadline of each single call in seconds.
+    """
+    return Client(url, project, timeout=timeout)
+
+
+class Client:
+    """A connection to a Coeval server. Safe to share between threads; close it, or use it in a `with`."""
+
+    def __init__(self, url: str, project: str | None = None, *, timeout: float = 30.0) -> None:
+        scheme, address = _address(url)
+        self._timeout = timeout
+        options = [
+            ("grpc.max_receive_message_length", RECEIVE_BYTES_MAX),
+            ("grpc.max_send_message_length", SEND_BYTES_MAX),
+        ]
+        if scheme == "grpcs":
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(), options=options)
+        else:
+            self._channel = grpc.insecure_channel(address, options=options)
+        self._flight_location = f"{'grpc+tls' if scheme == 'grpcs' else 'grpc+tcp'}://{address}"
+        self._flight_client: Any = None
+        self._gateway = gateway_pb2_grpc.GatewayStub(self._channel)
+        self._ingest = ingest_pb2_grpc.IngestStub(self._channel)
+        self._control = control_pb2_grpc.ControlStub(self._channel)
+        self._catalog: Catalog | None = None
+        self._model_services: dict[str, str] = {}
+        self._project = project
+        if project is None:
+            try:
+                self._project = self.catalog().project
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def project(self) -> str:
+        """The project every call is about."""
+        return self._project or ""
+
+    def close(self) -> None:
+        """Closes both connections."""
+        self._channel.close()
+        if self._flight_client is not None:
+            self._flight_client.close()
+            self._flight_client = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What is there.
+
+    def catalog(self, refresh: bool = False) -> Catalog:
+        """Views, services and sources as the server serves them; asked once and kept unless `refresh`."""
+        if self._catalog is None or refresh:
+            request = control_pb2.GetCatalogRequest(project=self.project)
+            self._catalog = _catalog(self._call(self._control.GetCatalog, request))
+        return self._catalog
+
+    def models(self) -> list[Model]:
+        """Every registered version of every model."""
+        request = control_pb2.ListModelsRequest(project=self.project)
+        models = [_model(info) for info in self._call(self._control.ListModels, request).models]
+        self._model_services = {model.name: model.service for model in models}
+        return models
+
+    def datasets(self) -> list[DatasetInfo]:
+        """The training sets the server keeps."""
+        request = control_pb2.ListDatasetsRequest(project=self.project)
+        return [
+            DatasetInfo(d.name, d.id, d.service, d.service_digest, d.rows, d.location, d.created_at)
+            for d in self._call(self._control.ListDatasets, request).datasets
+        ]
+
+    def refresh(self, wait_ready: bool = True, timeout: float = 600.0, *, at_least: int = 0) -> int:
+        """Makes the server read its control log now; with `wait_ready`, waits until every view answers.
+
+        Returns the entry served. Raises `DeadlineExceeded` with the server's reasons when it is not ready in time.
+        """
+        ends = time.monotonic() + timeout
+        pause = 0.05
+        while True:
+            left = ends - time.monotonic()
+            request = control_pb2.RefreshRequest(project=self.project, at_least=at_least)
+            response = self._call(self._control.Refresh, request, timeout=max(0.001, min(self._timeout, left)))
+            if response.ready or not wait_ready:
+                self._catalog = None
+                return response.control_head
+            if left <= pause:
+                reasons = "; ".join(response.reasons) or "no reason given"
+                raise errors.DeadlineExceeded(f"not ready after {timeout:g} s: {reasons}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1.0)
+
+    # Training.
+
+    def training_set(
+        self,
+        service: str,
+        spine: Any,
+        name: str | None = None,
+        *,
+        statuses: bool = False,
+        visibility: str = "known",
+        seed: int = 0,
+    ) -> Dataset:
+        """The features of `service` as they were known at each row's `event_timestamp`.
+
+        `spine` is a DataFrame, an Arrow table, batch or `RecordBatchReader`, or a dict of columns: entity keys, request
+        fields, `event_timestamp` and any other columns. Every row comes back, in order, its own columns first. With `name`
+        the server keeps the result as a dataset; with `statuses` each feature is followed by `<feature>__status`.
+        `visibility` is `known`, `event_time` or `ingested`.
+
+        Nothing is sent before the result is read.
+        """
+        if visibility not in ("known", "event_time", "ingested"):
+            raise errors.InvalidArgument(f"visibility `{visibility}`: known, event_time or ingested")
+        types = {**self._input_types(service), "event_timestamp": TIMESTAMP}
+        schema, batches = tables.to_batches(spine, types)
+        if "event_timestamp" not in schema.names:
+            raise errors.InvalidArgument(
+                f"the spine has no column `event_timestamp`; it has {', '.join(f'`{n}`' for n in schema.names)}"
+            )
+        command = flight_pb2.TrainingSetCommand(
+            project=self.project, service=service, dataset=name or "", statuses=statuses, visibility=visibility, seed=seed
+        )
+
+        def open_stream() -> Stream:
+            descriptor = flight.FlightDescriptor.for_command(command.SerializeToString())
+            try:
+                writer, reader = self._flight().do_exchange(descriptor)
+            except (flight.FlightError, pa.ArrowException) as error:
+                raise errors.from_flight(error) from error
+            spine_writer = SpineWriter(writer, schema, batches, reader.cancel)
+            spine_writer.start()
+            return Stream(reader, spine_writer)
+
+        return Dataset(open_stream, self._stored, name)
+
+    def dataset(self, name: str, id: str | None = None) -> Dataset:
+        """A dataset the server keeps; the newest of that name unless `id` says which."""
+        return Dataset(lambda: self._stored(name, id or ""), self._stored, name)
+
+    # Serving.
+
+    def features(
+        self,
+        what: str | Sequence[str],
+        rows: Any,
+        *,
+        at: Any = None,
+        provenance: bool = False,
+        deadline_ms: int = 0,
+    ) -> Features:
+        """Features of a service (by name) or a list of features (`view:feature`, `view:*`) for rows of keys.
+
+        `rows` is a dict of columns, a DataFrame or an Arrow table. `at`, one time or one per row, is refused unless the
+        server allows request time. `provenance` adds `views`: event times and positions.
+        """
+        if isinstance(what, str):
+            table = self._request_rows(self._service(what), rows)
+            request = gateway_pb2.GetFeaturesRequest(service=what)
+            types = {f.name: f.type for f in self._service(what).features}
+        else:
+            table = tables.to_table(rows)
+            request = gateway_pb2.GetFeaturesRequest(features=gateway_pb2.FeatureList(names=list(what)))
+            types = {}
+        request.project = self.project
+        request.rows.extend(_columns(table))
+        if at is not None:
+            request.at.extend(tables.to_microseconds(at, table.num_rows))
+        request.include_provenance = provenance
+        request.deadline_ms = deadline_ms
+        answer = self._call(self._gateway.GetFeatures, request)
+        return Features(
+            answer.features,
+            answer.at,
+            answer.views,
+            rows=answer.rows,
+            semantic_digest=answer.semantic_digest,
+            stale=answer.stale,
+            types=types,
+        )
+
+    def predict(
+        self,
+        model: str,
+        rows: Any,
+        *,
+        at: Any = None,
+        include_features: bool = False,
+        provenance: bool = False,
+        version: int = 0,
+        deadline_ms: int = 0,
+        request_id: str = "",
+    ) -> Predictions:
+        """What `model` says about rows of keys and request fields. `version` 0 is the one traffic goes to."""
+        service = self._service_of_model(model)
+        table = self._request_rows(service, rows) if service else tables.to_table(rows)
+        request = gateway_pb2.PredictRequest(
+            project=self.project,
+            model=model,
+            rows=_columns(table),
+            deadline_ms=deadline_ms,
+            include_features=include_features,
+            include_provenance=provenance,
+            version=version,
+            request_id=request_id,
+        )
+        if at is not None:
+            request.at.extend(tables.to_microseconds(at, table.num_rows))
+        types = {f.name: f.type for f in service.features} if service else None
+        return Predictions(self._call(self._gateway.Predict, request), types)
+
+    # Events and data.
+
+    def push(self, source: str, rows: Any, *, wait_visible: bool = False) -> PushResult:
+        """Pushes events; returns once they are durable and, with `wait_visible`, those that are due answer online."""
+        with self.pusher(source, wait_visible=wait_visible) as pusher:
+            return pusher.push(rows)
+
+    def pusher(self, source: str, *, wait_visible: bool = False) -> Pusher:
+        """One open stream for many pushes to one source."""
+        return Pusher(self, source, wait_visible)
+
+    def materialize(
+        self, sources: str | Sequence[str] | None = None, *, through: Any, dry_run: bool = False
+    ) -> list[Materialized]:
+        """Makes rows of file sources (all, unless named) that are known by `through` visible online."""
+        if isinstance(sources, str):
+            sources = [sources]
+        request = ingest_pb2.MaterializeRequest(
+            project=self.project,
+            sources=sources or [],
+            through=tables.to_microseconds(through, 1)[0],
+            dry_run=dry_run,
+        )
+        # Progress is reported as it goes on: the last word on each (source, view) is the sum.
+        last: dict[tuple[str, str], Materialized] = {}
+        try:
+            for p in self._ingest.Materialize(request):
+                if p.source:
+                    last[p.source, p.view] = Materialized(p.source, p.view, p.rows_read, p.rows_applied, p.rows_stale)
+        except grpc.RpcError as error:
+            raise self._failure(error) from error
+        return list(last.values())
+
+    def flush(self) -> int:
+        """Writes what streams have applied to history, so that training sets see it; returns the events written."""
+        # As long as the data is large: no deadline.
+        return self._call(self._ingest.Flush, ingest_pb2.FlushRequest(project=self.project), timeout=None).events
+
+    # Models.
+
+    def register_model(
+        self,
+        model: str,
+        file: str | os.PathLike[str] | bytes | Any,
+        *,
+        dataset: str | Dataset | None = None,
+        metrics: Mapping[str, float] | None = None,
+        seed: int | None = None,
+        author: str | None = None,
+        commit: str | None = None,
+        hardware: str | None = None,
+        libraries: Mapping[str, str] | None = None,
+        environment_digest: str | None = None,
+    ) -> Registered:
+        """Registers a model file as a new version; traffic does not move.
+
+        `file` is a path, the file's bytes, or a TorchScript module. What is not said about the environment is found out.
+        """
+        content = _model_bytes(file)
+        if isinstance(dataset, Dataset):
+            dataset = dataset.id or dataset.name
+        header = control_pb2.ModelHeader(
+            project=self.project,
+            model=model,
+            author=author if author is not None else _user(),
+            commit=commit if commit is not None else environment.commit(),
+            environment_digest=environment_digest if environment_digest is not None else environment.digest(),
+            seed=seed or 0,
+            hardware=hardware if hardware is not None else environment.hardware(),
+            libraries=dict(libraries) if libraries is not None else environment.libraries(),
+            dataset=dataset or "",
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+        )
+
+        def parts() -> Iterator[control_pb2.RegisterModelRequest]:
+            yield control_pb2.RegisterModelRequest(header=header)
+            for start in range(0, len(content), MODEL_CHUNK_BYTES):
+                yield control_pb2.RegisterModelRequest(chunk=content[start : start + MODEL_CHUNK_BYTES])
+
+        # The server loads and checks the file before it answers.
+        answer = self._call(self._control.RegisterModel, parts(), timeout=max(self._timeout, 300.0))
+        return Registered(answer.version, answer.digest, answer.existed)
+
+    def deploy_model(self, model: str, version: int, why: str | None = None, *, who: str | None = None) -> Deployed:
+        """Sends traffic to a registered version."""
+        request = control_pb2.DeployModelRequest(
+            project=self.project, model=model, version=version, who=who or _user(), why=why or ""
+        )
+        answer = self._call(self._control.DeployModel, request, timeout=max(self._timeout, 300.0))
+        return Deployed(answer.version, answer.previous)
+
+    # Inside.
+
+    def _call(self, method: Any, request: Any, timeout: float | None = -1.0) -> Any:
+        try:
+            return method(request, timeout=self._timeout if timeout == -1.0 else timeout)
+        except grpc.RpcError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: grpc.RpcError) -> errors.CoevalError:
+        failure = errors.from_grpc(error)
+        if isinstance(failure, (errors.InvalidArgument, errors.NotFound)):
+            # The definitions may have changed since they were asked for.
+            self._catalog = None
+            self._model_services = {}
+        return failure
+
+    def _flight(self) -> Any:
+        if self._flight_client is None:
+            options = [("grpc.max_receive_message_length", RECEIVE_BYTES_MAX)]
+            self._flight_client = flight.FlightClient(self._flight_location, generic_options=options)
+        return self._flight_client
+
+    def _stored(self, name: str, identity: str) -> Stream:
+        ticket = flight_pb2.DatasetTicket(project=self.project, name=name, id=identity)
+        try:
+            return Stream(self._flight().do_get(flight.Ticket(ticket.SerializeToString())))
+        except (flight.FlightError, pa.ArrowException) as error:
+            raise errors.from_flight(error) from error
+
+    def _service(self, name: str) -> Service:
+        service = self.catalog().services.get(name) or self.catalog(refresh=True).services.get(name)
+        if service is None:
+            raise errors.NotFound(_unknown("service", name, self.catalog().services))
+        return service
+
+    def _source(self, name: str) -> Source:
+        source = self.catalog().sources.get(name) or self.catalog(refresh=True).sources.get(name)
+        if source is None:
+            raise errors.NotFound(_unknown("source", name, self.catalog().sources))
+        return source
+
+    def _service_of_model(self, model: str) -> Service | None:
+        """The service a registered model reads, or None when the server is to say what is wrong with the name."""
+        if model not in self._model_services:
+            self.models()
+        name = self._model_services.get(model)
+        return self.catalog().services.get(name) if name else None
+
+    def _input_types(self, service: str) -> dict[str, pa.DataType]:
+        return {f.name: f.type for f in self._service(service).inputs}
+
+    def _request_rows(self, service: Service, rows: Any) -> pa.Table:
+        """The columns a service asks for, with its types. Others stay here: a DataFrame often holds more."""
+        wanted = {f.name: f.type for f in service.inputs}
+        if isinstance(rows, Mapping):
+            rows = {name: values for name, values in rows.items() if name in wanted}
+            given = set(rows)
+        else:
+            given = set(rows.schema.names) if hasattr(rows, "schema") else set(map(str, rows.columns))
+            rows = rows.select([n for n in rows.schema.names if n in wanted]) if isinstance(rows, pa.Table) else rows
+        absent = [f.name for f in service.inputs if f.name not in given and not f.nullable]
+        if absent:
+            listed = ", ".join(f"`{name}`" for name in absent)
+            raise errors.InvalidArgument(f"service `{service.name}` needs {listed}, which the rows do not have")
+        table = tables.to_table(rows, wanted)
+        return table.select([name for name in table.schema.names if name in wanted])
+
+
+class Pusher:
+    """One open stream of pushes. Each `push` is acknowledged in order; `send` does not wait for it.
+
+    At most `PUSHES_OUTSTANDING_MAX` messages are unacknowledged: beyond that `send` waits for the oldest. Not safe to share
+    between threads.
+    """
+
+    def __init__(self, client: Client, source: str, wait_visible: bool = False) -> None:
+        self._client = client
+        self._source = source
+        self._wait_visible = wait_visible
+        described = client._source(source)
+        self._types = {f.name: f.type for f in described.schema}
+        self._times = {described.event_time, described.created_time} - {""}
+        self._types.update({name: TIMESTAMP for name in self._times})
+        self._queue: queue.Queue[ingest_pb2.PushRequest | None] = queue.Queue(PUSHES_OUTSTANDING_MAX + 1)
+        self._answers = client._ingest.Push(iter(self._queue.get, None))
+        # Rows of each message still to be acknowledged, and how many rows came before each in its push.
+        self._outstanding: collections.deque[int] = collections.deque()
+        self._settled: PushResult | None = None
+        self._closed = False
+
+    def push(self, rows: Any, *, wait_visible: bool | None = None) -> PushResult:
+        """Sends rows and waits until they, and everything sent before, are acknowledged."""
+        earlier = self.settle()
+        self.send(rows, wait_visible=wait_visible)
+        result = self.settle()
+        # What earlier sends came to belongs to whoever settles them; a push answers for its own rows.
+        self._settled = earlier if earlier != PushResult() else None
+        return result
+
+    def send(self, rows: Any, *, wait_visible: bool | None = None) -> None:
+        """Sends rows without waiting for the acknowledgement."""
+        if self._closed:
+            raise errors.CoevalError(f"the stream of pushes to `{self._source}` is closed")
+        wait = self._wait_visible if wait_visible is None else wait_visible
+        first = 0
+        _, batches = tables.to_batches(rows, self._types)
+        for batch in batches:
+            while len(self._outstanding) >= PUSHES_OUTSTANDING_MAX:
+                self._note(self._next_answer())
+            self._queue.put(
+                ingest_pb2.PushRequest(
+                    project=self._client.project,
+                    source=self._source,
+                    rows=[to_column(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)],
+                    wait_visible=wait,
+                )
+            )
+            self._outstanding.append(first)
+            first += batch.num_rows
+
+    def settle(self) -> PushResult:
+        """Waits for every acknowledgement; returns what became of the rows sent since the last call."""
+        while self._outstanding:
+            self._note(self._next_answer())
+        result, self._settled = self._settled or PushResult(), None
+        return result
+
+    def close(self) -> None:
+        """Waits for what is outstanding and ends the stream."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            while self._outstanding:
+                self._note(self._next_answer())
+            self._queue.put(None)
+            for _ in self._answers:
+                pass
+        except grpc.RpcError as error:
+            raise self._client._failure(error) from error
+        finally:
+            self._answers.cancel()
+            self._release()
+
+    def __enter__(self) -> Pusher:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # The error under way is the news; what the stream still has to say is not.
+        self._closed = True
+        self._answers.cancel()
+        self._release()
+
+    def _release(self) -> None:
+        """Lets the thread that feeds the call go, also when the call ended before the queue did."""
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            pass
+
+    def _next_answer(self) -> PushResult:
+        try:
+            answer = next(self._answers)
+        except StopIteration:
+            self._closed = True
+            self._release()
+            raise errors.Unavailable(f"the server ended the stream of pushes to `{self._source}`") from None
+        except grpc.RpcError as error:
+            self._closed = True
+            self._outstanding.clear()
+            self._release()
+            raise self._client._failure(error) from error
+        first = self._outstanding.popleft()
+        rejected = [Rejected(first + r.row, r.reason) for r in answer.rejected]
+        return PushResult(answer.accepted, answer.duplicates, answer.early, rejected, answer.last_sequence)
+
+    def _note(self, result: PushResult) -> None:
+        self._settled = result if self._settled is None else self._settled + result
+
+
+def _address(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or port is None or parts.path not in ("", "/"):
+        raise errors.InvalidArgument(f"`{url}` is not a server's address: expected grpc://host:port")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return parts.scheme, f"{host}:{port}"
+
+
+def _columns(table: pa.Table) -> list[Any]:
+    return [to_column(name, column) for name, column in zip(table.schema.names, table.columns, strict=True)]
+
+
+def _schema(named: Iterable[control_pb2.NamedType]) -> pa.Schema:
+    return pa.schema([pa.field(n.name, parse_type(n.type), nullable=n.nullable) for n in named])
+
+
+def _catalog(answer: control_pb2.GetCatalogResponse) -> Catalog:
+    return Catalog(
+        project=answer.project,
+        digest=answer.catalog_digest,
+        control_head=answer.control_head,
+        views={
+            v.name: View(v.name, v.entity, v.storage_digest, v.semantic_digest, v.ready) for v in answer.views
+        },
+        services={
+            s.name: Service(s.name, s.semantic_digest, _schema(s.inputs), _schema(s.features)) for s in answer.services
+        },
+        sources={
+            s.name: Source(s.name, s.kind, _schema(s.schema), s.event_time, s.created_time) for s in answer.sources
+        },
+    )
+
+
+def _model(info: control_pb2.ModelInfo) -> Model:
+    return Model(
+        name=info.name,
+        version=info.version,
+        digest=info.digest,
+        service=info.service,
+        service_digest=info.service_digest,
+        deployed=info.deployed,
+        author=info.author,
+        commit=info.commit,
+        environment_digest=info.environment_digest,
+        seed=info.seed,
+        hardware=info.hardware,
+        libraries=dict(info.libraries),
+        dataset=info.dataset,
+        metrics=dict(info.metrics),
+        registered_at=info.registered_at,
+    )
+
+
+def _model_bytes(file: Any) -> bytes:
+    if isinstance(file, (bytes, bytearray, memoryview)):
+        return bytes(file)
+    if isinstance(file, (str, os.PathLike)):
+        try:
+            return Path(file).read_bytes()
+        except OSError as error:
+            raise errors.NotFound(f"model file `{os.fspath(file)}`: {error.strerror or error}") from error
+    # A TorchScript module; only someone who has torch can hold one.
+    try:
+        import torch
+    except ImportError:
+        errors.missing("torch", "register_model with a module")
+    if not isinstance(file, torch.jit.ScriptModule):
+        raise errors.InvalidArgument(
+            f"a model is a path, bytes or a TorchScript module, found `{type(file).__name__}`: see torch.jit.script"
+        )
+    buffer = io.BytesIO()
+    torch.jit.save(file, buffer)
+    return buffer.getvalue()
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else f"; there is {', '.join(f'`{k}`' for k in known) or 'none'}"
+    return f"no {kind} `{name}`{hint}"
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
