@@ -1,0 +1,307 @@
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+
+use super::*;
+use crate::echo::{EchoRuntime, Gate};
+use crate::model::{InputSpec, OutputSpec};
+use crate::tensor::{Dtype, TensorData};
+
+const LONG: Duration = Duration::from_secs(30);
+
+fn spec() -> ModelSpec {
+    ModelSpec {
+        inputs: vec![InputSpec::features("x", Dtype::Float32, 2)],
+        outputs: vec![OutputSpec { name: "sum".to_owned(), dtype: Dtype::Float32 }],
+    }
+}
+
+fn floats(shape: &[usize], values: &[f32]) -> Tensor {
+    Tensor::try_new(shape.to_vec(), TensorData::Float32(values.to_vec())).expect("a valid tensor")
+}
+
+/// A request whose rows are (value, 1), so that the outputs are value + 1.
+fn request(values: &[f32]) -> TensorBatch {
+    let rows: Vec<f32> = values.iter().flat_map(|&value| [value, 1.0]).collect();
+    vec![("x".to_owned(), floats(&[values.len(), 2], &rows))]
+}
+
+fn answer(values: &[f32]) -> TensorBatch {
+    let sums: Vec<f32> = values.iter().map(|value| value + 1.0).collect();
+    vec![("sum".to_owned(), floats(&[values.len()], &sums))]
+}
+
+async fn start(runtime: EchoRuntime, executors: usize, rows_max: usize, queue_rows_max: usize) -> Arc<ModelServer> {
+    let options =
+        ServerOptions { executors, limits: BatchLimits::new(rows_max, queue_rows_max), load: LoadOptions::default() };
+    let artefact = Artefact::new("echo", *b"echo");
+    let server = ModelServer::start("echo", Arc::new(runtime), artefact, spec(), options).await;
+    Arc::new(server.expect("echo starts"))
+}
+
+fn spawn(
+    server: &Arc<ModelServer>,
+    values: &[f32],
+    patience: Duration,
+) -> tokio::task::JoinHandle<Result<Outcome, InferError>> {
+    let (server, inputs) = (server.clone(), request(values));
+    tokio::spawn(async move { server.submit(inputs, Instant::now() + patience).await })
+}
+
+/// Lets spawned tasks run until the queue is as long as expected.
+async fn until_queued(server: &ModelServer, rows: u64) {
+    let start = Instant::now();
+    while server.metrics().queue_rows != rows {
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?} never had {rows} rows queued", server.metrics());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Lets spawned tasks run until a forward stands before the gate.
+async fn until_held(gate: &Gate) {
+    let start = Instant::now();
+    while gate.held() == 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "no forward came");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_lone_request_runs_at_once() {
+    let server = start(EchoRuntime::new(), 1, 8, 64).await;
+    let outcome = server.submit(request(&[4.0, 5.0, 6.0]), Instant::now() + LONG).await.unwrap();
+    assert_eq!(outcome.outputs, answer(&[4.0, 5.0, 6.0]));
+    assert_eq!((outcome.batch_rows, outcome.wait_reason), (3, WaitReason::None));
+    let metrics = server.metrics();
+    assert_eq!((metrics.requests, metrics.batches, metrics.rows, metrics.padding_rows), (1, 1, 3, 1));
+    assert_eq!((metrics.queue_rows, metrics.executors_ready), (0, 1));
+    assert_eq!(server.ready(), Ok(()));
+}
+
+#[tokio::test]
+async fn requests_that_gather_share_a_batch() {
+    let gate = Gate::new();
+    let server = start(EchoRuntime::new().with_gate(gate.clone()), 1, 8, 64).await;
+    gate.close();
+    let first = spawn(&server, &[1.0], LONG);
+    until_held(&gate).await;
+    let later: Vec<_> = (2..5_u8).map(|value| spawn(&server, &[f32::from(value)], LONG)).collect();
+    until_queued(&server, 3).await;
+    gate.open();
+    let first = first.await.unwrap().unwrap();
+    assert_eq!((first.outputs, first.batch_rows, first.wait_reason), (answer(&[1.0]), 1, WaitReason::None));
+    for (value, call) in (2..5_u8).zip(later) {
+        let outcome = call.await.unwrap().unwrap();
+        assert_eq!(outcome.outputs, answer(&[f32::from(value)]));
+        assert_eq!((outcome.batch_rows, outcome.wait_reason), (3, WaitReason::ExecutorBusy));
+        assert!(outcome.wait_micros > 0);
+    }
+    assert_eq!(server.metrics().batches, 2);
+}
+
+#[tokio::test]
+async fn a_large_request_is_split_and_put_together_again() {
+    let server = start(EchoRuntime::new(), 2, 4, 64).await;
+    let values: Vec<f32> = (0..11_u8).map(f32::from).collect();
+    let outcome = server.submit(request(&values), Instant::now() + LONG).await.unwrap();
+    assert_eq!(outcome.outputs, answer(&values));
+    assert!(outcome.batch_rows <= 4);
+    assert_eq!(server.metrics().rows, 11);
+    let too_large = server.submit(request(&[0.0; 65]), Instant::now() + LONG).await;
+    assert_eq!(too_large, Err(InferError::TooLarge { rows: 65, rows_max: 64 }));
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_and_a_cancelled_caller_makes_room() {
+    let gate = Gate::new();
+    let server = start(EchoRuntime::new().with_gate(gate.clone()), 1, 4, 4).await;
+    gate.close();
+    let running = spawn(&server, &[1.0], LONG);
+    until_held(&gate).await;
+    let queued = spawn(&server, &[2.0, 3.0, 4.0], LONG);
+    until_queued(&server, 3).await;
+    let full = server.submit(request(&[5.0, 6.0]), Instant::now() + LONG).await;
+    assert_eq!(full, Err(InferError::QueueFull { queue_rows: 3, queue_rows_max: 4 }));
+    queued.abort();
+    until_queued(&server, 0).await;
+    let after = spawn(&server, &[5.0, 6.0], LONG);
+    until_queued(&server, 2).await;
+    gate.open();
+    assert_eq!(running.await.unwrap().unwrap().outputs, answer(&[1.0]));
+    assert_eq!(after.await.unwrap().unwrap().outputs, answer(&[5.0, 6.0]));
+    let metrics = server.metrics();
+    assert_eq!((metrics.rejected, metrics.cancelled, metrics.rows), (1, 1, 3));
+}
+
+#[tokio::test]
+async fn a_deadline_is_answered_while_the_executor_is_still_busy() {
+    let gate = Gate::new();
+    let server = start(EchoRuntime::new().with_gate(gate.clone()), 1, 4, 4).await;
+    gate.close();
+    let running = spawn(&server, &[1.0], LONG);
+    until_held(&gate).await;
+    let late = server.submit(request(&[2.0]), Instant::now() + Duration::from_millis(20)).await;
+    assert_eq!(late, Err(InferError::Expired));
+    assert_eq!(server.submit(request(&[2.0]), Instant::now()).await, Err(InferError::Expired));
+    assert_eq!(server.metrics().queue_rows, 0);
+    gate.open();
+    assert_eq!(running.await.unwrap().unwrap().outputs, answer(&[1.0]));
+    let metrics = server.metrics();
+    assert_eq!((metrics.expired, metrics.cancelled, metrics.rows), (2, 0, 1));
+}
+
+#[tokio::test]
+async fn a_panic_fails_its_batch_and_the_model_is_replaced() {
+    let loads = Arc::new(AtomicUsize::new(0));
+    let counted = loads.clone();
+    let runtime = EchoRuntime::new().with_hook(move |inputs| {
+        // Warm-up of one row marks a load.
+        if matches!(inputs[0].data(), TensorData::Float32(values) if values.as_slice() == [0.0, 0.0]) {
+            counted.fetch_add(1, Ordering::SeqCst);
+        }
+        if matches!(inputs[0].data(), TensorData::Float32(values) if values.contains(&666.0)) {
+            panic!("the number of the beast");
+        }
+        Ok(())
+    });
+    let server = start(runtime, 1, 4, 64).await;
+    let loaded = loads.load(Ordering::SeqCst);
+    let panicked = server.submit(request(&[666.0]), Instant::now() + LONG).await;
+    assert_eq!(panicked, Err(InferError::Model(ModelError::Panicked("the number of the beast".to_owned()))));
+    let after = server.submit(request(&[1.0]), Instant::now() + LONG).await.unwrap();
+    assert_eq!(after.outputs, answer(&[1.0]));
+    assert!(loads.load(Ordering::SeqCst) > loaded, "the model was not loaded again");
+    let metrics = server.metrics();
+    assert_eq!((metrics.panics, metrics.failures, metrics.executors_ready), (1, 1, 1));
+}
+
+#[tokio::test]
+async fn while_no_model_can_be_loaded_requests_are_refused_and_later_served() {
+    let broken = Arc::new(AtomicBool::new(false));
+    let switch = broken.clone();
+    let runtime =
+        EchoRuntime::new().with_hook(move |_| if switch.load(Ordering::SeqCst) { panic!("broken") } else { Ok(()) });
+    let server = start(runtime, 1, 4, 64).await;
+    broken.store(true, Ordering::SeqCst);
+    let panicked = server.submit(request(&[1.0]), Instant::now() + LONG).await;
+    assert_eq!(panicked, Err(InferError::Model(ModelError::Panicked("broken".to_owned()))));
+    // Queued or not when the reload fails, it is refused and not left waiting.
+    let refused = server.submit(request(&[1.0]), Instant::now() + LONG).await;
+    let reason = "the code of the model `echo` panicked while loading: broken".to_owned();
+    assert_eq!(refused, Err(InferError::Unavailable(reason)));
+    assert!(server.ready().is_err());
+    broken.store(false, Ordering::SeqCst);
+    let start = Instant::now();
+    while server.ready().is_err() && start.elapsed() < Duration::from_secs(20) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let after = server.submit(request(&[1.0]), Instant::now() + LONG).await.unwrap();
+    assert_eq!(after.outputs, answer(&[1.0]));
+}
+
+#[tokio::test]
+async fn an_input_the_model_cannot_take_fails_its_own_request() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let runtime = EchoRuntime::new().with_hook(move |inputs| {
+        held.pass();
+        match inputs[0].data() {
+            TensorData::Float32(values) if values.iter().any(|value| value.is_nan()) => {
+                Err(ModelError::Runtime("not a number".to_owned()))
+            }
+            _ => Ok(()),
+        }
+    });
+    let server = start(runtime, 1, 8, 64).await;
+    gate.close();
+    let running = spawn(&server, &[0.0], LONG);
+    until_held(&gate).await;
+    let calls: Vec<_> = [1.0, f32::NAN, 3.0].iter().map(|&value| spawn(&server, &[value], LONG)).collect();
+    until_queued(&server, 3).await;
+    gate.open();
+    assert!(running.await.unwrap().is_ok());
+    let mut outcomes = Vec::new();
+    for call in calls {
+        outcomes.push(call.await.unwrap().map(|outcome| outcome.outputs));
+    }
+    assert_eq!(outcomes[0], Ok(answer(&[1.0])));
+    assert_eq!(outcomes[1], Err(InferError::Model(ModelError::Runtime("not a number".to_owned()))));
+    assert_eq!(outcomes[2], Ok(answer(&[3.0])));
+    assert_eq!((server.metrics().isolated, server.metrics().failures), (3, 2));
+}
+
+#[tokio::test]
+async fn inputs_are_checked_before_they_are_queued() {
+    let server = start(EchoRuntime::new(), 1, 8, 64).await;
+    let narrow = vec![("x".to_owned(), floats(&[1, 1], &[1.0]))];
+    let error = server.submit(narrow, Instant::now() + LONG).await.unwrap_err();
+    assert_eq!(error.to_string(), "the input `x` must be float32 [_, 2], but is float32 [_, 1]");
+    assert_eq!(server.metrics().batches, 0);
+}
+
+#[tokio::test]
+async fn shutdown_finishes_the_queue_and_refuses_the_rest() {
+    let gate = Gate::new();
+    let server = start(EchoRuntime::new().with_gate(gate.clone()), 1, 1, 64).await;
+    gate.close();
+    let calls: Vec<_> = (0..4_u8).map(|value| spawn(&server, &[f32::from(value)], LONG)).collect();
+    until_held(&gate).await;
+    until_queued(&server, 3).await;
+    let closing = tokio::spawn({
+        let server = server.clone();
+        async move { server.shutdown().await }
+    });
+    while server.ready().is_ok() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(server.submit(request(&[9.0]), Instant::now() + LONG).await, Err(InferError::ShuttingDown));
+    gate.open();
+    closing.await.unwrap();
+    for (value, call) in (0..4_u8).zip(calls) {
+        assert_eq!(call.await.unwrap().unwrap().outputs, answer(&[f32::from(value)]));
+    }
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_start_that_fails_says_why() {
+    let check = |runtime: EchoRuntime, bytes: &'static [u8], expected: &'static str| async move {
+        let options = ServerOptions { executors: 2, limits: BatchLimits::new(4, 8), load: LoadOptions::default() };
+        let artefact = Artefact::new("models/echo", bytes);
+        let started = ModelServer::start("echo", Arc::new(runtime), artefact, spec(), options).await;
+        assert_eq!(chain(&started.err().expect("it must fail")), expected);
+    };
+    check(
+        EchoRuntime::new(),
+        b"broken",
+        "cannot load the model `echo`: models/echo is not a model that can be loaded: it says it is broken",
+    )
+    .await;
+    check(
+        EchoRuntime::new().with_hook(|_| Err(ModelError::Runtime("no".to_owned()))),
+        b"",
+        "the model `echo` does not fit its declaration: the model's input `x` is 2 wide, but the module failed on it: no",
+    )
+    .await;
+    check(
+        EchoRuntime::new().with_hook(|_| panic!("oh")),
+        b"",
+        "the code of the model `echo` panicked while loading: oh",
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_request_of_a_storm_gets_its_own_rows() {
+    let server = start(EchoRuntime::new().with_delay(Duration::from_micros(200)), 2, 16, 8192).await;
+    let calls: Vec<_> = (0..400_u16)
+        .map(|index| {
+            let values: Vec<f32> = (0..1 + index % 20).map(|row| f32::from(index * 32 + row)).collect();
+            (spawn(&server, &values, LONG), values)
+        })
+        .collect();
+    for (call, values) in calls {
+        assert_eq!(call.await.unwrap().unwrap().outputs, answer(&values));
+    }
+    let metrics = server.metrics();
+    assert_eq!(metrics.rows, 400 / 20 * (1..=20).sum::<u64>());
+    assert!(metrics.batches < 400, "nothing was batched: {metrics:?}");
+}
