@@ -171,7 +171,7 @@ pub enum Hop {
 }
 
 /// Whether an event at exactly t is inside a window that ends at t.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Head {
     #[default]
     Exclusive,
