@@ -8,6 +8,9 @@ pub mod value;
 
 pub mod catalog;
 pub mod diagnose;
+pub mod yaml;
+pub mod parse;
+pub mod check;
 
 pub mod aggregate;
 pub mod as_of;
