@@ -96,8 +96,8 @@ class Dataset:
     def to_arrow(self) -> pa.Table:
         """All of it as an Arrow table."""
         if self._table is None:
-            schema = self.schema
-            self._table = pa.Table.from_batches(list(self.batches()), schema=schema)
+            batches = list(self.batches())
+            self._table = pa.Table.from_batches(batches, schema=self._schema)
         return self._table
 
     def to_pandas(self) -> pandas.DataFrame:

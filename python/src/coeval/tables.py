@@ -98,7 +98,7 @@ def _columns_of(rows: Any) -> Iterable[tuple[str, Any]]:
     module = type(rows).__module__.partition(".")[0]
     if module == "pandas" and hasattr(rows, "columns"):
         return ((str(name), rows.iloc[:, index]) for index, name in enumerate(rows.columns))
-    if module == "polars" and hasattr(rows, "to_arrow"):
+    if module == "polars" and type(rows).__name__ in ("DataFrame", "LazyFrame"):
         if hasattr(rows, "collect"):
             rows = rows.collect()
         table = rows.to_arrow()
@@ -128,7 +128,9 @@ def _from_pandas(series: Any, arrow: pa.DataType | None) -> pa.Array | pa.Chunke
         if series.dtype == object:
             return _from_objects(series.tolist(), arrow)
         return _from_numpy(series.to_numpy(), arrow)
-    # Extension types (string, Int64, datetime with zone, categorical, Arrow) know their own nulls.
+    if hasattr(series.dtype, "tz") and hasattr(series, "dt"):
+        return _from_numpy(series.dt.tz_convert(None).to_numpy(), arrow)
+    # The other extension types (string, Int64, categorical, Arrow) know their own nulls.
     return _cast(pa.array(series), arrow)
 
 
@@ -136,7 +138,8 @@ def _from_numpy(values: np.ndarray, arrow: pa.DataType | None) -> pa.Array:
     if values.ndim != 1:
         return _from_objects(list(values), arrow)
     if values.dtype.kind == "M":
-        return _cast(pa.array(values), arrow)  # NaT is null
+        # numpy widens coarser units exactly and cuts finer ones toward the past; NaT is null.
+        return _cast(pa.array(values.astype("datetime64[us]")), arrow)
     if values.dtype.kind == "f" and arrow is not None and not pa.types.is_floating(arrow):
         return _cast(pa.array(values, mask=np.isnan(values)), arrow)
     return _cast(pa.array(values, from_pandas=False), arrow)
