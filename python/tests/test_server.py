@@ -1,0 +1,386 @@
+"""The client against the real server: definitions to predictions in a small shop.
+
+Runs when COEVAL_SERVER_BIN names a `coeval` binary; `make test` sets it.
+"""
+
+import datetime as dt
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import coeval
+from coeval import Status
+
+SERVER = os.environ.get("COEVAL_SERVER_BIN")
+pytestmark = pytest.mark.skipif(not SERVER, reason="COEVAL_SERVER_BIN is not set: the tests against a real server did not run")
+
+UTC = dt.timezone.utc
+# Whole minutes in the past: the server's clock is later, whatever it does.
+DAY = dt.datetime(2024, 3, 10, tzinfo=UTC)
+
+
+def at(hours: float) -> dt.datetime:
+    return DAY + dt.timedelta(hours=hours)
+
+
+SETTINGS = """
+project: shop
+store: ./.coeval
+online: embedded
+serve: {grpc: 127.0.0.1:0, http: 127.0.0.1:0, request_time: allowed}
+"""
+
+DEFINITIONS = """
+entities:
+  - {name: customer, keys: [{name: customer, type: string}]}
+  - {name: pair, keys: [{name: customer, type: string}, {name: shop, type: string}]}
+
+sources:
+  - {name: prices, files: data/prices.parquet, event_time: seen_at, delay: 10m, every: 1h}
+  - {name: people, files: data/people.parquet, static: true}
+  - name: orders
+    stream: true
+    schema:
+      - {name: customer, type: string, nullable: true}
+      - {name: shop, type: string, nullable: true}
+      - {name: amount, type: float64, nullable: true}
+      - {name: gone, type: bool}
+      - {name: id, type: string}
+    event_time: ordered_at
+    event_id: id
+    deleted: gone
+    history: data/orders/*.parquet
+
+feature_views:
+  - name: price
+    entity: customer
+    source: prices
+    ttl: 3h
+    features: [{name: price, type: float64, default: 9.5}, {name: level, type: int64}]
+  - name: person
+    entity: customer
+    source: people
+    features: [{name: city, type: string}, {name: born, type: date}]
+  - name: last_order
+    entity: customer
+    source: orders
+    features: [{name: amount, type: float64}, {name: shop, type: string}]
+  - name: spending
+    entity: customer
+    source: orders
+    windows: [1h, 24h]
+    aggregates:
+      - {name: orders, function: count}
+      - {name: amount_sum, function: sum, of: amount}
+      - {name: amount_mean, function: mean, of: amount, default: 0.0}
+  - name: pair_spending
+    entity: pair
+    source: orders
+    windows: [24h]
+    aggregates: [{name: amount_max, function: max, of: amount}]
+
+requests:
+  - {name: basket, fields: [{name: total, type: float64}, {name: coupon, type: string, nullable: true}]}
+
+vocabularies:
+  - {name: coupons, values: [TEN, TWENTY]}
+
+transforms:
+  - name: context
+    inputs: [spending, basket]
+    features:
+      - {name: ratio, expr: "basket.total / (spending.amount_mean_24h + 1.0)"}
+      - {name: coupon_id, expr: "vocab(basket.coupon, 'coupons')", type: int64}
+
+feature_services:
+  - {name: buying, features: [price, person, last_order, spending, pair_spending, "context:*", "basket:*"]}
+  - {name: small, features: ["spending:orders_24h", "context:ratio"]}
+
+models:
+  - name: buys
+    features: small
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: ["*"], missing: 0.0}]
+    outputs: [{name: p_buys, dtype: float32}]
+"""
+
+
+class Shop:
+    """A project in a folder and the server that serves it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+        (folder / "data" / "orders").mkdir(parents=True)
+        (folder / "coeval.yaml").write_text(SETTINGS)
+        (folder / "shop.yaml").write_text(DEFINITIONS)
+        timestamp = pa.timestamp("us", tz="UTC")
+        prices = {
+            "customer": pa.array(["ann", "ann", "bob"]),
+            "seen_at": pa.array([at(1), at(2), at(2)], type=timestamp),
+            "price": pa.array([1.5, 2.5, None], type=pa.float64()),
+            "level": pa.array([1, 2, 3], type=pa.int64()),
+        }
+        pq.write_table(pa.table(prices), folder / "data" / "prices.parquet")
+        people = {"customer": ["ann", "bob"], "city": ["Oslo", None], "born": [dt.date(1990, 1, 2), dt.date(1950, 3, 4)]}
+        pq.write_table(pa.table(people), folder / "data" / "people.parquet")
+        history = {
+            "customer": ["ann", "ann", "bob", None],
+            "shop": ["x", "y", "x", "x"],
+            "amount": pa.array([10.0, 0.1, 5.0, 7.0]),
+            "gone": [False] * 4,
+            "id": ["h1", "h2", "h3", "h4"],
+            "ordered_at": pa.array([at(0), at(0.5), at(0.75), at(0.8)], type=timestamp),
+        }
+        pq.write_table(pa.table(history), folder / "data" / "orders" / "1.parquet")
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        assert SERVER
+        return subprocess.run([SERVER, "-C", str(self.folder), *arguments], capture_output=True, text=True, timeout=120)
+
+    def start(self) -> str:
+        assert SERVER
+        ready = self.folder / "ready.json"
+        ready.unlink(missing_ok=True)
+        log = (self.folder / "server.log").open("ab")
+        self.process = subprocess.Popen(
+            [SERVER, "-C", str(self.folder), "serve", "--ready-file", str(ready)], stdout=log, stderr=log
+        )
+        ends = time.monotonic() + 120
+        while time.monotonic() < ends:
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
+            try:
+                return f"grpc://{json.loads(ready.read_text())['grpc']}"
+            except (OSError, ValueError):
+                time.sleep(0.05)
+        raise AssertionError(f"not ready: {(self.folder / 'server.log').read_text()}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    shop = Shop(tmp_path_factory.mktemp("shop"))
+    for command in ("validate", "plan", "apply"):
+        done = shop.command(command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    yield shop
+    if shop.process is not None and shop.process.poll() is None:
+        shop.process.kill()
+        shop.process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(shop):
+    with coeval.connect(shop.start()) as client:
+        client.refresh(timeout=60)
+        client.materialize(through=at(3))
+        yield client
+
+
+def rows(**columns):
+    """Requests for ann, bob, somebody unknown and nobody."""
+    return {
+        "customer": ["ann", "bob", "zoe", None],
+        "shop": ["x", "x", "x", "x"],
+        "total": [3.0, float("nan"), 0.0, 1.0],
+        "coupon": ["TEN", None, "other", "TWENTY"],
+        **columns,
+    }
+
+
+def test_the_catalog(client):
+    catalog = client.catalog()
+    assert client.project == "shop"
+    assert set(catalog.views) == {"price", "person", "last_order", "spending", "pair_spending"}
+    assert all(view.ready for view in catalog.views.values())
+    assert catalog.sources["orders"].event_time == "ordered_at"
+    assert {f.name for f in catalog.services["buying"].inputs} >= {"customer", "shop", "total", "coupon"}
+    assert catalog.services["buying"].features.field("person:born").type == pa.date32()
+
+
+def test_values_and_statuses(client):
+    answer = client.features("buying", rows(), at=at(3), provenance=True)
+    assert answer["price:price"].to_pylist() == [2.5, 9.5, 9.5, 9.5]
+    assert answer.statuses["price:price"].tolist() == [
+        Status.PRESENT, Status.NULL_VALUE, Status.NOT_FOUND, Status.NOT_FOUND
+    ]
+    assert answer["price:level"].to_pylist() == [2, 3, None, None]
+    assert answer["person:city"].to_pylist() == ["Oslo", None, None, None]
+    assert answer["person:born"].to_pylist() == [dt.date(1990, 1, 2), dt.date(1950, 3, 4), None, None]
+    assert answer["last_order:shop"].to_pylist() == ["y", "x", None, None]
+    assert answer["spending:orders_24h"].to_pylist() == [2, 1, 0, 0]
+    assert answer["spending:amount_sum_24h"].to_pylist() == [10.1, 5.0, None, None]
+    assert answer["pair_spending:amount_max_24h"].to_pylist() == [10.0, 5.0, None, None]
+    assert answer["context:coupon_id"].to_pylist() == [1, 0, 0, 2]
+    assert answer["context:ratio"].to_pylist()[0] == 3.0 / (5.05 + 1.0)
+    assert np.isnan(answer["basket:total"].to_pylist()[1])
+    assert answer["basket:coupon"].to_pylist() == ["TEN", None, "other", "TWENTY"]
+    assert answer.at.to_pylist() == [at(3)] * 4
+    assert {view.view for view in answer.views} >= {"price", "spending"}
+
+
+def test_serving_and_training_agree(client):
+    asked = rows(event_timestamp=[at(3)] * 4, row=[0, 1, 2, 3])
+    offline = client.training_set("buying", asked, statuses=True).to_arrow()
+    online = client.features("buying", asked, at=at(3)).to_arrow(statuses=True)
+    assert offline.schema.names[: len(asked)] == list(asked)
+    assert offline.column("row").to_pylist() == [0, 1, 2, 3]
+    for name in online.schema.names:
+        assert repr(offline.column(name).to_pylist()) == repr(online.column(name).to_pylist()), name
+
+
+def test_every_row_of_a_large_spine_comes_back_in_order(client):
+    count = 50_000
+    asked = {
+        "event_timestamp": [at(3)] * count,
+        "customer": ["ann", "bob", None, "zoe"] * (count // 4),
+        "total": np.arange(count, dtype=np.float64),
+        "coupon": [None] * count,
+        "row": np.arange(count),
+    }
+    table = client.training_set("small", asked).to_arrow()
+    assert table.column("row").to_pylist() == list(range(count))
+    assert table.column("spending:orders_24h").to_pylist()[:4] == [2, 1, 0, 0]
+
+
+def test_datasets_are_kept(client):
+    spine = {"event_timestamp": [at(3), at(0.6)], "customer": ["ann", "ann"], "total": [1.0, 2.0], "coupon": [None, "TEN"]}
+    dataset = client.training_set("small", spine, name="two", seed=5)
+    table = dataset.to_arrow()
+    assert dataset.id and dataset.rows == 2
+    assert client.dataset("two").to_arrow().equals(table)
+    assert client.dataset("two", dataset.id).to_arrow().equals(table)
+    assert [(d.name, d.id, d.rows) for d in client.datasets() if d.name == "two"] == [("two", dataset.id, 2)]
+
+
+def test_pushed_events_count(client):
+    now = dt.datetime.now(UTC).replace(microsecond=0) - dt.timedelta(minutes=2)
+    events = {
+        "customer": ["eve", "eve", None],
+        "shop": ["x", "x", "x"],
+        "amount": [1.0, None, 2.0],
+        "gone": [False] * 3,
+        "id": ["p1", "p2", "p3"],
+        "ordered_at": [now, now + dt.timedelta(seconds=1), now],
+    }
+    first = client.push("orders", events, wait_visible=True)
+    assert first.accepted + len(first.rejected) == 3
+    again = client.push("orders", events)
+    assert again.accepted == 0 and again.duplicates == first.accepted
+    answer = client.features("small", {"customer": ["eve"], "total": [0.0], "coupon": [None]})
+    assert answer["spending:orders_24h"].to_pylist() == [2]
+    early = client.push("orders", {**events, "id": ["f1", "f2", "f3"], "ordered_at": [now + dt.timedelta(days=1)] * 3})
+    assert early.early >= 2
+    client.flush()
+    spine = {"event_timestamp": [dt.datetime.now(UTC)], "customer": ["eve"], "total": [0.0], "coupon": [None]}
+    assert client.training_set("small", spine).to_arrow().column("spending:orders_24h").to_pylist() == [2]
+
+
+def scripted(width):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(width, 1))
+
+        def forward(self, dense: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(dense @ self.weight)[:, 0]
+
+    return torch.jit.script(Model().eval())
+
+
+def test_a_model_from_registration_to_prediction(client):
+    registered = client.register_model("buys", scripted(2), metrics={"auc": 0.5}, seed=1)
+    assert registered.version >= 1
+    client.deploy_model("buys", registered.version, why="test")
+    client.refresh(timeout=60)
+    request = {"customer": ["ann", "zoe"], "total": [3.0, 0.0], "coupon": [None, None]}
+    answer = client.predict("buys", request, at=at(3), include_features=True, deadline_ms=10_000)
+    assert [outcome.status for outcome in answer.outcomes] == [coeval.RowStatus.OK] * 2
+    assert [outcome.version for outcome in answer.outcomes] == [registered.version] * 2
+    ratio = np.float32(3.0 / 6.05)
+    expected = 1 / (1 + np.exp(-np.array([2.0 + ratio, 0.0])))
+    assert np.allclose(answer["p_buys"], expected, atol=1e-6)
+    assert answer.features["spending:orders_24h"].to_pylist() == [2, 0]
+    record = next(model for model in client.models() if model.version == registered.version)
+    assert record.deployed and record.seed == 1 and record.metrics == {"auc": 0.5}
+    assert record.environment_digest.startswith("sha256:") and "torch" in record.libraries
+    again = client.register_model("buys", scripted(2))
+    assert again.version == registered.version or not again.existed
+
+
+def test_a_model_that_does_not_fit(client):
+    with pytest.raises(coeval.CoevalError, match="dense"):
+        registered = client.register_model("buys", scripted(5))
+        client.deploy_model("buys", registered.version)
+    with pytest.raises(coeval.CoevalError):
+        client.register_model("buys", b"no model at all")
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (lambda c: c.predict("buyz", rows()), coeval.NotFound, "buyz"),
+        (lambda c: c.features(["spendin:orders_24h"], {"customer": ["ann"]}), coeval.CoevalError, "spendin"),
+        (lambda c: c.features(["spending:orders_24h"], {"customer": [1]}), coeval.InvalidArgument, "customer"),
+        (lambda c: c.features(["spending:orders_24h"], {"custmer": ["ann"]}), coeval.InvalidArgument, "customer"),
+        (
+            lambda c: c.training_set("small", {"event_timestamp": [at(3)], "total": [1.0], "coupon": [None]}).to_arrow(),
+            coeval.InvalidArgument,
+            "customer",
+        ),
+        (lambda c: c.dataset("nothing").to_arrow(), coeval.NotFound, "nothing"),
+        (lambda c: c.deploy_model("buys", 4711), coeval.CoevalError, "4711"),
+        (lambda c: coeval.Client(f"grpc://{c._flight_location.partition('//')[2]}", "other").catalog(), coeval.NotFound, "other"),
+    ],
+    ids=["model", "view", "key-type", "key", "spine", "dataset", "version", "project"],
+)
+def test_wrong_input_is_answered_well(client, call, kind, text):
+    with pytest.raises(kind, match=text):
+        call(client)
+
+
+def test_a_drained_server_ends_well_and_keeps_everything(shop, client):
+    before = client.features("small", {"customer": ["ann"], "total": [0.0], "coupon": [None]}, at=at(3))
+    assert shop.stop() == 0
+    with coeval.connect(shop.start()) as again:
+        again.refresh(timeout=60)
+        after = again.features("small", {"customer": ["ann"], "total": [0.0], "coupon": [None]}, at=at(3))
+        assert after.to_arrow(statuses=True).equals(before.to_arrow(statuses=True))
+        assert [d.name for d in again.datasets()] == ["two"]
+        # Killed in the middle: nothing acknowledged is lost.
+        now = dt.datetime.now(UTC) - dt.timedelta(minutes=1)
+        with again.pusher("orders") as pusher:
+            for number in range(50):
+                result = pusher.push(
+                    {"customer": ["kim"], "shop": ["x"], "amount": [1.0], "gone": [False], "id": [f"k{number}"], "ordered_at": [now]}
+                )
+                assert result.accepted == 1
+    shop.stop(signal.SIGKILL)
+    with coeval.connect(shop.start()) as again:
+        again.refresh(timeout=60)
+        ends = time.monotonic() + 10
+        while True:
+            answer = again.features("small", {"customer": ["kim"], "total": [0.0], "coupon": [None]})
+            if answer["spending:orders_24h"].to_pylist() == [50] or time.monotonic() > ends:
+                break
+        assert answer["spending:orders_24h"].to_pylist() == [50]
+    assert shop.stop() == 0
