@@ -1,0 +1,94 @@
+//! The one place where an exact number becomes a float64.
+//!
+//! An exact number is an unsigned integer in 64-bit limbs, lowest first, times a power of two, perhaps divided by a few
+//! integers. It is rounded once, to the nearest float64, ties to even, subnormals and overflow to infinity included:
+//! dividing first and rounding afterwards, or the other way round, would round twice and could miss the nearest.
+
+use crate::value::canonical_f64;
+
+/// Bit 0 of a float64's significand, at the smallest exponent there is, weighs 2^-1074.
+pub const LOWEST_EXPONENT: i32 = -1074;
+
+/// The most limbs any caller has: a whole superaccumulator.
+pub const LIMBS_MAX: usize = 35;
+
+/// The most divisors any caller has: a count, and a power of ten in pieces that fit 64 bits.
+pub const DIVISORS_MAX: usize = 8;
+
+/// The float64 nearest to ±`limbs` · 2^`exponent` / (the product of `divisors`), none of which is zero.
+pub fn nearest(negative: bool, limbs: &[u64], exponent: i32, divisors: &[u64]) -> f64 {
+    let significant = limbs.len() - limbs.iter().rev().take_while(|limb| **limb == 0).count();
+    let limbs = &limbs[..significant];
+    if limbs.is_empty() {
+        return 0.0;
+    }
+    if divisors.is_empty() {
+        return round(negative, limbs, exponent, false);
+    }
+
+    // Each divisor takes at most 64 bits away, so one limb of zeros below for each, and one more, leaves a quotient of at
+    // least 65 bits: enough to see the 53 we keep, the half, and whether anything follows. Dividing by one divisor after
+    // the other gives the same quotient as dividing by the product, and is exact when every step is.
+    let zeros = divisors.len() + 1;
+    let mut quotient = [0; LIMBS_MAX + DIVISORS_MAX + 1];
+    let quotient = &mut quotient[..zeros + limbs.len()];
+    quotient[zeros..].copy_from_slice(limbs);
+    let mut inexact = false;
+    for divisor in divisors {
+        inexact |= divide(quotient, *divisor) != 0;
+    }
+    round(negative, quotient, exponent - 64 * zeros as i32, inexact)
+}
+
+/// Divides in place and returns the remainder.
+fn divide(limbs: &mut [u64], divisor: u64) -> u64 {
+    let mut remainder = 0;
+    for limb in limbs.iter_mut().rev() {
+        let dividend = (u128::from(remainder) << 64) | u128::from(*limb);
+        *limb = (dividend / u128::from(divisor)) as u64;
+        remainder = (dividend % u128::from(divisor)) as u64;
+    }
+    remainder
+}
+
+/// Rounds ±(`limbs` + a little, when `inexact`) · 2^`exponent`. Inexact numbers have at least 55 bits.
+fn round(negative: bool, limbs: &[u64], exponent: i32, inexact: bool) -> f64 {
+    let Some(top_limb) = limbs.iter().rposition(|limb| *limb != 0) else { return 0.0 };
+    let top = 64 * top_limb as i32 + 63 - limbs[top_limb].leading_zeros() as i32;
+
+    // The bit that becomes the result's lowest: 53 bits down from the top, but never below what a subnormal can hold.
+    let lowest = (top - 52).max(LOWEST_EXPONENT - exponent);
+    let scale = lowest + exponent - LOWEST_EXPONENT;
+    let magnitude = if scale > 2045 {
+        f64::INFINITY
+    } else {
+        let significand = if lowest <= 0 {
+            limbs[0] << -lowest
+        } else {
+            let lowest = lowest as usize;
+            let kept = bits_from(limbs, lowest);
+            let half = bits_from(limbs, lowest - 1) & 1 == 1;
+            let rest = inexact || any_below(limbs, lowest - 1);
+            kept + u64::from(half && (rest || kept & 1 == 1))
+        };
+        // The implicit bit of a normal significand adds one to the exponent field, a carry out of the rounding another;
+        // the largest carry of all makes exactly the bits of infinity.
+        f64::from_bits(((scale as u64) << 52) + significand)
+    };
+    canonical_f64(if negative { -magnitude } else { magnitude })
+}
+
+/// The 64 bits that start at bit `from`; bits beyond the end are zero.
+fn bits_from(limbs: &[u64], from: usize) -> u64 {
+    let limb = |i: usize| u128::from(limbs.get(i).copied().unwrap_or(0));
+    ((limb(from / 64) | limb(from / 64 + 1) << 64) >> (from % 64)) as u64
+}
+
+fn any_below(limbs: &[u64], end: usize) -> bool {
+    let whole = (end / 64).min(limbs.len());
+    let partial = limbs.get(end / 64).copied().unwrap_or(0);
+    limbs[..whole].iter().any(|limb| *limb != 0) || partial & ((1 << (end % 64)) - 1) != 0
+}
+
+#[cfg(test)]
+mod tests;
