@@ -8,6 +8,7 @@ pub mod value;
 
 pub mod catalog;
 pub mod diagnose;
+pub mod expression;
 pub mod yaml;
 pub mod parse;
 pub mod check;
@@ -15,3 +16,6 @@ pub mod check;
 pub mod aggregate;
 pub mod as_of;
 pub mod window;
+
+pub mod digest;
+pub mod plan;
