@@ -7,6 +7,7 @@
 mod assemble;
 mod compile;
 mod model;
+mod project;
 mod rows;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use crate::window::{Levels, Window};
 
 pub use assemble::{AssembleError, Assembled, ViewAnswer};
 pub use compile::{SourceSchemas, compile};
+pub use project::{compile_definitions, read_definitions};
 pub use model::{EncodedInput, EncodedModelInputs, InputValues};
 pub use rows::{EntityKeys, RowsError, ViewRows, align_batch, encode_entity_keys};
 
