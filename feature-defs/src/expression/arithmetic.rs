@@ -8,9 +8,7 @@ use std::sync::Arc;
 
 use arrow::array::*;
 use arrow::compute::kernels::numeric;
-use arrow::datatypes::{
-    DataType as ArrowType, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type,
-};
+use arrow::datatypes::{DataType as ArrowType, Decimal128Type, Float32Type, Float64Type, Int32Type, Int64Type};
 use arrow::error::ArrowError;
 
 use super::call::{Argument, Body, map, map2, try_map, try_map2};
@@ -68,8 +66,12 @@ pub(super) fn operation(operation: Operation, left: &ArrowType, right: &ArrowTyp
     Some(match (left, right) {
         (ArrowType::Int32, ArrowType::Int32) => (integers!(operation, Int32Type), ArrowType::Int32),
         (ArrowType::Int64, ArrowType::Int64) => (integers!(operation, Int64Type), ArrowType::Int64),
-        (ArrowType::Float32, ArrowType::Float32) => (floats!(operation, Float32Type, canonical_f32), ArrowType::Float32),
-        (ArrowType::Float64, ArrowType::Float64) => (floats!(operation, Float64Type, canonical_f64), ArrowType::Float64),
+        (ArrowType::Float32, ArrowType::Float32) => {
+            (floats!(operation, Float32Type, canonical_f32), ArrowType::Float32)
+        }
+        (ArrowType::Float64, ArrowType::Float64) => {
+            (floats!(operation, Float64Type, canonical_f64), ArrowType::Float64)
+        }
         (ArrowType::Decimal128(..), ArrowType::Decimal128(..)) => {
             // Arrow derives precision and scale of the result; an empty batch tells which.
             let empty = decimal_kernel(operation, &new_empty_array(left), &new_empty_array(right)).ok()?;
@@ -145,12 +147,12 @@ pub(super) fn rounding(name: &str, data_type: &ArrowType) -> Option<Arc<Body>> {
     macro_rules! of {
         ($method:ident) => {
             match data_type {
-                ArrowType::Float32 => {
-                    Arc::new(|a: &[Argument], n| Ok(map::<Float32Type, Float32Type>(a, n, |x| canonical_f32(x.$method()))))
-                }
-                ArrowType::Float64 => {
-                    Arc::new(|a: &[Argument], n| Ok(map::<Float64Type, Float64Type>(a, n, |x| canonical_f64(x.$method()))))
-                }
+                ArrowType::Float32 => Arc::new(|a: &[Argument], n| {
+                    Ok(map::<Float32Type, Float32Type>(a, n, |x| canonical_f32(x.$method())))
+                }),
+                ArrowType::Float64 => Arc::new(|a: &[Argument], n| {
+                    Ok(map::<Float64Type, Float64Type>(a, n, |x| canonical_f64(x.$method())))
+                }),
                 _ => return None,
             }
         };
@@ -230,7 +232,9 @@ pub(super) fn body1(f: fn(f64) -> f64) -> Arc<Body> {
 }
 
 pub(super) fn body2(f: fn(f64, f64) -> f64) -> Arc<Body> {
-    Arc::new(move |a: &[Argument], n| Ok(map2::<Float64Type, Float64Type, Float64Type>(a, n, |x, y| canonical_f64(f(x, y)))))
+    Arc::new(move |a: &[Argument], n| {
+        Ok(map2::<Float64Type, Float64Type, Float64Type>(a, n, |x, y| canonical_f64(f(x, y))))
+    })
 }
 
 pub(super) fn is_nan() -> Arc<Body> {

@@ -158,7 +158,12 @@ impl Call {
 }
 
 /// Runs a body over a batch; see the module's first lines for what happens when it fails.
-pub(super) fn run(body: &Body, arguments: &[Argument], rows: usize, output: &ArrowType) -> Result<ArrayRef, ArrowError> {
+pub(super) fn run(
+    body: &Body,
+    arguments: &[Argument],
+    rows: usize,
+    output: &ArrowType,
+) -> Result<ArrayRef, ArrowError> {
     if let Ok(array) = body(arguments, rows) {
         debug_assert_eq!((array.len(), array.data_type()), (rows, output));
         return Ok(array);

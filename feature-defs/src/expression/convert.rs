@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use arrow::array::*;
 use arrow::compute::{CastOptions, cast_with_options};
-use arrow::datatypes::{
-    DataType as ArrowType, Date32Type, TimeUnit, TimestampMicrosecondType,
-};
+use arrow::datatypes::{DataType as ArrowType, Date32Type, TimeUnit, TimestampMicrosecondType};
 
 use super::call::{Argument, Body, canonical};
 use super::time::{MICROS_PER_DAY, civil};
@@ -28,9 +26,8 @@ pub(super) fn cast(from: &ArrowType, to: &ArrowType) -> Result<Arc<Body>, Advice
             Ok(timestamps(micros, &target))
         }),
         (Timestamp(..), Date32) => Arc::new(|a: &[Argument], n| {
-            let days = (0..n).map(|i| {
-                i32::try_from(a[0].get::<TimestampMicrosecondType>(i)?.div_euclid(MICROS_PER_DAY)).ok()
-            });
+            let days =
+                (0..n).map(|i| i32::try_from(a[0].get::<TimestampMicrosecondType>(i)?.div_euclid(MICROS_PER_DAY)).ok());
             Ok(Arc::new(days.collect::<Date32Array>()) as ArrayRef)
         }),
         (Timestamp(_, zone), Utf8) => {
@@ -57,7 +54,9 @@ pub(super) fn cast(from: &ArrowType, to: &ArrowType) -> Result<Arc<Body>, Advice
             return Err("date_part('epoch', ...) gives seconds since 1970");
         }
         (Int32 | Int64 | Float32 | Float64 | Decimal128(..), Timestamp(..)) => {
-            return Err("to_timestamp_seconds, to_timestamp_millis and to_timestamp_micros turn numbers into timestamps");
+            return Err(
+                "to_timestamp_seconds, to_timestamp_millis and to_timestamp_micros turn numbers into timestamps",
+            );
         }
         (Boolean, Float32 | Float64 | Decimal128(..)) | (Float32 | Float64 | Decimal128(..), Boolean) => {
             return Err("CASE says what true and false stand for");

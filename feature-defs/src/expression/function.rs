@@ -10,13 +10,11 @@ use arrow::compute::{is_not_null, is_null, or_kleene};
 use arrow::datatypes::{DataType as ArrowType, Float64Type};
 use chrono_tz::Tz;
 use datafusion_common::ScalarValue;
-use datafusion_sql::sqlparser::ast::{
-    Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments,
-};
+use datafusion_sql::sqlparser::ast::{Expr, Function, FunctionArg, FunctionArgExpr, FunctionArguments};
 
 use super::arithmetic::{self, Operation};
 use super::call::{Argument, Body};
-use super::lower::{Lowered, Lowering, Typed, UTC, join, list, name_of, nearest, quote_text};
+use super::lower::{Lowered, Lowering, Typed, join, list, name_of, nearest, quote_text, utc};
 use super::lower::{is_integer, is_number};
 use super::{AT_COLUMN, EVENT_TIME_COLUMN, ErrorKind, ExpressionError, text, time, vector};
 use crate::value::{Type, Value, encode};
@@ -123,13 +121,20 @@ fn refusal(name: &str) -> Option<&'static str> {
         "now" | "current_timestamp" | "current_date" | "current_time" | "localtime" | "localtimestamp" | "today" => {
             "an expression has no clock; at() is the time that is asked about"
         }
-        "random" | "rand" | "uuid" | "gen_random_uuid" => "an expression depends on its inputs only; hash_bucket spreads keys",
-        "sum" | "avg" | "mean" | "count" | "stddev" | "variance" | "median" | "array_agg" | "first_value" | "last_value" => {
-            "aggregates are declared under `aggregates` of a view with windows"
+        "random" | "rand" | "uuid" | "gen_random_uuid" => {
+            "an expression depends on its inputs only; hash_bucket spreads keys"
         }
-        "max" => "greatest(x, y) takes the largest of its arguments; aggregates are declared under `aggregates` of a view",
-        "min" => "least(x, y) takes the smallest of its arguments; aggregates are declared under `aggregates` of a view",
-        "row_number" | "rank" | "dense_rank" | "lag" | "lead" | "ntile" => "an expression sees one row; there are no windows over rows",
+        "sum" | "avg" | "mean" | "count" | "stddev" | "variance" | "median" | "array_agg" | "first_value"
+        | "last_value" => "aggregates are declared under `aggregates` of a view with windows",
+        "max" => {
+            "greatest(x, y) takes the largest of its arguments; aggregates are declared under `aggregates` of a view"
+        }
+        "min" => {
+            "least(x, y) takes the smallest of its arguments; aggregates are declared under `aggregates` of a view"
+        }
+        "row_number" | "rank" | "dense_rank" | "lag" | "lead" | "ntile" => {
+            "an expression sees one row; there are no windows over rows"
+        }
         _ => return None,
     })
 }
@@ -173,7 +178,8 @@ impl Lowering<'_> {
                 _ => return Err(self.error(ErrorKind::Refused, "arguments have no names here", span, None)),
             }
         }
-        if arguments.duplicate_treatment.is_some() || !arguments.clauses.is_empty() || function.null_treatment.is_some() {
+        if arguments.duplicate_treatment.is_some() || !arguments.clauses.is_empty() || function.null_treatment.is_some()
+        {
             let message = format!("`{name}` takes plain arguments only");
             return Err(self.error(ErrorKind::Refused, message, span, None));
         }
@@ -234,7 +240,10 @@ impl Lowering<'_> {
 
     /// The functions whose arguments are all values.
     fn typed_function(&mut self, name: &str, usage: &str, arguments: Vec<Typed>, span: (usize, usize)) -> Lowered {
-        let span = arguments.iter().map(|x| x.span).fold(span, |a, b| if a == (0, self.source.len()) { b } else { join(a, b) });
+        let span = arguments
+            .iter()
+            .map(|x| x.span)
+            .fold(span, |a, b| if a == (0, self.source.len()) { b } else { join(a, b) });
         let texts: Vec<&str> = arguments.iter().map(|x| x.text.as_str()).collect();
         let text = format!("{name}({})", texts.join(", "));
         match name {
@@ -267,7 +276,8 @@ impl Lowering<'_> {
                     _ => x,
                 };
                 let output = x.data_type.clone();
-                let body = if name == "abs" { arithmetic::absolute(&output) } else { arithmetic::rounding(name, &output) };
+                let body =
+                    if name == "abs" { arithmetic::absolute(&output) } else { arithmetic::rounding(name, &output) };
                 let body = body.ok_or_else(|| self.unfit(name, usage, &x))?;
                 self.call(name, body, &[x], output, span, text)
             }
@@ -292,7 +302,11 @@ impl Lowering<'_> {
                     }
                     if i > 0 && x.data_type != arguments[0].data_type {
                         let (a, b) = (name_of(&arguments[0].data_type), name_of(&x.data_type));
-                        return Err(self.type_error(format!("{name} of {a} and {b}: their lengths differ"), span, None));
+                        return Err(self.type_error(
+                            format!("{name} of {a} and {b}: their lengths differ"),
+                            span,
+                            None,
+                        ));
                     }
                 }
                 let body = vector::function(name).ok_or_else(|| self.unfit(name, usage, &arguments[0]))?;
@@ -307,8 +321,8 @@ impl Lowering<'_> {
                 let x = self.number_argument(arguments, 0, name)?;
                 let wide = if is_integer(&x.data_type) { ArrowType::Int64 } else { ArrowType::Float64 };
                 let x = self.cast(x, &wide)?;
-                let body = time::from_epoch(unit, &wide, UTC()).ok_or_else(|| self.unfit(name, usage, &x))?;
-                self.call(name, body, &[x], UTC(), span, text)
+                let body = time::from_epoch(unit, &wide, utc()).ok_or_else(|| self.unfit(name, usage, &x))?;
+                self.call(name, body, &[x], utc(), span, text)
             }
             _ => self.plain(name, usage, arguments, span, text),
         }
@@ -367,7 +381,8 @@ impl Lowering<'_> {
         if is_number(&x.data_type) {
             return Ok(x);
         }
-        let help = (x.data_type == ArrowType::Utf8).then(|| "CAST(... AS float64) makes a number of a string".to_string());
+        let help =
+            (x.data_type == ArrowType::Utf8).then(|| "CAST(... AS float64) makes a number of a string".to_string());
         Err(self.type_error(format!("{name} needs a number, not {}", name_of(&x.data_type)), x.span, help))
     }
 
@@ -550,7 +565,7 @@ impl Lowering<'_> {
             ArrowType::Int32 => self.cast(x, &ArrowType::Int64)?,
             ArrowType::Float32 => self.cast(x, &ArrowType::Float64)?,
             ArrowType::Null => self.cast(x, &ArrowType::Utf8)?,
-            ArrowType::Timestamp(..) => self.cast(x, &UTC())?,
+            ArrowType::Timestamp(..) => self.cast(x, &utc())?,
             _ => x,
         };
         let Some(value_type) = Type::from_arrow(&x.data_type).filter(|t| t.arrow() == x.data_type) else {
@@ -575,7 +590,7 @@ impl Lowering<'_> {
         let [moment, zone] = pair(arguments);
         let moment = match moment.data_type {
             ArrowType::Timestamp(_, Some(_)) => moment,
-            ArrowType::Null => self.cast(moment, &UTC())?,
+            ArrowType::Null => self.cast(moment, &utc())?,
             _ => return Err(self.unfit("local", usage, &moment)),
         };
         let zone = self.text_argument(zone, "local")?;
@@ -630,7 +645,7 @@ impl Lowering<'_> {
         let x = self.lower(x)?;
         match x.data_type {
             ArrowType::Timestamp(..) | ArrowType::Duration(_) => Ok(x),
-            ArrowType::Date32 | ArrowType::Null => self.cast(x, &UTC()),
+            ArrowType::Date32 | ArrowType::Null => self.cast(x, &utc()),
             ref other => {
                 let message = format!("{name} needs a timestamp or date, not {}", name_of(other));
                 let help = (*other == ArrowType::Utf8).then(|| "CAST(... AS timestamp) reads one".to_string());
@@ -649,7 +664,8 @@ fn pair(arguments: Vec<Typed>) -> [Typed; 2] {
 }
 
 fn hash(bytes: &[u8]) -> u64 {
-    let mut h = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, byte| (h ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    let mut h =
+        bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, byte| (h ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
     h = (h ^ (h >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
     h = (h ^ (h >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
     h ^ (h >> 33)

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use arrow::array::ArrayRef;
 use arrow::datatypes::{DataType as ArrowType, Field, IntervalUnit, Schema, TimeUnit};
 use datafusion_common::ScalarValue;
-use datafusion_expr::{ColumnarValue, Operator};
 use datafusion_expr::type_coercion::binary::{BinaryTypeCoercer, binary_numeric_coercion};
+use datafusion_expr::{ColumnarValue, Operator};
 use datafusion_physical_expr::PhysicalExpr;
 use datafusion_physical_expr::expressions::{BinaryExpr, Column, Literal, case, in_list, is_not_null, is_null, not};
 use datafusion_sql::sqlparser::ast::{
-    AccessExpr, BinaryOperator, CaseWhen, CeilFloorKind, DataType as SqlType, DateTimeField, Expr, Ident,
-    Subscript, TrimWhereField, UnaryOperator, Value as SqlValue, ValueWithSpan,
+    AccessExpr, BinaryOperator, CaseWhen, CeilFloorKind, DataType as SqlType, DateTimeField, Expr, Ident, Subscript,
+    TrimWhereField, UnaryOperator, Value as SqlValue, ValueWithSpan,
 };
 use datafusion_sql::sqlparser::dialect::GenericDialect;
 use datafusion_sql::sqlparser::parser::{Parser, ParserError};
@@ -30,6 +30,9 @@ const TEXT_BYTES_MAX: usize = 64 * 1024;
 
 /// How deep operators may nest. Chains of AND or OR count once, whatever their length.
 const DEPTH_MAX: usize = 200;
+
+/// How deep parentheses and brackets may nest: less than the parser's own limit, which answers with a syntax error.
+const PARENTHESES_MAX: usize = 40;
 
 /// Parser and walk recurse; this thread's stack holds the deepest tree that [`TEXT_BYTES_MAX`] allows.
 const STACK_BYTES: usize = 256 * 1024 * 1024;
@@ -55,11 +58,7 @@ pub(super) fn compile(
     })
 }
 
-fn compile_here(
-    text: &str,
-    environment: &Environment,
-    declared: Option<&Type>,
-) -> Result<Compiled, ExpressionError> {
+fn compile_here(text: &str, environment: &Environment, declared: Option<&Type>) -> Result<Compiled, ExpressionError> {
     let mut lowering = Lowering::new(text, environment);
     let tree = lowering.parse()?;
     let typed = lowering.lower(&tree)?;
@@ -110,7 +109,12 @@ pub(super) struct Lowering<'a> {
     here: (usize, usize),
 }
 
-pub(super) const UTC: fn() -> ArrowType = || Type::Timestamp.arrow();
+/// A moment.
+pub(super) fn utc() -> ArrowType {
+    Type::Timestamp.arrow()
+}
+
+/// The reading of a wall clock.
 pub(super) const LOCAL: ArrowType = ArrowType::Timestamp(TimeUnit::Microsecond, None);
 
 /// A type as its users know it.
@@ -232,6 +236,19 @@ impl<'a> Lowering<'a> {
             let at = self.offset(e.location).unwrap_or(0);
             self.error(ErrorKind::Syntax, lower_first(&e.message), self.character(at), None)
         })?;
+        let mut nesting = 0_usize;
+        for token in &tokens {
+            match token.token {
+                Token::LParen | Token::LBracket | Token::LBrace => nesting += 1,
+                Token::RParen | Token::RBracket | Token::RBrace => nesting = nesting.saturating_sub(1),
+                _ => {}
+            }
+            if nesting > PARENTHESES_MAX {
+                let message = format!("parentheses are nested more than {PARENTHESES_MAX} deep");
+                let span = self.place(token.span);
+                return Err(self.error(ErrorKind::Limit, message, span, None));
+            }
+        }
         let mut parser = Parser::new(&dialect).with_tokens_with_locations(tokens);
         let tree = parser.parse_expr().map_err(|e| self.syntax(e))?;
         let rest = parser.peek_token();
@@ -303,10 +320,11 @@ impl<'a> Lowering<'a> {
                 .map(|value| Argument::new(ColumnarValue::Scalar(value)))
                 .collect::<Result<Vec<_>, _>>()
                 .and_then(|arguments| run(&*body, &arguments, 1, &output));
-            let scalar = value.map_err(|e| e.to_string()).and_then(|array: ArrayRef| {
-                ScalarValue::try_from_array(&array, 0).map_err(|e| e.to_string())
-            });
-            let scalar = scalar.map_err(|e| self.type_error(format!("{name} failed on its constants: {e}"), span, None))?;
+            let scalar = value
+                .map_err(|e| e.to_string())
+                .and_then(|array: ArrayRef| ScalarValue::try_from_array(&array, 0).map_err(|e| e.to_string()));
+            let scalar =
+                scalar.map_err(|e| self.type_error(format!("{name} failed on its constants: {e}"), span, None))?;
             return Ok(self.literal(scalar, span, text));
         }
         let children = arguments.iter().map(|argument| argument.expr.clone()).collect();
@@ -352,7 +370,13 @@ impl<'a> Lowering<'a> {
     }
 
     /// Both as one type, as a comparison, CASE or COALESCE needs them.
-    fn common_pair(&self, left: Typed, right: Typed, verb: &str, with: &str) -> Result<(Typed, Typed), ExpressionError> {
+    fn common_pair(
+        &self,
+        left: Typed,
+        right: Typed,
+        verb: &str,
+        with: &str,
+    ) -> Result<(Typed, Typed), ExpressionError> {
         let to = self.common(&left, &right, verb, with)?;
         Ok((self.meet(left, &to)?, self.meet(right, &to)?))
     }
@@ -437,9 +461,7 @@ impl<'a> Lowering<'a> {
     fn boolean(&self, typed: Typed, what: &str) -> Lowered {
         match typed.data_type {
             ArrowType::Boolean | ArrowType::Null => self.cast(typed, &ArrowType::Boolean),
-            ref other => {
-                Err(self.type_error(format!("{what} needs a bool, not {}", name_of(other)), typed.span, None))
-            }
+            ref other => Err(self.type_error(format!("{what} needs a bool, not {}", name_of(other)), typed.span, None)),
         }
     }
 
@@ -485,7 +507,9 @@ impl<'a> Lowering<'a> {
             Expr::CompoundFieldAccess { root, access_chain } => self.lower_access(root, access_chain),
             Expr::Value(value) => self.lower_value(value),
             Expr::TypedString(typed) => self.lower_typed_string(&typed.data_type, &typed.value),
-            Expr::Interval(interval) => self.lower_interval(&interval.value, interval.leading_field.as_ref(), interval.last_field.is_some()),
+            Expr::Interval(interval) => {
+                self.lower_interval(&interval.value, interval.leading_field.as_ref(), interval.last_field.is_some())
+            }
             Expr::UnaryOp { op, expr } => self.lower_unary(*op, expr),
             Expr::BinaryOp { left, op: op @ (BinaryOperator::And | BinaryOperator::Or), right } => {
                 self.lower_connective(left, op, right)
@@ -494,12 +518,24 @@ impl<'a> Lowering<'a> {
             Expr::IsNull(x) => {
                 let x = self.lower(x)?;
                 let expr = is_null(x.expr.clone()).map_err(|e| self.internal(&e, x.span))?;
-                Ok(Typed { expr, data_type: ArrowType::Boolean, text: format!("({} is null)", x.text), literal: None, span: x.span })
+                Ok(Typed {
+                    expr,
+                    data_type: ArrowType::Boolean,
+                    text: format!("({} is null)", x.text),
+                    literal: None,
+                    span: x.span,
+                })
             }
             Expr::IsNotNull(x) => {
                 let x = self.lower(x)?;
                 let expr = is_not_null(x.expr.clone()).map_err(|e| self.internal(&e, x.span))?;
-                Ok(Typed { expr, data_type: ArrowType::Boolean, text: format!("({} is not null)", x.text), literal: None, span: x.span })
+                Ok(Typed {
+                    expr,
+                    data_type: ArrowType::Boolean,
+                    text: format!("({} is not null)", x.text),
+                    literal: None,
+                    span: x.span,
+                })
             }
             Expr::IsTrue(x) => self.lower_is(x, Some(true), Operator::IsNotDistinctFrom, "is true"),
             Expr::IsNotTrue(x) => self.lower_is(x, Some(true), Operator::IsDistinctFrom, "is not true"),
@@ -617,7 +653,8 @@ impl<'a> Lowering<'a> {
         };
         let unknown = |message: String, span, help| self.error(ErrorKind::UnknownColumn, message, span, help);
         if let [relation, name, ..] = names {
-            let known: Vec<&str> = columns().filter(|(r, _)| r.as_deref() == Some(relation)).map(|(_, n)| n.as_str()).collect();
+            let known: Vec<&str> =
+                columns().filter(|(r, _)| r.as_deref() == Some(relation)).map(|(_, n)| n.as_str()).collect();
             if !known.is_empty() {
                 let help = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`?"));
                 let help = help.or_else(|| (known.len() <= 12).then(|| format!("`{relation}` has {}", list(&known))));
@@ -636,8 +673,10 @@ impl<'a> Lowering<'a> {
             return unknown(format!("no input `{relation}`"), spans[0], help);
         }
         let name = names[0];
-        let qualified: Vec<String> =
-            columns().filter(|(r, n)| r.is_some() && n == name).map(|(r, n)| format!("{}.{n}", r.as_deref().unwrap_or(""))).collect();
+        let qualified: Vec<String> = columns()
+            .filter(|(r, n)| r.is_some() && n == name)
+            .map(|(r, n)| format!("{}.{n}", r.as_deref().unwrap_or("")))
+            .collect();
         if let [one] = qualified.as_slice() {
             return unknown(format!("no column `{name}`"), whole, Some(format!("did you mean `{one}`?")));
         }
@@ -645,7 +684,8 @@ impl<'a> Lowering<'a> {
             let all: Vec<&str> = qualified.iter().map(String::as_str).collect();
             return unknown(format!("no column `{name}`"), whole, Some(format!("say which: {}", list(&all))));
         }
-        let near = nearest(name, columns().map(|(_, n)| n.as_str())).and_then(|near| columns().find(|(_, n)| n == near));
+        let near =
+            nearest(name, columns().map(|(_, n)| n.as_str())).and_then(|near| columns().find(|(_, n)| n == near));
         let help = near.map(|(relation, near)| match relation {
             None => format!("did you mean `{near}`?"),
             Some(relation) => format!("did you mean `{relation}.{near}`?"),
@@ -698,8 +738,14 @@ impl<'a> Lowering<'a> {
                         let message = format!("{} has no elements", name_of(&typed.data_type));
                         return Err(self.type_error(message, typed.span, None));
                     };
-                    if !(index.data_type == wanted || index.data_type == ArrowType::Int32 && wanted == ArrowType::Int64) {
-                        let message = format!("{} is indexed by {}, not {}", name_of(&typed.data_type), name_of(&wanted), name_of(&index.data_type));
+                    if !(index.data_type == wanted || index.data_type == ArrowType::Int32 && wanted == ArrowType::Int64)
+                    {
+                        let message = format!(
+                            "{} is indexed by {}, not {}",
+                            name_of(&typed.data_type),
+                            name_of(&wanted),
+                            name_of(&index.data_type)
+                        );
                         return Err(self.type_error(message, index.span, None));
                     }
                     let index = self.cast(index, &wanted)?;
@@ -733,9 +779,11 @@ impl<'a> Lowering<'a> {
 
     fn number(&self, number: &str, span: (usize, usize)) -> Lowered {
         if number.contains(['.', 'e', 'E']) {
-            let x: f64 = number.parse().ok().filter(|x: &f64| x.is_finite()).ok_or_else(|| {
-                self.type_error(format!("{number} is not a float64"), span, None)
-            })?;
+            let x: f64 = number
+                .parse()
+                .ok()
+                .filter(|x: &f64| x.is_finite())
+                .ok_or_else(|| self.type_error(format!("{number} is not a float64"), span, None))?;
             let x = crate::value::canonical_f64(x);
             return Ok(self.literal(ScalarValue::Float64(Some(x)), span, format!("{x:?}")));
         }
@@ -871,7 +919,12 @@ impl<'a> Lowering<'a> {
                 let body = text::function("||").ok_or_else(|| self.refused("|| is not allowed", None))?;
                 return self.call("||", body, &arguments, ArrowType::Utf8, span, text);
             }
-            BinaryOperator::Eq | BinaryOperator::NotEq | BinaryOperator::Lt | BinaryOperator::LtEq | BinaryOperator::Gt | BinaryOperator::GtEq => {
+            BinaryOperator::Eq
+            | BinaryOperator::NotEq
+            | BinaryOperator::Lt
+            | BinaryOperator::LtEq
+            | BinaryOperator::Gt
+            | BinaryOperator::GtEq => {
                 let (operator, symbol) = match op {
                     BinaryOperator::Eq => (Operator::Eq, "="),
                     BinaryOperator::NotEq => (Operator::NotEq, "<>"),
@@ -945,13 +998,17 @@ impl<'a> Lowering<'a> {
         }
         // Times. An interval stands on the right, where adding it means the same.
         let (l, r) = match (&l.data_type, operation) {
-            (ArrowType::Interval(_) | ArrowType::Duration(_) | ArrowType::Int64 | ArrowType::Int32, Operation::Add) if is_time(&r.data_type) => (r, l),
+            (ArrowType::Interval(_) | ArrowType::Duration(_) | ArrowType::Int64 | ArrowType::Int32, Operation::Add)
+                if is_time(&r.data_type) =>
+            {
+                (r, l)
+            }
             _ => (l, r),
         };
         let (l, r) = match (&l.data_type, &r.data_type) {
             // A day plus hours is a time of day.
             (ArrowType::Date32, ArrowType::Interval(IntervalUnit::MonthDayNano) | ArrowType::Duration(_)) => {
-                (self.cast(l, &UTC())?, r)
+                (self.cast(l, &utc())?, r)
             }
             (ArrowType::Date32, ArrowType::Timestamp(..)) => {
                 let to = r.data_type.clone();
@@ -962,7 +1019,9 @@ impl<'a> Lowering<'a> {
                 (l, self.cast(r, &to)?)
             }
             (ArrowType::Duration(_), ArrowType::Interval(_)) => (l, self.interval_as_duration(r)?),
-            (ArrowType::Timestamp(..), ArrowType::Null) => (l, self.cast(r, &ArrowType::Duration(TimeUnit::Microsecond))?),
+            (ArrowType::Timestamp(..), ArrowType::Null) => {
+                (l, self.cast(r, &ArrowType::Duration(TimeUnit::Microsecond))?)
+            }
             _ => (l, r),
         };
         match time::operation(operation, &l.data_type, &r.data_type) {
@@ -1006,7 +1065,10 @@ impl<'a> Lowering<'a> {
         if items.is_empty() {
             return Err(self.error(ErrorKind::Argument, "IN needs at least one value", span, None));
         }
-        let scalar = !matches!(x.data_type, ArrowType::List(_) | ArrowType::Map(..) | ArrowType::Struct(_) | ArrowType::FixedSizeList(..));
+        let scalar = !matches!(
+            x.data_type,
+            ArrowType::List(_) | ArrowType::Map(..) | ArrowType::Struct(_) | ArrowType::FixedSizeList(..)
+        );
         if !scalar {
             return Err(self.type_error(format!("cannot compare {} values", name_of(&x.data_type)), x.span, None));
         }
@@ -1057,7 +1119,9 @@ impl<'a> Lowering<'a> {
                 "float" | "float8" | "double" | "double precision" => Type::Float64,
                 "text" | "varchar" | "char varying" | "character varying" => Type::String,
                 "bytea" | "blob" | "varbinary" | "bytes" => Type::Binary,
-                "datetime" | "timestamptz" | "timestamp with time zone" | "timestamp without time zone" => Type::Timestamp,
+                "datetime" | "timestamptz" | "timestamp with time zone" | "timestamp without time zone" => {
+                    Type::Timestamp
+                }
                 other => {
                     let decimal = other.strip_prefix("numeric").or_else(|| other.strip_prefix("dec"))?;
                     return Type::parse(&format!("decimal{}", decimal.replace(' ', ""))).ok();
@@ -1121,7 +1185,7 @@ impl<'a> Lowering<'a> {
     fn declare(&self, typed: Typed, declared: Option<&Type>) -> Lowered {
         let Some(declared) = declared else {
             // A wall clock is kept as the timestamp it reads like.
-            return if typed.data_type == LOCAL { self.cast(typed, &UTC()) } else { Ok(typed) };
+            return if typed.data_type == LOCAL { self.cast(typed, &utc()) } else { Ok(typed) };
         };
         use ArrowType::*;
         let to = declared.arrow();
@@ -1130,7 +1194,9 @@ impl<'a> Lowering<'a> {
             (Null, _) => true,
             (Int32, Int64) | (Int32 | Int64, Float32 | Float64) | (Float32 | Float64, Float32 | Float64) => true,
             (Int32 | Int64, Decimal128(..)) | (Decimal128(..), Float64) => true,
-            (Decimal128(p, s), Decimal128(q, t)) => s <= t && i16::from(*p) - i16::from(*s) <= i16::from(*q) - i16::from(*t),
+            (Decimal128(p, s), Decimal128(q, t)) => {
+                s <= t && i16::from(*p) - i16::from(*s) <= i16::from(*q) - i16::from(*t)
+            }
             (Date32, Timestamp(..)) => true,
             (Timestamp(_, None), Timestamp(..)) => true,
             _ => false,
@@ -1138,7 +1204,8 @@ impl<'a> Lowering<'a> {
         if converts {
             return self.cast(typed, &to);
         }
-        let message = format!("the expression is {}, but the feature is declared {declared}", name_of(&typed.data_type));
+        let message =
+            format!("the expression is {}, but the feature is declared {declared}", name_of(&typed.data_type));
         let help = match convert::cast(&typed.data_type, &to) {
             Ok(_) => Some(format!("CAST(... AS {declared}) converts it; what does not fit becomes null")),
             Err(advice) => (!advice.is_empty()).then(|| advice.to_string()),

@@ -5,8 +5,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use arrow::datatypes::{
-    DataType as ArrowType, Date32Type, DurationMicrosecondType, Float64Type, Int32Type, Int64Type, IntervalMonthDayNano,
-    IntervalMonthDayNanoType, TimeUnit, TimestampMicrosecondType,
+    DataType as ArrowType, Date32Type, DurationMicrosecondType, Float64Type, Int32Type, Int64Type,
+    IntervalMonthDayNano, IntervalMonthDayNanoType, TimeUnit, TimestampMicrosecondType,
 };
 use chrono::{DateTime, Datelike, Days, Months, NaiveDate, NaiveDateTime, Offset, TimeZone, Timelike};
 use chrono_tz::Tz;
@@ -28,8 +28,20 @@ fn micros(civil: NaiveDateTime) -> i64 {
 }
 
 pub(super) const FIELDS: [&str; 14] = [
-    "year", "quarter", "month", "week", "day", "doy", "dow", "isodow", "hour", "minute", "second", "millisecond",
-    "microsecond", "epoch",
+    "year",
+    "quarter",
+    "month",
+    "week",
+    "day",
+    "doy",
+    "dow",
+    "isodow",
+    "hour",
+    "minute",
+    "second",
+    "millisecond",
+    "microsecond",
+    "epoch",
 ];
 
 pub(super) const UNITS: [&str; 9] =
@@ -195,9 +207,13 @@ pub(super) fn operation(operation: Operation, left: &ArrowType, right: &ArrowTyp
         ),
         (Duration(_), Duration(_)) => (
             Arc::new(move |a: &[Argument], n| {
-                Ok(try_map2::<DurationMicrosecondType, DurationMicrosecondType, DurationMicrosecondType>(a, n, |x, y| {
-                    if sign == 1 { x.checked_add(y) } else { x.checked_sub(y) }
-                }))
+                Ok(try_map2::<DurationMicrosecondType, DurationMicrosecondType, DurationMicrosecondType>(
+                    a,
+                    n,
+                    |x, y| {
+                        if sign == 1 { x.checked_add(y) } else { x.checked_sub(y) }
+                    },
+                ))
             }),
             output,
         ),
