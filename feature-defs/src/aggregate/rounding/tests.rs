@@ -39,6 +39,8 @@ fn quotients_are_rounded_once() {
     check(&[(1 << 54) + 2], 0, &[2], (1_u64 << 53) as f64);
     check(&[3 * ((1 << 54) + 2) + 1], 0, &[6], ((1_u64 << 53) + 2) as f64);
     check(&[u64::MAX, u64::MAX], 0, &[u64::MAX, u64::MAX], 1.0);
+    // All bits that are computed say tie; only the last remainder says that it is more.
+    check(&[3_242_679_692_636_981], 0, &[13_282_016_021_041_066_803], 4_503_599_627_370_499_f64 * 2_f64.powi(-64));
     // The remainder of the first division alone says that this is no tie.
     check(&[3 * ((1 << 54) + 2) + 1], 0, &[3, 2], ((1_u64 << 53) + 2) as f64);
 }
