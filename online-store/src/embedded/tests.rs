@@ -1,0 +1,126 @@
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use super::*;
+use crate::conformance;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn conforms() {
+    let folder = tempfile::tempdir().unwrap();
+    let store: Arc<dyn OnlineStore> = Arc::new(EmbeddedStore::open(folder.path()).unwrap());
+    conformance::run(store.clone(), "first").await;
+    drop(store);
+    // Once more over what the first run left, which now comes from the journal.
+    let store = Arc::new(EmbeddedStore::open(folder.path()).unwrap());
+    conformance::run(store, "second").await;
+}
+
+const ENTITIES: u64 = 2_000;
+
+fn writes() -> Vec<Write> {
+    let views = [Generation::new("p", "now", "0123456789abcdef"), Generation::new("p", "load", "0123456789abcdef")];
+    let mut writes = Vec::new();
+    for number in 0..ENTITIES {
+        let [row, tiles] = [&views[0], &views[1]].map(|view| view.key(number.to_be_bytes()));
+        writes.push(Write::Row(row, conformance::row(number as i64, None, number, "value")));
+        writes.push(Write::Tiles {
+            key: tiles,
+            position: Position { time: 1, sequence: number },
+            set: vec![(TileId { level: 60, start: number as i64 * 60 }, Bytes::from(vec![7; 300]))],
+            remove: vec![],
+        });
+    }
+    writes.push(Write::Fact("checkpoint".to_owned(), Some(Bytes::from_static(b"4000"))));
+    writes
+}
+
+fn expected_reads() -> Vec<Read> {
+    let read = |write| match write {
+        Write::Row(key, _) => Read::Row(key),
+        Write::Tiles { key, .. } => Read::AllTiles(key),
+        Write::Fact(name, _) => Read::Fact(name),
+    };
+    writes().into_iter().map(read).collect()
+}
+
+/// Run by the next test in a process of its own, which never ends by itself.
+#[tokio::test]
+#[ignore = "the victim of a_killed_process_loses_nothing_synced"]
+async fn victim() {
+    let Ok(folder) = std::env::var("COEVAL_TEST_VICTIM_FOLDER") else { return };
+    let store = EmbeddedStore::open(folder).unwrap();
+    store.write(writes()).await.unwrap();
+    store.sync().await.unwrap();
+    eprintln!("synced");
+    std::future::pending().await
+}
+
+#[tokio::test]
+async fn a_killed_process_loses_nothing_synced() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut victim = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "embedded::tests::victim", "--ignored", "--nocapture"])
+        .env("COEVAL_TEST_VICTIM_FOLDER", folder.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(victim.stderr.take().unwrap()).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line == "synced"), "the victim ended early");
+
+    let error = EmbeddedStore::open(folder.path()).err().expect("the victim holds the folder");
+    let text = error.to_string();
+    assert!(text.contains("another `coeval serve` uses this folder"), "{text}");
+    assert!(text.contains(&folder.path().display().to_string()), "{text}");
+
+    victim.kill().unwrap(); // SIGKILL
+    victim.wait().unwrap();
+    let store = EmbeddedStore::open(folder.path()).unwrap();
+    let memory = crate::memory::MemoryStore::new();
+    memory.write(writes()).await.unwrap();
+    let reads = expected_reads();
+    assert_eq!(store.read(&reads).await.unwrap(), memory.read(&reads).await.unwrap());
+    assert_eq!(store.write(writes()).await.unwrap(), WriteOutcome { applied: 1, stale: 2 * ENTITIES });
+}
+
+#[tokio::test]
+async fn a_call_larger_than_a_batch_sees_its_own_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::open(folder.path()).unwrap();
+    let key = Generation::new("p", "v", "00").key(*b"e");
+    // Each write is 1 MiB, so the call is committed in several batches, and later writes meet earlier ones in both.
+    let writes = (0..20).map(|number| Write::Tiles {
+        key: key.clone(),
+        position: Position { time: 0, sequence: number / 2 },
+        set: vec![(TileId { level: 60, start: 60 * (number % 4) as i64 }, Bytes::from(vec![number as u8; 1 << 20]))],
+        remove: vec![],
+    });
+    let outcome = store.write(writes.collect()).await.unwrap();
+    assert_eq!(outcome, WriteOutcome { applied: 10, stale: 10 });
+    let answers = store.read(&[Read::AllTiles(key)]).await.unwrap();
+    let Answer::AllTiles { position, tiles } = &answers[0] else { panic!("{answers:?}") };
+    assert_eq!(*position, Some(Position { time: 0, sequence: 9 }));
+    let tiles: Vec<_> = tiles.iter().map(|(id, tile)| (id.start, tile[0])).collect();
+    assert_eq!(tiles, [(0, 16), (120, 18)]);
+}
+
+#[tokio::test]
+async fn many_entities_are_removed_in_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::open(folder.path()).unwrap();
+    store.write(writes()).await.unwrap();
+    let removed = store.remove_generation(&Generation::new("p", "load", "0123456789abcdef")).await.unwrap();
+    assert_eq!(removed, ENTITIES);
+    assert_eq!(store.inner.tiles.len().unwrap(), 0);
+    assert_eq!(store.inner.headers.len().unwrap(), 0);
+    assert_eq!(store.inner.rows.len().unwrap(), ENTITIES as usize);
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, b"in the way").unwrap();
+    let text = EmbeddedStore::open(file.join("store")).err().unwrap().to_string();
+    assert!(text.contains("file/store"), "{text}");
+}
