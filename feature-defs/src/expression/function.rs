@@ -267,7 +267,7 @@ impl Lowering<'_> {
                 Ok(Typed { text, span, ..self.arithmetic(Operation::Modulo, x, y)? })
             }
             "abs" | "sign" | "ceil" | "floor" | "round" | "trunc" if arguments.len() == 1 => {
-                let x = self.number_argument(arguments, 0, name)?;
+                let x = self.number_argument(first(arguments), name)?;
                 if name != "abs" && name != "sign" && is_integer(&x.data_type) {
                     return Ok(Typed { text, span, ..x });
                 }
@@ -283,13 +283,13 @@ impl Lowering<'_> {
             }
             "round" | "trunc" => {
                 let [x, places] = pair(arguments);
-                let x = self.number_argument(vec![x], 0, name)?;
+                let x = self.number_argument(x, name)?;
                 let x = self.cast(x, &ArrowType::Float64)?;
                 let places = self.integer_argument(places, name, usage)?;
                 self.call(name, arithmetic::at_places(name), &[x, places], ArrowType::Float64, span, text)
             }
             "isnan" => {
-                let x = self.number_argument(arguments, 0, name)?;
+                let x = self.number_argument(first(arguments), name)?;
                 let x = self.cast(x, &ArrowType::Float64)?;
                 self.call(name, arithmetic::is_nan(), &[x], ArrowType::Boolean, span, text)
             }
@@ -318,7 +318,7 @@ impl Lowering<'_> {
                     "to_timestamp_millis" => 1_000,
                     _ => 1,
                 };
-                let x = self.number_argument(arguments, 0, name)?;
+                let x = self.number_argument(first(arguments), name)?;
                 let wide = if is_integer(&x.data_type) { ArrowType::Int64 } else { ArrowType::Float64 };
                 let x = self.cast(x, &wide)?;
                 let body = time::from_epoch(unit, &wide, utc()).ok_or_else(|| self.unfit(name, usage, &x))?;
@@ -337,7 +337,7 @@ impl Lowering<'_> {
         if let Some(body) = body {
             let mut numbers = Vec::with_capacity(arguments.len());
             for x in arguments {
-                let x = self.number_argument(vec![x], 0, name)?;
+                let x = self.number_argument(x, name)?;
                 numbers.push(self.cast(x, &ArrowType::Float64)?);
             }
             return self.call(name, body, &numbers, ArrowType::Float64, span, text);
@@ -373,8 +373,7 @@ impl Lowering<'_> {
         self.type_error(message, x.span, Some(format!("it is used as {usage}")))
     }
 
-    fn number_argument(&self, mut arguments: Vec<Typed>, at: usize, name: &str) -> Lowered {
-        let x = arguments.swap_remove(at);
+    fn number_argument(&self, x: Typed, name: &str) -> Lowered {
         if x.data_type == ArrowType::Null {
             return self.cast(x, &ArrowType::Float64);
         }
@@ -522,7 +521,7 @@ impl Lowering<'_> {
     fn bucketize(&mut self, arguments: &[&Expr], span: (usize, usize)) -> Lowered {
         let usage = "bucketize(x, [0.0, 1.0, 2.0])";
         let x = self.lower(arguments[0])?;
-        let x = self.number_argument(vec![x], 0, "bucketize")?;
+        let x = self.number_argument(x, "bucketize")?;
         let x = self.cast(x, &ArrowType::Float64)?;
         let Expr::Array(array) = arguments[1] else {
             let message = "bucketize needs a list of constant edges";
@@ -532,7 +531,7 @@ impl Lowering<'_> {
         for edge in &array.elem {
             let typed = self.lower(edge)?;
             let place = typed.span;
-            let typed = self.number_argument(vec![typed], 0, "bucketize")?;
+            let typed = self.number_argument(typed, "bucketize")?;
             let Some(ScalarValue::Float64(Some(value))) = self.cast(typed, &ArrowType::Float64)?.literal else {
                 return Err(self.error(ErrorKind::Argument, "an edge must be a constant number", place, None));
             };
@@ -653,6 +652,11 @@ impl Lowering<'_> {
             }
         }
     }
+}
+
+/// The only argument, as the table has checked.
+fn first(mut arguments: Vec<Typed>) -> Typed {
+    arguments.swap_remove(0)
 }
 
 /// Exactly two arguments, as the table has checked.

@@ -217,10 +217,10 @@ impl<'a> Lowering<'a> {
     }
 
     pub fn place(&mut self, span: Span) -> (usize, usize) {
-        if let (Some(start), Some(end)) = (self.offset(span.start), self.offset(span.end)) {
-            if start < end {
-                self.here = (start, end);
-            }
+        if let (Some(start), Some(end)) = (self.offset(span.start), self.offset(span.end))
+            && start < end
+        {
+            self.here = (start, end);
         }
         self.here
     }
