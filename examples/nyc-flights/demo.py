@@ -161,8 +161,8 @@ def served(server: Path, project: Path, environment: dict[str, str], out: Path) 
         if status != 0:
             raise Failed(f"the server ended with status {status} after SIGTERM; its log ends:\n{tail(log)}")
         print("server drained and gone, status 0", flush=True)
-    except BaseException:
-        if process.poll() not in (None, 0):
+    except BaseException as error:
+        if process.poll() not in (None, 0) and not isinstance(error, Failed):
             print(f"the server is gone (status {process.returncode}); its log ends:\n{tail(log)}", file=sys.stderr)
         raise
     finally:
@@ -236,6 +236,15 @@ def stop(number: int, _: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def client_error() -> type[Exception]:
+    """What the client raises when the server refuses or is gone; its text says enough."""
+    try:
+        import coeval
+    except ImportError as missing:
+        sys.exit(f"{missing}: the demo needs the packages of requirements.txt, and python/ of this repository")
+    return coeval.CoevalError
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", type=Path, required=True, help="the coeval binary")
@@ -248,16 +257,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     began = time.monotonic()
+    server_failure = client_error()
     try:
         held = demo(server, arguments.online, arguments.out.resolve(), began)
-    except Failed as failure:
+    except (Failed, server_failure) as failure:
         sys.exit(f"\nFAILED: {failure}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; nothing is left running")
-    except ImportError as missing:
-        sys.exit(f"\nFAILED: {missing}: `make setup` installs what the demo needs")
-    else:
-        sys.exit(0 if held else 1)
+    sys.exit(0 if held else 1)
 
 
 if __name__ == "__main__":

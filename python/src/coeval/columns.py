@@ -202,22 +202,26 @@ def _map_entries(array: pa.MapArray) -> pa.StructArray:
 
 def _absent(column: types_pb2.Column, rows: int) -> np.ndarray | None:
     """True where a row is null; None when none is."""
-    if not column.validity:
+    if _validity(column, rows) is None:
         return None
     bits = np.frombuffer(column.validity, dtype=np.uint8)
-    if len(bits) * 8 < rows:
-        raise errors.CoevalError(f"column `{column.name}` has {rows} rows and a validity of {len(bits)} bytes")
     return np.unpackbits(bits, count=rows, bitorder="little") == 0
 
 
-def _validity(absent: np.ndarray | None) -> pa.Buffer | None:
-    return None if absent is None else pa.py_buffer(np.packbits(~absent, bitorder="little").tobytes())
+def _validity(column: types_pb2.Column, rows: int) -> pa.Buffer | None:
+    """The wire's bitmap is Arrow's: one bit per row, lowest bit first, set where the value is present."""
+    validity = column.validity
+    if not validity:
+        return None
+    if len(validity) * 8 < rows:
+        raise errors.CoevalError(f"column `{column.name}` has {rows} rows and a validity of {len(validity)} bytes")
+    return pa.py_buffer(validity)
 
 
 def _numbers(column: types_pb2.Column, values: Any, dtype: Any, arrow: pa.DataType) -> pa.Array:
-    numbers = np.array(values, dtype=dtype)
-    absent = _absent(column, len(numbers))
-    return pa.Array.from_buffers(arrow, len(numbers), [_validity(absent), pa.py_buffer(numbers)])
+    rows = len(values)
+    numbers = np.fromiter(values, dtype=dtype, count=rows)
+    return pa.Array.from_buffers(arrow, rows, [_validity(column, rows), pa.py_buffer(numbers)])
 
 
 def _objects(column: types_pb2.Column, values: Any, arrow: pa.DataType) -> pa.Array:
@@ -233,7 +237,7 @@ def _decimals(column: types_pb2.Column, decimals: types_pb2.DecimalValues) -> pa
     big = np.frombuffer(decimals.unscaled, dtype=np.uint8).reshape(-1, 16)
     little = pa.py_buffer(big[:, ::-1].tobytes())
     arrow = pa.decimal128(decimals.precision, decimals.scale)
-    return pa.Array.from_buffers(arrow, len(big), [_validity(_absent(column, len(big))), little])
+    return pa.Array.from_buffers(arrow, len(big), [_validity(column, len(big)), little])
 
 
 def _offsets(lengths: Any) -> pa.Buffer:
@@ -254,7 +258,7 @@ def _items(lengths: Any, items: types_pb2.Column) -> pa.Array:
 def _lists(column: types_pb2.Column, lists: types_pb2.ListValues) -> pa.Array:
     items = _items(lists.lengths, lists.items)
     rows = len(lists.lengths)
-    buffers = [_validity(_absent(column, rows)), _offsets(lists.lengths)]
+    buffers = [_validity(column, rows), _offsets(lists.lengths)]
     return pa.Array.from_buffers(pa.list_(items.type), rows, buffers, children=[items])
 
 
@@ -266,7 +270,7 @@ def _maps(column: types_pb2.Column, maps: types_pb2.MapValues) -> pa.Array:
     entries = pa.StructArray.from_arrays(
         [keys, values], fields=[pa.field("key", keys.type, nullable=False), arrow.item_field]
     )
-    buffers = [_validity(_absent(column, rows)), _offsets(maps.lengths)]
+    buffers = [_validity(column, rows), _offsets(maps.lengths)]
     return pa.Array.from_buffers(arrow, rows, buffers, children=[entries])
 
 
@@ -290,7 +294,7 @@ def _vectors(column: types_pb2.Column, vectors: types_pb2.VectorValues) -> pa.Ar
         raise errors.CoevalError(f"column `{column.name}`: {len(values)} floats do not make vectors of {dimensions}")
     rows = len(values) // dimensions
     arrow = pa.list_(pa.float32(), dimensions)
-    return pa.Array.from_buffers(arrow, rows, [_validity(_absent(column, rows))], children=[pa.array(values)])
+    return pa.Array.from_buffers(arrow, rows, [_validity(column, rows)], children=[pa.array(values)])
 
 
 _FROM: dict[str, Any] = {

@@ -301,7 +301,10 @@ class Features:
         for column in self._columns:
             columns[column.name] = self._decode(column)
             if statuses:
-                columns[f"{column.name}__status"] = pa.array(np.array(column.statuses, dtype=np.int8))
+                numbers = bytes(column.statuses)
+                columns[f"{column.name}__status"] = pa.Array.from_buffers(
+                    pa.int8(), len(numbers), [None, pa.py_buffer(numbers)]
+                )
         return pa.table(columns)
 
     def to_pandas(self, statuses: bool = False) -> pandas.DataFrame:
