@@ -688,3 +688,6 @@ impl Random {
         (self.next() % end as u64) as usize
     }
 }
+
+#[cfg(test)]
+mod tests;
