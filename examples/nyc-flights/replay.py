@@ -96,11 +96,13 @@ def replay(client: coeval.Client, rows: pa.Table, data: Path) -> Replay:
     p_late: list[np.ndarray] = []
     outcomes: dict[str, int] = {}
     features_us, predict_us = [], []
-    pushed, weather_through = 0, None
+    pushed, weather_through = 0, int(at[0]) // HOUR_US
     show = Progress(len(at))
     began = time.monotonic()
     departures = Events(client, "departures", data / "replay" / "departures.parquet", "departed_at")
     arrivals = Events(client, "arrivals", data / "replay" / "arrivals.parquet", "landed_at")
+    # What files know by the beginning; from then on only the weather changes.
+    client.materialize(through=int(at[0]))
     with departures.pusher, arrivals.pusher:
         for start, end in zip(starts, ends, strict=True):
             now = int(at[start])

@@ -113,7 +113,7 @@ class _TypeParser:
             return pa.map_(pa.string(), value)
         if word == "struct":
             self.expect("<")
-            fields = []
+            fields: list[pa.Field] = []
             while not self.sees(">"):
                 if fields:
                     self.expect(",")
