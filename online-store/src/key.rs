@@ -61,11 +61,11 @@ impl Key {
     }
 
     /// The bytes under which sorted stores keep the entity: all entities of a generation are neighbours, and no key is a
-    /// prefix of another's (names hold no zero byte, and the length of the entity ends the key).
+    /// prefix of another's (names hold no zero byte, and the length of the entity comes before it).
     pub fn sorted(&self) -> Vec<u8> {
         let mut bytes = self.generation.sorted_prefix();
-        bytes.extend_from_slice(&self.entity);
         bytes.extend_from_slice(&(self.entity.len() as u32).to_be_bytes());
+        bytes.extend_from_slice(&self.entity);
         bytes
     }
 }
@@ -100,6 +100,7 @@ mod tests {
         let keys = [
             generation.key(*b"ab"),
             generation.key(*b"a"),
+            generation.key(*b"a\0\0\0\x01"),
             generation.key([]),
             Generation::new("p", "view2", "0123456789abcdef").key(*b"a"),
             Generation::new("p2", "view", "0123456789abcdef").key(*b"a"),

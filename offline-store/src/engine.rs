@@ -1,0 +1,416 @@
+//! The engine: spine in, training set out.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt8Array};
+use arrow::compute::concat_batches;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimestampMicrosecondType};
+use datafusion::datasource::MemTable;
+use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig};
+use datafusion::datasource::file_format::parquet::ParquetFormat;
+use datafusion::error::DataFusionError;
+use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
+use datafusion::execution::memory_pool::GreedyMemoryPool;
+use datafusion::execution::object_store::ObjectStoreUrl;
+use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
+use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
+use datafusion::logical_expr::{Extension, LogicalPlan};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::prelude::{SessionConfig, SessionContext, ident};
+use feature_defs::catalog::Visibility;
+use feature_defs::plan::{RequestColumn, ServicePlan, SourcePlan, align_batch};
+use feature_defs::value::Type;
+use futures::StreamExt;
+use object_store::ObjectStore;
+use object_store::path::Path;
+
+use crate::dataset::Manifest;
+use crate::history::{History, POSITION_TIME, SEQUENCE};
+use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
+use crate::point_in_time::{EVENT_TIMESTAMP, PitJoin, exec, position_columns};
+use crate::source::{SourceError, Sources, file_url};
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("the spine has no column `{column}` ({why}); it has: {known}")]
+    MissingColumn { column: String, why: String, known: String },
+    #[error("spine column `{column}` is {found}, but {wanted} was expected ({why})")]
+    WrongType { column: String, found: String, wanted: String, why: String },
+    #[error("spine column `{column}` is null in {count} rows (the first is row {first}), but {why}")]
+    Null { column: String, count: usize, first: usize, why: String },
+    #[error("spine column `{column}` has the name of a feature; rename it")]
+    NameTaken { column: String },
+    #[error("this training set does not fit into offline.memory ({limit_mib} MiB): {what}; raise it in coeval.yaml, or ask for fewer rows at a time")]
+    Memory { limit_mib: u64, what: String },
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("the history of stream `{stream}` could not be read: {what}")]
+    History { stream: String, what: String },
+    #[error("the engine could not be set up: {0}")]
+    Setup(String),
+    #[error("the training set could not be computed: {0}")]
+    Run(String),
+}
+
+pub struct EngineOptions {
+    pub project_folder: PathBuf,
+    pub project: String,
+    /// Where histories are; `prefix` is the store's own root.
+    pub store: Arc<dyn ObjectStore>,
+    pub prefix: Path,
+    pub memory_bytes: u64,
+    pub spill_folder: Option<PathBuf>,
+}
+
+/// Plans and runs point-in-time joins within a memory bound shared by all of them.
+pub struct Engine {
+    options: EngineOptions,
+    runtime: Arc<RuntimeEnv>,
+    sources: Sources,
+    store_url: ObjectStoreUrl,
+}
+
+pub struct TrainingSetRequest {
+    pub service: Arc<ServicePlan>,
+    pub spine_schema: SchemaRef,
+    pub spine: Vec<RecordBatch>,
+    /// Add `<feature>__status` columns.
+    pub statuses: bool,
+    pub visibility: Option<Visibility>,
+}
+
+/// A training set on its way: the spine's columns, then the features.
+pub struct TrainingSet {
+    pub schema: SchemaRef,
+    pub stream: SendableRecordBatchStream,
+    /// What the sources were, by name: for datasets.
+    pub sources: Vec<(String, String)>,
+    pub explain: String,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("project", &self.options.project).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    pub fn new(options: EngineOptions) -> Result<Engine, EngineError> {
+        let setup = |error: DataFusionError| EngineError::Setup(error.to_string());
+        let memory = usize::try_from(options.memory_bytes).unwrap_or(usize::MAX);
+        let mut builder = RuntimeEnvBuilder::new()
+            .with_memory_pool(Arc::new(GreedyMemoryPool::new(memory)))
+            .with_object_list_cache_limit(0);
+        if let Some(folder) = &options.spill_folder {
+            std::fs::create_dir_all(folder)
+                .map_err(|error| EngineError::Setup(format!("spill folder {}: {error}", folder.display())))?;
+            let mode = DiskManagerMode::Directories(vec![folder.clone()]);
+            builder = builder.with_disk_manager_builder(DiskManagerBuilder::default().with_mode(mode));
+        }
+        let runtime = builder.build_arc().map_err(setup)?;
+        let store_url = ObjectStoreUrl::parse("coeval://store").map_err(setup)?;
+        runtime.register_object_store(store_url.as_ref(), options.store.clone());
+        let sources = Sources::with_runtime(&options.project_folder, runtime.clone());
+        Ok(Engine { options, runtime, sources, store_url })
+    }
+
+    /// Reads files of sources, within the engine's memory bound.
+    pub fn sources(&self) -> &Sources {
+        &self.sources
+    }
+
+    /// Where this project keeps things on the object store.
+    pub fn project_path(&self) -> Path {
+        self.options.prefix.clone().join(self.options.project.as_str())
+    }
+
+    pub fn store(&self) -> &Arc<dyn ObjectStore> {
+        &self.options.store
+    }
+
+    /// Begins a training set. Everything wrong with the spine is found before the first row is computed.
+    pub async fn training_set(&self, request: TrainingSetRequest) -> Result<TrainingSet, EngineError> {
+        let TrainingSetRequest { service, spine_schema, spine, statuses, visibility } = request;
+        let as_known = service.inputs.iter().any(|input| {
+            spine_schema.column_with_name(&position_columns(&input.alias).0).is_some()
+        });
+        let spine = self.check_spine(&service, &spine_schema, &spine)?;
+        let mut sources: Vec<Arc<SourcePlan>> = Vec::new();
+        for input in &service.inputs {
+            if !sources.iter().any(|source| Arc::ptr_eq(source, &input.view.source)) {
+                sources.push(input.view.source.clone());
+            }
+        }
+        let join = Arc::new(PitJoin { service: service.clone(), sources, visibility, as_known });
+
+        let mut config = SessionConfig::new();
+        config.options_mut().execution.parquet.schema_force_view_types = false;
+        let state = SessionStateBuilder::new()
+            .with_config(config)
+            .with_runtime_env(self.runtime.clone())
+            .with_default_features()
+            .with_query_planner(Arc::new(PitQueryPlanner))
+            .build();
+        let context = SessionContext::new_with_state(state);
+        let run = |error: DataFusionError| self.explain_failure(error);
+
+        let spine_schema = spine.schema();
+        let table = MemTable::try_new(spine_schema.clone(), vec![vec![spine]]).map_err(run)?;
+        let mut inputs: Vec<LogicalPlan> =
+            vec![context.read_table(Arc::new(table)).map_err(run)?.into_unoptimized_plan()];
+        let mut fingerprints = Vec::new();
+        for source in &join.sources {
+            let columns: Vec<String> = source
+                .schema
+                .iter()
+                .map(|(name, _)| name.clone())
+                .filter(|name| {
+                    let reads = |input: &feature_defs::plan::ServiceInput| {
+                        Arc::ptr_eq(&input.view.source, source) && input.view.source_columns().contains(name)
+                    };
+                    service.inputs.iter().any(reads)
+                })
+                .collect();
+            let (plan, fingerprint) = self.source_plan(&context, source, &columns).await?;
+            inputs.push(plan);
+            fingerprints.push((source.name.to_string(), fingerprint));
+        }
+        let node = PitJoinNode::try_new(join.clone(), inputs).map_err(run)?;
+        let plan = LogicalPlan::Extension(Extension { node: Arc::new(node) });
+        let physical = context.state().create_physical_plan(&plan).await.map_err(run)?;
+        let explain = datafusion::physical_plan::displayable(physical.as_ref()).indent(false).to_string();
+        let found = datafusion::physical_plan::execute_stream(physical, context.task_ctx()).map_err(run)?;
+
+        let output = output_fields(&join, &spine_schema, statuses)?;
+        let schema = Arc::new(Schema::new(output));
+        let limit_mib = self.options.memory_bytes >> 20;
+        let stream_schema = schema.clone();
+        let stream = found.map(move |batch| {
+            let batch = batch.map_err(|error| DataFusionError::External(Box::new(memory_or_run(error, limit_mib))))?;
+            finish_batch(&join, &batch, &spine_schema, &stream_schema, statuses)
+        });
+        let stream: SendableRecordBatchStream = Box::pin(RecordBatchStreamAdapter::new(schema.clone(), stream));
+        Ok(TrainingSet { schema, stream, sources: fingerprints, explain })
+    }
+
+    /// Streams a stored dataset, in its order.
+    pub async fn stored(&self, manifest_path: &Path, manifest: &Manifest) -> Result<SendableRecordBatchStream, EngineError> {
+        let run = |error: DataFusionError| self.explain_failure(error);
+        let mut folder: Vec<_> = manifest_path.parts().collect();
+        folder.pop();
+        let folder: Path = folder.into_iter().collect();
+        let urls: Vec<_> = manifest
+            .files
+            .iter()
+            .map(|file| file_url(&self.store_url, &folder.clone().join(file.path.as_str())))
+            .collect::<Result<_, _>>()
+            .map_err(run)?;
+        // One partition, so that rows come in the order in which they lie.
+        let mut config = SessionConfig::new().with_target_partitions(1);
+        config.options_mut().execution.parquet.schema_force_view_types = false;
+        let context = SessionContext::new_with_config_rt(config, self.runtime.clone());
+        let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
+        let config = ListingTableConfig::new_with_multi_paths(urls).with_listing_options(options);
+        let config = config.infer_schema(&context.state()).await.map_err(run)?;
+        let table = ListingTable::try_new(config).map_err(run)?;
+        context.read_table(Arc::new(table)).map_err(run)?.execute_stream().await.map_err(run)
+    }
+
+    fn explain_failure(&self, error: DataFusionError) -> EngineError {
+        memory_or_run(error, self.options.memory_bytes >> 20)
+    }
+
+    async fn source_plan(
+        &self,
+        context: &SessionContext,
+        source: &SourcePlan,
+        columns: &[String],
+    ) -> Result<(LogicalPlan, String), EngineError> {
+        let run = |error: DataFusionError| self.explain_failure(error);
+        if !source.is_stream() {
+            let frame = self.sources.data_frame(source, columns).await?;
+            let fingerprint = match &source.kind {
+                feature_defs::plan::SourceKind::Files { pattern }
+                | feature_defs::plan::SourceKind::Static { pattern } => self.sources.fingerprint(pattern).await?,
+                feature_defs::plan::SourceKind::Stream { .. } => String::new(),
+            };
+            return Ok((frame.into_unoptimized_plan(), fingerprint));
+        }
+        let failed = |what: String| EngineError::History { stream: source.name.to_string(), what };
+        let history = History::open(self.options.store.clone(), self.project_path(), &source.name)
+            .await
+            .map_err(|error| failed(error.to_string()))?;
+        let manifest = history.manifest();
+        let mut fields: Vec<Field> = source
+            .schema
+            .iter()
+            .filter(|(name, _)| columns.contains(name))
+            .map(|(name, column_type)| Field::new(name, column_type.arrow(), true))
+            .collect();
+        fields.push(Field::new(POSITION_TIME, DataType::Int64, false));
+        fields.push(Field::new(SEQUENCE, DataType::UInt64, false));
+        let schema = Arc::new(Schema::new(fields));
+        let mut fingerprint = feature_defs::digest::Canonical::new("history");
+        let mut urls = Vec::new();
+        for file in &manifest.files {
+            fingerprint.add("file", &file.path);
+            fingerprint.add("rows", file.rows);
+            urls.push(file_url(&self.store_url, &history.object_path(file)).map_err(run)?);
+        }
+        let fingerprint = fingerprint.digest().to_string();
+        let frame = if urls.is_empty() {
+            let empty = MemTable::try_new(schema.clone(), vec![vec![]]).map_err(run)?;
+            context.read_table(Arc::new(empty)).map_err(run)?
+        } else {
+            let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
+            let config = ListingTableConfig::new_with_multi_paths(urls).with_listing_options(options).with_schema(schema.clone());
+            let table = ListingTable::try_new(config).map_err(run)?;
+            context.read_table(Arc::new(table)).map_err(run)?
+        };
+        let all: Vec<_> = schema.fields().iter().map(|field| ident(field.name().as_str())).collect();
+        Ok((frame.select(all).map_err(run)?.into_unoptimized_plan(), fingerprint))
+    }
+
+    /// One batch of the spine: all its columns, those that the service reads in their declared types.
+    fn check_spine(
+        &self,
+        service: &ServicePlan,
+        schema: &SchemaRef,
+        batches: &[RecordBatch],
+    ) -> Result<RecordBatch, EngineError> {
+        let spine = concat_batches(schema, batches).map_err(|error| EngineError::Run(error.to_string()))?;
+        let time_why = "the time each row is asked for".to_string();
+        let time = self.spine_column(&spine, EVENT_TIMESTAMP, &Type::Timestamp, &time_why)?;
+        refuse_nulls(&time, EVENT_TIMESTAMP, "every row needs a time")?;
+        let mut fields: Vec<Field> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
+        let mut columns: Vec<ArrayRef> = spine.columns().to_vec();
+        let mut put = |name: &str, column: ArrayRef, column_type: &Type| {
+            if let Some((index, field)) = schema.column_with_name(name) {
+                fields[index] = field.clone().with_data_type(column_type.arrow()).with_nullable(true);
+                columns[index] = column;
+            }
+        };
+        put(EVENT_TIMESTAMP, time, &Type::Timestamp);
+        for column in &service.columns {
+            let why = describe(service, column);
+            let array = self.spine_column(&spine, &column.name, &column.column_type, &why)?;
+            if !column.nullable && !column.is_key {
+                refuse_nulls(&array, &column.name, &format!("{why} is not nullable"))?;
+            }
+            put(&column.name, array, &column.column_type);
+        }
+        let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(spine.num_rows()));
+        RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &options)
+            .map_err(|error| EngineError::Run(error.to_string()))
+    }
+
+    fn spine_column(&self, spine: &RecordBatch, name: &str, wanted: &Type, why: &str) -> Result<ArrayRef, EngineError> {
+        let Some(found) = spine.column_by_name(name) else {
+            let schema = spine.schema();
+            let known: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+            return Err(EngineError::MissingColumn { column: name.into(), why: why.into(), known: known.join(", ") });
+        };
+        let aligned = align_batch("spine", std::iter::once((name, wanted)), spine, false).map_err(|_| {
+            EngineError::WrongType {
+                column: name.into(),
+                found: found.data_type().to_string(),
+                wanted: wanted.to_string(),
+                why: why.into(),
+            }
+        })?;
+        Ok(aligned.column(0).clone())
+    }
+}
+
+fn describe(service: &ServicePlan, column: &RequestColumn) -> String {
+    if let Some(address) = &column.address {
+        return format!("request field `{address}`");
+    }
+    for (index, known) in service.columns.iter().enumerate() {
+        if known.name == column.name
+            && let Some(input) = service.inputs.iter().find(|input| input.keys.contains(&index))
+        {
+            return format!("a key of entity `{}`, which view `{}` is asked by", input.view.entity, input.alias);
+        }
+    }
+    format!("which service `{}` reads", service.name)
+}
+
+fn refuse_nulls(column: &ArrayRef, name: &str, why: &str) -> Result<(), EngineError> {
+    if column.null_count() == 0 {
+        return Ok(());
+    }
+    let first = (0..column.len()).find(|row| column.is_null(*row)).unwrap_or(0);
+    Err(EngineError::Null { column: name.into(), count: column.null_count(), first, why: why.into() })
+}
+
+fn memory_or_run(error: DataFusionError, limit_mib: u64) -> EngineError {
+    match error.find_root() {
+        DataFusionError::ResourcesExhausted(what) => EngineError::Memory { limit_mib, what: what.clone() },
+        _ => EngineError::Run(error.strip_backtrace()),
+    }
+}
+
+/// The columns that a spine carries for the engine alone.
+fn is_hidden(name: &str) -> bool {
+    name.starts_with("__position_time:") || name.starts_with("__position_sequence:")
+}
+
+fn output_fields(join: &PitJoin, spine: &Schema, statuses: bool) -> Result<Vec<Field>, EngineError> {
+    let mut fields: Vec<Field> =
+        spine.fields().iter().filter(|field| !is_hidden(field.name())).map(|field| field.as_ref().clone()).collect();
+    let mut add = |field: Field| {
+        if fields.iter().any(|other| other.name() == field.name()) {
+            return Err(EngineError::NameTaken { column: field.name().clone() });
+        }
+        fields.push(field);
+        Ok(())
+    };
+    for output in &join.service.outputs {
+        add(Field::new(&output.name, output.feature_type.arrow(), true))?;
+    }
+    if statuses {
+        for output in &join.service.outputs {
+            add(Field::new(format!("{}__status", output.name), DataType::UInt8, false))?;
+        }
+    }
+    Ok(fields)
+}
+
+/// From what the views answered to the features, by the code that serving runs.
+fn finish_batch(
+    join: &PitJoin,
+    batch: &RecordBatch,
+    spine_schema: &Schema,
+    schema: &SchemaRef,
+    statuses: bool,
+) -> Result<RecordBatch, DataFusionError> {
+    let answers = exec::answers(join, batch)?;
+    let column = |name: &str| {
+        batch.column_by_name(name).cloned().ok_or_else(|| DataFusionError::Internal(format!("no column `{name}`")))
+    };
+    let requests: Vec<ArrayRef> =
+        join.service.columns.iter().map(|request| column(&request.name)).collect::<Result<_, _>>()?;
+    let at = column(EVENT_TIMESTAMP)?;
+    let at = at.as_primitive::<TimestampMicrosecondType>().values();
+    let assembled = join
+        .service
+        .assemble(&answers, &requests, at)
+        .map_err(|error| DataFusionError::External(Box::new(error)))?;
+    let mut columns: Vec<ArrayRef> = spine_schema
+        .fields()
+        .iter()
+        .enumerate()
+        .filter(|(_, field)| !is_hidden(field.name()))
+        .map(|(index, _)| batch.column(index).clone())
+        .collect();
+    columns.extend(assembled.columns);
+    if statuses {
+        columns.extend(assembled.statuses.iter().map(|statuses| {
+            Arc::new(statuses.iter().map(|status| Some(*status as u8)).collect::<UInt8Array>()) as ArrayRef
+        }));
+    }
+    let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
+}
