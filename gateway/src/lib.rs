@@ -1,1 +1,24 @@
+//! The gateway: one process that answers `GetFeatures` and `Predict`, takes events, and follows the control log.
+//!
+//! The edge (`grpc`, `http`) translates; the core (`request`, `fetch`, `features`, `predict`) computes on plans and Arrow
+//! arrays and knows no protocol; `follow` decides what is served; `run` opens everything and listens, `shutdown` drains. Nothing but
+//! this crate knows a status code.
 
+pub mod config;
+pub mod run;
+pub mod shutdown;
+
+pub mod grpc;
+pub mod http;
+
+pub mod convert;
+pub mod status;
+
+pub mod answer;
+pub mod events;
+pub mod features;
+pub mod fetch;
+pub mod follow;
+pub mod metrics;
+pub mod predict;
+pub mod request;

@@ -1,0 +1,338 @@
+//! The calls themselves, without a protocol around them: `grpc` and `http` both come here.
+//!
+//! A request takes the served state once, on arrival, and keeps it to its end, so that a deploy in between changes nothing
+//! about it. One deadline holds for the whole request.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use feature_defs::catalog::RequestTime;
+use feature_defs::plan::ServicePlan;
+use feature_defs::time::Micros;
+use online_store::key::Generation;
+use online_store::{Answer, OnlineStore, Read};
+use proto::v1;
+use registry::Registry;
+use registry::id::ProjectName;
+use serde::Serialize;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::events::Events;
+use crate::features::{self, Features};
+use crate::fetch::When;
+use crate::follow::{Follower, Served};
+use crate::metrics::Metrics;
+use crate::predict;
+use crate::request::{self, Rows};
+use crate::status::{Failure, Kind};
+
+/// Where the time comes from.
+pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
+
+/// Requests being answered at once. Each holds its rows in memory; beyond this, waiting would only make all of them late.
+const REQUESTS_MAX: usize = 1_024;
+/// The deadline of a request that names none, where its model names none either.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// The longest deadline a request may ask for.
+const DEADLINE_MAX: Duration = Duration::from_secs(120);
+/// Ids that callers make up are echoed and logged, and should be no longer than that is good for.
+const REQUEST_ID_BYTES_MAX: usize = 256;
+
+/// Everything that answering takes.
+pub struct Gateway {
+    pub project: ProjectName,
+    pub store: Arc<dyn OnlineStore>,
+    pub registry: Arc<Registry>,
+    pub follower: Arc<Follower>,
+    pub events: Option<Arc<dyn Events>>,
+    pub clock: Clock,
+    pub request_time: RequestTime,
+    pub metrics: Arc<Metrics>,
+    /// Cancelled when the process stops taking requests.
+    pub drain: CancellationToken,
+    /// The first look at the control log is over, with every model of it loaded or known to fail.
+    pub started: AtomicBool,
+    /// What the last look at the online store found wrong; written by the task that looks.
+    pub store_problem: Mutex<Option<String>>,
+    requests: Semaphore,
+}
+
+/// Whether the process wants traffic, and how well it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Readiness {
+    pub ready: bool,
+    /// It answers, though not everything as it should.
+    pub degraded: bool,
+    pub reasons: Vec<String>,
+}
+
+/// The parts that a gateway is made of.
+pub struct Parts {
+    pub project: ProjectName,
+    pub store: Arc<dyn OnlineStore>,
+    pub registry: Arc<Registry>,
+    pub follower: Arc<Follower>,
+    pub events: Option<Arc<dyn Events>>,
+    pub clock: Clock,
+    pub request_time: RequestTime,
+    pub metrics: Arc<Metrics>,
+    pub drain: CancellationToken,
+}
+
+impl Gateway {
+    pub fn new(parts: Parts) -> Gateway {
+        let Parts { project, store, registry, follower, events, clock, request_time, metrics, drain } = parts;
+        Gateway {
+            project,
+            store,
+            registry,
+            follower,
+            events,
+            clock,
+            request_time,
+            metrics,
+            drain,
+            started: AtomicBool::new(false),
+            store_problem: Mutex::new(None),
+            requests: Semaphore::new(REQUESTS_MAX),
+        }
+    }
+
+    pub fn served(&self) -> Arc<Served> {
+        self.follower.served()
+    }
+
+    /// Refuses requests about other projects.
+    pub fn check_project(&self, project: &str) -> Result<(), Failure> {
+        if project == self.project.as_str() {
+            return Ok(());
+        }
+        if project.is_empty() {
+            return Err(Failure::invalid(format!(
+                "the request names no project; this server serves `{}`",
+                self.project
+            )));
+        }
+        Err(Failure::unknown("project here named", project, [self.project.as_str()]))
+    }
+
+    /// Refuses before everything is loaded, and after the end has begun.
+    pub fn check_serving(&self) -> Result<(), Failure> {
+        if self.drain.is_cancelled() {
+            return Err(Failure::new(Kind::Unavailable, "the server is shutting down; ask another one"));
+        }
+        if !self.started.load(Ordering::Acquire) {
+            return Err(Failure::new(Kind::Unavailable, "the server is starting; ask again when it is ready"));
+        }
+        Ok(())
+    }
+
+    fn admit(&self) -> Result<SemaphorePermit<'_>, Failure> {
+        self.check_serving()?;
+        self.requests.try_acquire().map_err(|_| {
+            let text = format!("{REQUESTS_MAX} requests are being answered already; send it again later");
+            Failure::new(Kind::TooMuch, text)
+        })
+    }
+
+    pub async fn get_features(&self, request: v1::GetFeaturesRequest) -> Result<v1::GetFeaturesResponse, Failure> {
+        let started = Instant::now();
+        let mut of = String::new();
+        let answer = self.get_features_of(request, started, &mut of).await;
+        self.count("GetFeatures", &of, &answer, started);
+        answer
+    }
+
+    async fn get_features_of(
+        &self,
+        request: v1::GetFeaturesRequest,
+        started: Instant,
+        of: &mut String,
+    ) -> Result<v1::GetFeaturesResponse, Failure> {
+        let _permit = self.admit()?;
+        self.check_project(&request.project)?;
+        let served = self.served();
+        let plan = served.plan()?;
+        use v1::get_features_request::What;
+        let service: Arc<ServicePlan> = match &request.what {
+            Some(What::Service(name)) => {
+                let known = || plan.services.iter().map(|service| &*service.name);
+                plan.service(name).cloned().ok_or_else(|| Failure::unknown("feature service", name, known()))?
+            }
+            Some(What::Features(list)) => Arc::new(features::listed(plan, &list.names)?),
+            None => return Err(Failure::invalid("the request names neither a service nor features")),
+        };
+        *of = service.name.to_string();
+        let rows = request::read_rows(&service, &request.rows, request.at.len())?;
+        request::refuse_incomplete(&rows)?;
+        let deadline = deadline(started, request.deadline_ms, None);
+        let features = self.features(&service, &rows, &request.at, deadline).await?;
+        Ok(v1::GetFeaturesResponse {
+            features: features.columns(&service),
+            views: if request.include_provenance { features.provenance(&service) } else { Vec::new() },
+            semantic_digest: service.semantic_digest.to_string(),
+            stale: features.fetched.stale,
+            rows: rows.count as u32,
+            at: features.fetched.at,
+        })
+    }
+
+    pub async fn predict(&self, request: v1::PredictRequest) -> Result<v1::PredictResponse, Failure> {
+        let started = Instant::now();
+        let mut of = String::new();
+        let answer = self.predict_of(request, started, &mut of).await;
+        self.count("Predict", &of, &answer, started);
+        answer
+    }
+
+    async fn predict_of(
+        &self,
+        request: v1::PredictRequest,
+        started: Instant,
+        of: &mut String,
+    ) -> Result<v1::PredictResponse, Failure> {
+        let _permit = self.admit()?;
+        self.check_project(&request.project)?;
+        if request.request_id.len() > REQUEST_ID_BYTES_MAX {
+            let text =
+                format!("a request id of {} bytes; use at most {REQUEST_ID_BYTES_MAX}", request.request_id.len());
+            return Err(Failure::invalid(text));
+        }
+        let served = self.served();
+        let model = served.model(&request.model, request.version)?;
+        *of = model.name.to_string();
+        let plan = &model.plan;
+        let service = &plan.service;
+        let rows = request::read_rows(service, &request.rows, request.at.len())?;
+        let declared = plan.deadline.and_then(|micros| u64::try_from(micros).ok()).map(Duration::from_micros);
+        let deadline = deadline(started, request.deadline_ms, declared);
+        // The model needs the last quarter; what the store has not said by then goes on as UNAVAILABLE.
+        let fetch_by = started + (deadline - started) / 4 * 3;
+        let features = self.features(service, &rows, &request.at, fetch_by).await?;
+        let predicted = predict::predict(plan, &model.server, &rows, &features, deadline).await?;
+        self.metrics.predicted(&model.name, model.version, &predicted);
+        let request_id = if request.request_id.is_empty() { Uuid::now_v7().to_string() } else { request.request_id };
+        Ok(v1::PredictResponse {
+            outputs: predicted.outputs,
+            outcomes: predicted.rows.iter().map(|row| row.to_proto(model.version)).collect(),
+            features: if request.include_features { features.columns(service) } else { Vec::new() },
+            views: if request.include_provenance { features.provenance(service) } else { Vec::new() },
+            request_id,
+            semantic_digest: service.semantic_digest.to_string(),
+            stale: features.fetched.stale,
+            timings: Some(v1::Timings {
+                features_us: micros(features.fetch_time),
+                transforms_us: micros(features.transform_time),
+                queue_us: micros(predicted.queue_time),
+                forward_us: micros(predicted.forward_time),
+                total_us: micros(started.elapsed()),
+            }),
+            at: features.fetched.at,
+        })
+    }
+
+    async fn features(
+        &self,
+        service: &ServicePlan,
+        rows: &Rows,
+        at: &[Micros],
+        deadline: Instant,
+    ) -> Result<Features, Failure> {
+        let when = match request::read_at(at, rows.count, self.request_time)? {
+            Some(at) => When::At(at),
+            None => When::Now((self.clock)()),
+        };
+        let project = self.project.as_str();
+        let features = features::compute(service, project, rows, when, deadline.into(), &*self.store).await?;
+        self.metrics.features(service, &features);
+        Ok(features)
+    }
+
+    fn count<T>(&self, method: &str, of: &str, answer: &Result<T, Failure>, started: Instant) {
+        let code = match answer {
+            Ok(_) => "Ok".to_owned(),
+            Err(failure) => format!("{:?}", failure.kind.code()),
+        };
+        self.metrics.call(method, of, &code, started.elapsed());
+    }
+
+    /// For load balancers: whether to send requests here.
+    pub fn readiness(&self) -> Readiness {
+        let served = self.served();
+        let mut reasons = Vec::new();
+        if self.drain.is_cancelled() {
+            reasons.push("the server is shutting down".to_owned());
+        } else if !self.started.load(Ordering::Acquire) {
+            reasons.push("definitions and models are being loaded".to_owned());
+        }
+        for name in &served.missing {
+            reasons.push(format!("model `{name}` is deployed, but no version of it could be loaded"));
+        }
+        let ready = reasons.is_empty();
+        reasons.extend(served.problems.iter().cloned());
+        for model in served.models.values() {
+            if let Err(error) = model.server.ready() {
+                reasons.push(format!("model `{}`: {error}", model.name));
+            }
+        }
+        if let (age, Some(_)) = self.follower.log_health() {
+            reasons
+                .push(format!("the control log could not be read for {} s; the last state is served", age.as_secs()));
+        }
+        reasons.extend(self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        if served.definitions.is_none() && served.problems.is_empty() {
+            reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());
+        }
+        let degraded = !reasons.is_empty();
+        Readiness { ready, degraded, reasons }
+    }
+
+    /// For whoever changed something: what of it is not served yet.
+    pub fn pending(&self) -> Vec<String> {
+        let served = self.served();
+        let mut reasons = served.problems.clone();
+        if served.definitions.is_none() && reasons.is_empty() {
+            reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());
+        }
+        reasons.extend(served.missing.iter().map(|name| format!("model `{name}` is not loaded")));
+        if let Some(events) = &self.events {
+            reasons.extend(events.backfilling());
+        }
+        reasons
+    }
+
+    /// Which views of the plan answer online, in its order. None of them while the store is away.
+    pub async fn ready_views(&self, served: &Served) -> Vec<bool> {
+        let Some(definitions) = &served.definitions else { return Vec::new() };
+        let views = &definitions.plan.views;
+        let fact = |view: &Arc<feature_defs::plan::ViewPlan>| {
+            Read::Fact(Generation::new(self.project.as_str(), &view.name, view.storage_digest.as_str()).ready_fact())
+        };
+        let reads: Vec<Read> = views.iter().map(fact).collect();
+        match self.store.read(&reads).await {
+            Ok(answers) => answers.iter().map(|answer| matches!(answer, Answer::Fact(Some(_)))).collect(),
+            Err(error) => {
+                tracing::warn!(%error, "the online store could not say which views are ready");
+                vec![false; views.len()]
+            }
+        }
+    }
+
+    /// Asks the online store how it is, and remembers the answer for [`Gateway::readiness`].
+    pub async fn look_at_store(&self) {
+        let problem = self.store.ping().await.err().map(|error| error.to_string());
+        *self.store_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+}
+
+fn deadline(started: Instant, asked_ms: u32, declared: Option<Duration>) -> Instant {
+    let asked = (asked_ms > 0).then(|| Duration::from_millis(u64::from(asked_ms)));
+    started + asked.or(declared).unwrap_or(DEADLINE).min(DEADLINE_MAX)
+}
+
+fn micros(duration: Duration) -> u32 {
+    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,91 @@
+//! What the gateway asks of the part that moves data: events in, file sources materialized, views backfilled.
+//!
+//! The gateway only translates; this is the seam at which it does so, and at which tests put a double.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use async_trait::async_trait;
+use feature_defs::plan::Plan;
+use feature_defs::time::Micros;
+use tokio::sync::mpsc;
+
+/// When a push is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// The events are in the log.
+    Durable,
+    /// Those that are due answer online as well.
+    Visible,
+}
+
+/// What became of the events of one push.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pushed {
+    pub accepted: u32,
+    pub duplicates: u32,
+    pub early: u32,
+    pub rejected: Vec<(u32, String)>,
+    pub last_sequence: u64,
+}
+
+/// How far the materialization of one view has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    pub source: String,
+    pub view: String,
+    pub rows_read: u64,
+    pub rows_applied: u64,
+    pub rows_stale: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Apply,
+    DryRun,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum EventsError {
+    /// What was sent cannot be taken, whenever it is sent.
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    Unknown(String),
+    /// The log or a buffer is full: later it may fit.
+    #[error("{0}")]
+    Full(String),
+    #[error("events are no longer taken")]
+    Stopping,
+    #[error("a store could not be reached")]
+    Unavailable(#[source] Box<dyn Error + Send + Sync>),
+    #[error("events could not be handled")]
+    Failed(#[source] Box<dyn Error + Send + Sync>),
+}
+
+#[async_trait]
+pub trait Events: Send + Sync + 'static {
+    /// Returns once the streams of the plan can be pushed to; backfill goes on in the background.
+    async fn adopt(&self, plan: Arc<Plan>) -> Result<(), EventsError>;
+
+    /// Views of the adopted plan that do not answer yet, with what is being done about it, for people.
+    fn backfilling(&self) -> Vec<String>;
+
+    async fn push(&self, source: &str, batch: RecordBatch, wait: Wait) -> Result<Pushed, EventsError>;
+
+    /// Reports through `progress` as it goes on. A receiver that is gone stops it.
+    async fn materialize(
+        &self,
+        sources: &[String],
+        through: Micros,
+        mode: Mode,
+        progress: mpsc::Sender<Progress>,
+    ) -> Result<(), EventsError>;
+
+    /// Returns the number of events written to history.
+    async fn flush(&self) -> Result<u64, EventsError>;
+
+    /// Finishes what was acknowledged and closes the log.
+    async fn shutdown(&self) -> Result<(), EventsError>;
+}

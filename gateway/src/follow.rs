@@ -1,0 +1,461 @@
+//! What is served, and how it follows the control log.
+//!
+//! The log says what should be; the process serves the last state that it could make real. Every 250 ms the log is read.
+//! A new entry is made real aside - definitions compiled, streams adopted, models loaded and warmed up - and then put in
+//! place by swapping one pointer; requests take that pointer once, on arrival. What fails leaves the last good state in
+//! place, is told by `/ready` and tried again.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use feature_defs::catalog::{Files, Runtime as RuntimeKind, SourceFile};
+use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, compile_definitions};
+use feature_defs::value::Type;
+use inference::batch::BatchLimits;
+use inference::executor::{ModelServer, ServerOptions};
+use inference::model::{Artefact, Device, LoadOptions, Runtime};
+use registry::Registry;
+use registry::id::{EntryNumber, ProjectName};
+use registry::model::{InputColumns, ModelRecord};
+use registry::state::{Catalog, Project};
+use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::events::Events;
+use crate::metrics::Metrics;
+use crate::predict::spec_of;
+use crate::status::{Failure, Kind, chain};
+
+const POLL: Duration = Duration::from_millis(250);
+/// How long something that failed is left alone: a model that does not load costs seconds each time.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// What requests are answered by. Never changed, only replaced.
+pub struct Served {
+    /// The last entry of the control log that was looked at.
+    pub head: EntryNumber,
+    /// None before the first `apply`.
+    pub definitions: Option<Definitions>,
+    /// By name; one version each.
+    pub models: BTreeMap<String, Arc<ServedModel>>,
+    /// Models that the log deploys and that no version is served of.
+    pub missing: Vec<String>,
+    /// What the log says and is not so, with the reason.
+    pub problems: Vec<String>,
+}
+
+#[derive(Clone)]
+pub struct Definitions {
+    pub entry: EntryNumber,
+    pub catalog_digest: registry::id::Digest,
+    pub plan: Arc<Plan>,
+}
+
+/// A version of a model, ready to run.
+pub struct ServedModel {
+    pub name: Arc<str>,
+    pub version: u32,
+    /// How its features are computed, and the policy for it.
+    pub plan: Arc<ModelPlan>,
+    pub server: Arc<ModelServer>,
+}
+
+/// How eager a look at the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// What failed is tried again now.
+    Now,
+    /// What failed is left alone for a while.
+    Later,
+}
+
+pub struct Follower {
+    registry: Arc<Registry>,
+    project: ProjectName,
+    events: Option<Arc<dyn Events>>,
+    runtime: Option<Arc<dyn Runtime>>,
+    metrics: Arc<Metrics>,
+    served: watch::Sender<Arc<Served>>,
+    /// One follows at a time.
+    working: AsyncMutex<Working>,
+    /// Versions that a deploy has warmed up and not yet written to the log. As many as deploys under way.
+    prepared: Mutex<BTreeMap<(String, u32), Arc<ServedModel>>>,
+    log: Mutex<LogHealth>,
+}
+
+#[derive(Default)]
+struct Working {
+    /// The plan that events were told of.
+    adopted: Option<Arc<Plan>>,
+    /// Plans of earlier definitions that a served version needs.
+    earlier: BTreeMap<EntryNumber, Arc<Plan>>,
+    tried: Option<Instant>,
+}
+
+struct LogHealth {
+    read: Instant,
+    error: Option<String>,
+}
+
+impl Served {
+    fn empty() -> Served {
+        Served {
+            head: EntryNumber::NONE,
+            definitions: None,
+            models: BTreeMap::new(),
+            missing: Vec::new(),
+            problems: Vec::new(),
+        }
+    }
+
+    /// The plan in force, or why there is none.
+    pub fn plan(&self) -> Result<&Arc<Plan>, Failure> {
+        self.definitions.as_ref().map(|definitions| &definitions.plan).ok_or_else(|| match self.problems.first() {
+            Some(problem) => Failure::new(Kind::Unavailable, format!("no definitions are served yet: {problem}")),
+            None => Failure::new(Kind::Precondition, "no definitions are applied yet; run `coeval apply`"),
+        })
+    }
+
+    /// The model that answers, or why none does.
+    pub fn model(&self, name: &str, version: u32) -> Result<&Arc<ServedModel>, Failure> {
+        if let Some(model) = self.models.get(name) {
+            if version == 0 || version == model.version {
+                return Ok(model);
+            }
+            let text = format!("version {version} of model `{name}` is not deployed; version {} is", model.version);
+            return Err(Failure::new(Kind::Precondition, text));
+        }
+        if self.missing.iter().any(|missing| missing == name) {
+            let why = self.problems.iter().find(|problem| problem.contains(&format!("`{name}`")));
+            let why = why.map_or("it is being loaded", String::as_str);
+            return Err(Failure::new(Kind::Unavailable, format!("model `{name}` is deployed, but not served: {why}")));
+        }
+        let plan = self.plan()?;
+        if plan.model(name).is_some() {
+            let text = format!("model `{name}` has no deployed version; run `coeval model deploy`");
+            return Err(Failure::new(Kind::Precondition, text));
+        }
+        Err(Failure::unknown("model", name, plan.models.iter().map(|model| &*model.name)))
+    }
+}
+
+impl Follower {
+    pub fn new(
+        registry: Arc<Registry>,
+        project: ProjectName,
+        events: Option<Arc<dyn Events>>,
+        runtime: Option<Arc<dyn Runtime>>,
+        metrics: Arc<Metrics>,
+    ) -> Follower {
+        Follower {
+            registry,
+            project,
+            events,
+            runtime,
+            metrics,
+            served: watch::Sender::new(Arc::new(Served::empty())),
+            working: AsyncMutex::default(),
+            prepared: Mutex::default(),
+            log: Mutex::new(LogHealth { read: Instant::now(), error: None }),
+        }
+    }
+
+    /// The state in force. Never waits.
+    pub fn served(&self) -> Arc<Served> {
+        self.served.borrow().clone()
+    }
+
+    /// How long ago the log was read, and why not later.
+    pub fn log_health(&self) -> (Duration, Option<String>) {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        (log.read.elapsed(), log.error.clone())
+    }
+
+    /// Follows until the token is cancelled.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut interval = tokio::time::interval(POLL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = interval.tick() => {}
+            }
+            // A load under way is given up on shutdown; its threads end by themselves.
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = self.follow(Retry::Later) => {}
+            }
+        }
+    }
+
+    /// Reads the log to its head and makes it real as far as that is possible.
+    pub async fn follow(&self, retry: Retry) -> Arc<Served> {
+        let mut working = self.working.lock().await;
+        let refreshed = self.registry.refresh().await;
+        {
+            let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            match &refreshed {
+                Ok(_) => *log = LogHealth { read: Instant::now(), error: None },
+                Err(error) => {
+                    let text = chain(error);
+                    if log.error.as_ref() != Some(&text) {
+                        tracing::warn!(error = text, "the control log cannot be read; the last state is served");
+                    }
+                    log.error = Some(text);
+                }
+            }
+        }
+        let state = self.registry.state();
+        let before = self.served();
+        let tried_lately = working.tried.is_some_and(|tried| tried.elapsed() < RETRY_AFTER);
+        if before.head == state.head && (before.problems.is_empty() || (retry == Retry::Later && tried_lately)) {
+            return before;
+        }
+        working.tried = Some(Instant::now());
+        let served = match state.project(self.project.as_str()) {
+            Some(project) => self.realise(&mut working, project, state.head, &before).await,
+            None => Served { head: state.head, ..Served::empty() },
+        };
+        for problem in served.problems.iter().filter(|problem| !before.problems.contains(problem)) {
+            self.metrics.follow_failed();
+            tracing::error!(head = %state.head, problem, "the control log could not be followed; the last good state is served");
+        }
+        let served = Arc::new(served);
+        self.served.send_replace(served.clone());
+        served
+    }
+
+    async fn realise(&self, working: &mut Working, project: &Project, head: EntryNumber, before: &Served) -> Served {
+        let mut problems = Vec::new();
+        let definitions = match self.realise_definitions(working, project, before).await {
+            Ok(definitions) => Some(definitions),
+            Err(problem) => {
+                problems.push(problem);
+                before.definitions.clone()
+            }
+        };
+        let mut models = BTreeMap::new();
+        let mut missing = Vec::new();
+        let mut used = Vec::new();
+        for (name, deployment) in &project.deployments {
+            let Some(record) = project.model(name.as_str(), deployment.active) else { continue };
+            let served = before.models.get(name.as_str());
+            let realised = async {
+                let plan = self.plan_of(working, definitions.as_ref(), record).await?;
+                if plan.1 {
+                    used.push(record.definitions);
+                }
+                self.realise_model(record, plan.0, served).await
+            };
+            match realised.await {
+                Ok(model) => {
+                    models.insert(name.to_string(), model);
+                }
+                Err(failure) => {
+                    let version = record.version;
+                    let still = served.map(|served| format!("; version {} is still served", served.version));
+                    let still = still.unwrap_or_default();
+                    problems.push(format!("version {version} of model `{name}`: {}{still}", failure.message));
+                    match served {
+                        Some(served) => {
+                            models.insert(name.to_string(), served.clone());
+                        }
+                        None => missing.push(name.to_string()),
+                    }
+                }
+            }
+        }
+        working.earlier.retain(|entry, _| used.contains(entry));
+        Served { head, definitions, models, missing, problems }
+    }
+
+    async fn realise_definitions(
+        &self,
+        working: &mut Working,
+        project: &Project,
+        before: &Served,
+    ) -> Result<Definitions, String> {
+        let catalog = project.catalog();
+        let entry = project.applied.fact.entry;
+        let plan = match &before.definitions {
+            Some(definitions) if definitions.entry == entry => definitions.plan.clone(),
+            _ => compile(&self.project, catalog).await?,
+        };
+        if let Some(events) = &self.events
+            && !working.adopted.as_ref().is_some_and(|adopted| Arc::ptr_eq(adopted, &plan))
+        {
+            let adopted = events.adopt(plan.clone()).await;
+            adopted.map_err(|error| format!("entry {entry}: its streams could not be taken: {}", chain(&error)))?;
+            working.adopted = Some(plan.clone());
+        }
+        Ok(Definitions { entry, catalog_digest: catalog.digest.clone(), plan })
+    }
+
+    /// The plan that a version is served by: that of the definitions in force, while they give the model what it was
+    /// registered with, else that of its own definitions. The flag says which.
+    async fn plan_of(
+        &self,
+        working: &mut Working,
+        definitions: Option<&Definitions>,
+        record: &ModelRecord,
+    ) -> Result<(Arc<ModelPlan>, bool), Failure> {
+        let name = record.model.name.as_str();
+        if let Some(plan) = definitions.and_then(|definitions| definitions.plan.model(name))
+            && fits(plan, record)
+        {
+            return Ok((plan.clone(), false));
+        }
+        let entry = record.definitions;
+        let plan = match working.earlier.get(&entry) {
+            Some(plan) => plan.clone(),
+            None => {
+                let catalog = self.registry.catalog(entry).await?;
+                let problem = |text| Failure::new(Kind::Precondition, text);
+                let plan = compile(&self.project, &catalog).await.map_err(problem)?;
+                working.earlier.insert(entry, plan.clone());
+                plan
+            }
+        };
+        let plan = plan.model(name).filter(|plan| fits(plan, record)).cloned().ok_or_else(|| {
+            let text = format!(
+                "this build computes other features for it than entry {entry} says, by which it was trained; serve it \
+                 with the build that registered it, or train it again"
+            );
+            Failure::new(Kind::Precondition, text)
+        })?;
+        Ok((plan, true))
+    }
+
+    async fn realise_model(
+        &self,
+        record: &ModelRecord,
+        plan: Arc<ModelPlan>,
+        served: Option<&Arc<ServedModel>>,
+    ) -> Result<Arc<ServedModel>, Failure> {
+        let key = (record.model.name.to_string(), record.version.0);
+        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+        let running = [served, prepared.as_ref()].into_iter().flatten();
+        for running in running.filter(|running| running.version == record.version.0) {
+            if Arc::ptr_eq(&running.plan, &plan) {
+                return Ok(running.clone());
+            }
+            // Policy may have changed; the executors stay as long as they would be started the same.
+            if options(&running.plan) == options(&plan) && spec_of(&running.plan) == spec_of(&plan) {
+                let server = running.server.clone();
+                return Ok(Arc::new(ServedModel {
+                    plan,
+                    server,
+                    name: running.name.clone(),
+                    version: running.version,
+                }));
+            }
+        }
+        self.start(record, plan).await
+    }
+
+    async fn start(&self, record: &ModelRecord, plan: Arc<ModelPlan>) -> Result<Arc<ServedModel>, Failure> {
+        let name = record.model.name.as_str();
+        let Some(runtime) = self.runtime.clone() else {
+            let text = "this build has no torch, so it cannot run models; use a `coeval` that was built with it";
+            return Err(Failure::new(Kind::Unsupported, text));
+        };
+        if plan.runtime != RuntimeKind::TorchScript {
+            let text = format!("model `{name}` has a runtime that this version cannot run; export it as torchscript");
+            return Err(Failure::new(Kind::Unsupported, text));
+        }
+        if let Some(device) = plan.devices.iter().find(|device| *device != "cpu") {
+            let text = format!("model `{name}` is placed on `{device}`, but this version runs models on `cpu` only");
+            return Err(Failure::new(Kind::Unsupported, text));
+        }
+        let bytes = self.registry.artifacts().get(&record.model.artifact).await?;
+        let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
+        let (executors, threads, max_rows, max_queue_rows) = options(&plan);
+        let options = ServerOptions {
+            executors: executors as usize,
+            limits: BatchLimits::new(max_rows as usize, max_queue_rows as usize),
+            load: LoadOptions { device: Device::Cpu, threads: threads as usize },
+        };
+        let version = record.version.0;
+        let server =
+            ModelServer::start(&format!("{name}/{version}"), runtime, artefact, spec_of(&plan), options).await?;
+        tracing::info!(model = name, version, "a model is loaded and warm");
+        Ok(Arc::new(ServedModel { name: name.into(), version, plan, server: Arc::new(server) }))
+    }
+
+    /// Loads and warms up a version that is about to be deployed, so that nothing moves if it cannot run. It is kept
+    /// until the guard is dropped.
+    pub async fn prepare(&self, record: &ModelRecord) -> Result<Prepared<'_>, Failure> {
+        let mut working = self.working.lock().await;
+        let served = self.served();
+        let (plan, _) = self.plan_of(&mut working, served.definitions.as_ref(), record).await?;
+        drop(working);
+        let running = served.models.get(record.model.name.as_str());
+        let model = self.realise_model(record, plan, running).await?;
+        let key = (record.model.name.to_string(), record.version.0);
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), model);
+        Ok(Prepared { follower: self, key })
+    }
+}
+
+/// A version that is warm and not yet deployed.
+pub struct Prepared<'a> {
+    follower: &'a Follower,
+    key: (String, u32),
+}
+
+impl Drop for Prepared<'_> {
+    fn drop(&mut self) {
+        self.follower.prepared.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}
+
+/// Everything about the executors that a definition can change.
+fn options(plan: &ModelPlan) -> (u32, u32, u32, u32) {
+    (plan.executors, plan.threads, plan.max_rows, plan.max_queue_rows)
+}
+
+/// Whether a plan gives a version exactly what it was registered with.
+fn fits(plan: &ModelPlan, record: &ModelRecord) -> bool {
+    plan.service.semantic_digest.as_str() == record.model.service_digest.as_str()
+        && input_columns(plan) == record.model.inputs
+}
+
+/// The tensors of a model and the features that fill them, as the control log remembers them.
+pub fn input_columns(plan: &ModelPlan) -> Vec<InputColumns> {
+    let columns = |features: &[usize]| features.iter().map(|index| plan.service.outputs[*index].name.clone()).collect();
+    plan.inputs
+        .iter()
+        .map(|input| InputColumns {
+            name: input.name.clone(),
+            dtype: input.dtype.value_type().to_string(),
+            columns: columns(&input.features),
+        })
+        .collect()
+}
+
+/// Compiles the definitions of a catalog, off the threads that answer requests.
+async fn compile(project: &ProjectName, catalog: &Catalog) -> Result<Arc<Plan>, String> {
+    let mut schemas = SourceSchemas::new();
+    for (source, schema) in &catalog.source_schemas {
+        let columns: Vec<(String, Type)> = serde_json::from_value(schema.clone())
+            .map_err(|error| format!("the schema of source `{source}` in the control log cannot be read: {error}"))?;
+        schemas.insert(source.to_string(), columns);
+    }
+    let files = catalog.files.iter();
+    let files = files.map(|(path, text)| SourceFile { path: path.clone(), text: text.clone() }).collect();
+    let files = Files::new(files);
+    let project = project.to_string();
+    let compiled = tokio::task::spawn_blocking(move || compile_definitions(&project, &files, &schemas)).await;
+    match compiled {
+        Ok(Ok(plan)) => Ok(Arc::new(plan)),
+        Ok(Err(diagnostics)) => {
+            let first = diagnostics.first().map_or_else(String::new, |diagnostic| diagnostic.message.clone());
+            Err(format!(
+                "the applied definitions do not compile here, with {} errors ({first}); apply them with this build",
+                diagnostics.len()
+            ))
+        }
+        Err(error) => Err(format!("the compiler ended early: {error}")),
+    }
+}

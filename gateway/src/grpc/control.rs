@@ -1,0 +1,368 @@
+//! What is there, and changes to it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use feature_defs::plan::{ModelPlan, Plan, SourceKind};
+use feature_defs::value::Type;
+use proto::v1;
+use proto::v1::control_server::Control as ControlService;
+use registry::Outcome;
+use registry::id::{DatasetId, Digest, ModelName, ModelVersion, NameError, ServiceName};
+use registry::model::NewModel;
+use registry::state::{Change, Project, State};
+use tokio::sync::{Mutex, Semaphore};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::answer::Gateway;
+use crate::follow::{Retry, Served, input_columns};
+use crate::status::{Failure, Kind};
+
+/// The largest model file. It is held in memory while it is checked and loaded.
+const MODEL_BYTES_MAX: usize = 1 << 30;
+/// Uploads at once, for the same reason.
+const UPLOADS_MAX: usize = 2;
+/// How long a call waits for an entry that it was told of and the log does not have yet.
+const ENTRY_WAIT: Duration = Duration::from_secs(20);
+/// Texts of a record are names, digests and words, not files.
+const TEXT_BYTES_MAX: usize = 64 << 10;
+
+pub struct Control {
+    gateway: Arc<Gateway>,
+    uploads: Semaphore,
+    /// Deploys go one after the other: each warms a model up, and moves traffic when it says so.
+    deploying: Mutex<()>,
+}
+
+impl Control {
+    pub fn new(gateway: Arc<Gateway>) -> Control {
+        Control { gateway, uploads: Semaphore::new(UPLOADS_MAX), deploying: Mutex::new(()) }
+    }
+}
+
+#[tonic::async_trait]
+impl ControlService for Control {
+    async fn get_catalog(
+        &self,
+        request: Request<v1::GetCatalogRequest>,
+    ) -> Result<Response<v1::GetCatalogResponse>, Status> {
+        let request = request.into_inner();
+        // A client that does not know the project yet learns it here.
+        if !request.project.is_empty() {
+            self.gateway.check_project(&request.project)?;
+        }
+        let served = self.gateway.served();
+        let ready = self.gateway.ready_views(&served).await;
+        Ok(Response::new(catalog(self.gateway.project.as_str(), &served, &ready)))
+    }
+
+    async fn refresh(&self, request: Request<v1::RefreshRequest>) -> Result<Response<v1::RefreshResponse>, Status> {
+        let request = request.into_inner();
+        self.gateway.check_project(&request.project)?;
+        let wait_until = tokio::time::Instant::now() + ENTRY_WAIT;
+        let served = loop {
+            let served = self.gateway.follower.follow(Retry::Now).await;
+            if let (_, Some(error)) = self.gateway.follower.log_health() {
+                let source: Box<dyn std::error::Error + Send + Sync> = error.into();
+                Err(Failure::unavailable("the control log cannot be read", &*source))?;
+            }
+            if served.head.0 >= request.at_least {
+                break served;
+            }
+            if tokio::time::Instant::now() >= wait_until {
+                let text =
+                    format!("entry {} is not in the control log, which ends at {}", request.at_least, served.head);
+                Err(Failure::new(Kind::Expired, text))?;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        let reasons = self.gateway.pending();
+        Ok(Response::new(v1::RefreshResponse { control_head: served.head.0, ready: reasons.is_empty(), reasons }))
+    }
+
+    async fn register_model(
+        &self,
+        request: Request<Streaming<v1::RegisterModelRequest>>,
+    ) -> Result<Response<v1::RegisterModelResponse>, Status> {
+        Ok(Response::new(self.register(request.into_inner()).await?))
+    }
+
+    async fn deploy_model(
+        &self,
+        request: Request<v1::DeployModelRequest>,
+    ) -> Result<Response<v1::DeployModelResponse>, Status> {
+        Ok(Response::new(self.deploy(request.into_inner()).await?))
+    }
+
+    async fn list_models(
+        &self,
+        request: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        self.gateway.check_project(&request.into_inner().project)?;
+        let state = self.gateway.registry.state();
+        let models = project(&state, &self.gateway).map_or_else(Vec::new, models);
+        Ok(Response::new(v1::ListModelsResponse { models }))
+    }
+
+    async fn list_datasets(
+        &self,
+        request: Request<v1::ListDatasetsRequest>,
+    ) -> Result<Response<v1::ListDatasetsResponse>, Status> {
+        self.gateway.check_project(&request.into_inner().project)?;
+        let state = self.gateway.registry.state();
+        let datasets = project(&state, &self.gateway).map_or_else(Vec::new, datasets);
+        Ok(Response::new(v1::ListDatasetsResponse { datasets }))
+    }
+}
+
+impl Control {
+    async fn register(
+        &self,
+        mut parts: Streaming<v1::RegisterModelRequest>,
+    ) -> Result<v1::RegisterModelResponse, Failure> {
+        use v1::register_model_request::Part;
+        let Some(Part::Header(header)) = next(&mut parts).await? else {
+            return Err(Failure::invalid("the first part of an upload must be its header"));
+        };
+        let gateway = &self.gateway;
+        gateway.check_project(&header.project)?;
+        check_header(&header)?;
+        // What the header says is checked before a gigabyte is taken for it.
+        let served = gateway.follower.follow(Retry::Later).await;
+        let plan = served.plan()?;
+        let known = || plan.models.iter().map(|model| &*model.name);
+        let model = plan.model(&header.model).ok_or_else(|| Failure::unknown("model", &header.model, known()))?;
+        let name: ModelName = parse(&header.model)?;
+        let dataset = self.dataset(&header.dataset)?;
+
+        let _permit = self.uploads.try_acquire().map_err(|_| {
+            Failure::new(Kind::TooMuch, format!("{UPLOADS_MAX} models are being uploaded already; send it again later"))
+        })?;
+        let mut bytes = BytesMut::new();
+        while let Some(part) = next(&mut parts).await? {
+            let Part::Chunk(chunk) = part else {
+                return Err(Failure::invalid("an upload has one header, and then chunks only"));
+            };
+            if bytes.len() + chunk.len() > MODEL_BYTES_MAX {
+                let text =
+                    format!("the model file is larger than {MODEL_BYTES_MAX} bytes, the largest this server takes");
+                return Err(Failure::new(Kind::TooMuch, text));
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        if bytes.is_empty() {
+            return Err(Failure::invalid("the model file is empty"));
+        }
+        let artifact = gateway.registry.artifacts().put_artifact(&name, bytes.freeze()).await?;
+        let digest = artifact.sha256.to_string();
+        let author = header.author.clone();
+        let new = NewModel {
+            name,
+            artifact,
+            runtime: runtime_name(model).to_owned(),
+            service: parse::<ServiceName>(&model.service.name)?,
+            service_digest: parse::<Digest>(model.service.semantic_digest.as_str())?,
+            inputs: input_columns(model),
+            author: header.author,
+            commit: header.commit,
+            environment_digest: header.environment_digest,
+            seed: Some(header.seed),
+            hardware: header.hardware,
+            libraries: header.libraries.into_iter().collect(),
+            dataset,
+            metrics: header.metrics.into_iter().collect(),
+            golden_rows: None,
+        };
+        let change = Change::RegisterModel(Box::new(new));
+        let receipt = gateway.registry.submit(&gateway.project, &change, &author, None).await?;
+        let version = receipt.version.map_or(0, |version| version.0);
+        tracing::info!(model = header.model, version, digest, "a model is registered");
+        Ok(v1::RegisterModelResponse { version, digest, existed: receipt.outcome == Outcome::AlreadySo })
+    }
+
+    /// The id of a dataset that was named by its id or its name.
+    fn dataset(&self, named: &str) -> Result<Option<DatasetId>, Failure> {
+        if named.is_empty() {
+            return Ok(None);
+        }
+        let state = self.gateway.registry.state();
+        let project = project(&state, &self.gateway);
+        let known = || project.into_iter().flat_map(|project| project.dataset_names.keys()).map(|name| name.as_str());
+        let found = project.and_then(|project| project.dataset(named));
+        let record = found.ok_or_else(|| Failure::unknown("dataset", named, known()))?;
+        Ok(Some(record.dataset.id.clone()))
+    }
+
+    async fn deploy(&self, request: v1::DeployModelRequest) -> Result<v1::DeployModelResponse, Failure> {
+        let gateway = &self.gateway;
+        gateway.check_project(&request.project)?;
+        if request.version == 0 {
+            return Err(Failure::invalid("the request names no version; versions begin at 1"));
+        }
+        if request.who.len() > TEXT_BYTES_MAX || request.why.len() > TEXT_BYTES_MAX {
+            return Err(Failure::invalid(format!("`who` and `why` take at most {TEXT_BYTES_MAX} bytes")));
+        }
+        let _deploying = self.deploying.lock().await;
+        gateway.follower.follow(Retry::Later).await;
+        let model: ModelName = parse(&request.model)?;
+        let change = Change::Deploy { model: model.clone(), version: ModelVersion(request.version) };
+        let state = gateway.registry.state();
+        // Refused now rather than after a minute of loading; judged again when it is written.
+        state.judge(&gateway.project, &change).map_err(registry::RegistryError::from)?;
+        let known = project(&state, gateway);
+        let before = known.and_then(|project| project.deployments.get(&model)).cloned();
+        let record = known.and_then(|project| project.model(model.as_str(), ModelVersion(request.version)));
+        let record = record.ok_or_else(|| Failure::invalid("the version is not registered"))?;
+        let prepared = gateway.follower.prepare(record).await?;
+        let why = Some(request.why.as_str()).filter(|why| !why.is_empty());
+        let receipt = gateway.registry.submit(&gateway.project, &change, &request.who, why).await?;
+        gateway.follower.follow(Retry::Now).await;
+        drop(prepared);
+        let previous = match receipt.outcome {
+            Outcome::Appended => before.map(|before| before.active),
+            Outcome::AlreadySo => before.and_then(|before| before.previous),
+        };
+        tracing::info!(model = %model, version = request.version, who = request.who, "a model is deployed");
+        Ok(v1::DeployModelResponse { version: request.version, previous: previous.map_or(0, |version| version.0) })
+    }
+}
+
+async fn next(
+    parts: &mut Streaming<v1::RegisterModelRequest>,
+) -> Result<Option<v1::register_model_request::Part>, Failure> {
+    match parts.message().await {
+        Ok(Some(message)) => match message.part {
+            Some(part) => Ok(Some(part)),
+            None => Err(Failure::invalid("a part of the upload is empty")),
+        },
+        Ok(None) => Ok(None),
+        Err(status) => Err(Failure::new(Kind::Unavailable, format!("the upload broke off: {}", status.message()))),
+    }
+}
+
+fn check_header(header: &v1::ModelHeader) -> Result<(), Failure> {
+    let texts = [&header.author, &header.commit, &header.environment_digest, &header.hardware];
+    let maps = header.libraries.iter().map(|(name, version)| name.len() + version.len()).sum::<usize>()
+        + header.metrics.keys().map(String::len).sum::<usize>();
+    if texts.into_iter().map(String::len).sum::<usize>() + maps > TEXT_BYTES_MAX {
+        return Err(Failure::invalid(format!("the header's texts take more than {TEXT_BYTES_MAX} bytes")));
+    }
+    Ok(())
+}
+
+fn parse<T: std::str::FromStr<Err = NameError>>(text: &str) -> Result<T, Failure> {
+    text.parse().map_err(|error: NameError| Failure::invalid(error.to_string()))
+}
+
+fn runtime_name(model: &ModelPlan) -> &'static str {
+    match model.runtime {
+        feature_defs::catalog::Runtime::TorchScript => "torchscript",
+        feature_defs::catalog::Runtime::Pt2 => "pt2",
+    }
+}
+
+fn project<'a>(state: &'a State, gateway: &Gateway) -> Option<&'a Project> {
+    state.project(gateway.project.as_str())
+}
+
+fn models(project: &Project) -> Vec<v1::ModelInfo> {
+    let versions =
+        project.models.iter().flat_map(|(name, versions)| versions.values().map(move |record| (name, record)));
+    let info = versions.map(|(name, record)| {
+        let model = &record.model;
+        let active = project.deployments.get(name).map(|deployment| deployment.active);
+        v1::ModelInfo {
+            name: name.to_string(),
+            version: record.version.0,
+            digest: model.artifact.sha256.to_string(),
+            service: model.service.to_string(),
+            service_digest: model.service_digest.to_string(),
+            deployed: active == Some(record.version),
+            author: model.author.clone(),
+            commit: model.commit.clone(),
+            environment_digest: model.environment_digest.clone(),
+            seed: model.seed.unwrap_or_default(),
+            hardware: model.hardware.clone(),
+            libraries: model.libraries.clone().into_iter().collect(),
+            dataset: model.dataset.as_ref().map(DatasetId::to_string).unwrap_or_default(),
+            metrics: model.metrics.clone().into_iter().collect(),
+            registered_at: record.registered.at.to_rfc3339(),
+        }
+    });
+    info.collect()
+}
+
+fn datasets(project: &Project) -> Vec<v1::DatasetInfo> {
+    let info = project.datasets.values().map(|record| {
+        let dataset = &record.dataset;
+        v1::DatasetInfo {
+            name: dataset.name.to_string(),
+            id: dataset.id.to_string(),
+            service: dataset.service.to_string(),
+            service_digest: dataset.service_digest.to_string(),
+            rows: dataset.rows,
+            location: dataset.manifest.clone(),
+            created_at: record.created.at.to_rfc3339(),
+        }
+    });
+    info.collect()
+}
+
+fn catalog(project: &str, served: &Served, ready: &[bool]) -> v1::GetCatalogResponse {
+    let mut response = v1::GetCatalogResponse {
+        project: project.to_owned(),
+        control_head: served.head.0,
+        ..v1::GetCatalogResponse::default()
+    };
+    let Some(definitions) = &served.definitions else { return response };
+    let plan: &Plan = &definitions.plan;
+    response.catalog_digest = definitions.catalog_digest.to_string();
+    response.views = plan
+        .views
+        .iter()
+        .enumerate()
+        .map(|(index, view)| v1::ViewInfo {
+            name: view.name.to_string(),
+            entity: view.entity.to_string(),
+            storage_digest: view.storage_digest.to_string(),
+            semantic_digest: view.semantic_digest.to_string(),
+            ready: ready.get(index).copied().unwrap_or(false),
+        })
+        .collect();
+    response.services = plan
+        .services
+        .iter()
+        .map(|service| v1::ServiceInfo {
+            name: service.name.to_string(),
+            semantic_digest: service.semantic_digest.to_string(),
+            inputs: service
+                .columns
+                .iter()
+                .map(|column| named(&column.name, &column.column_type, column.nullable))
+                .collect(),
+            features: service.outputs.iter().map(|output| named(&output.name, &output.feature_type, true)).collect(),
+        })
+        .collect();
+    response.sources = plan
+        .sources
+        .iter()
+        .map(|source| v1::SourceInfo {
+            name: source.name.to_string(),
+            kind: match source.kind {
+                SourceKind::Files { .. } => "files",
+                SourceKind::Static { .. } => "static",
+                SourceKind::Stream { .. } => "stream",
+            }
+            .to_owned(),
+            schema: source.schema.iter().map(|(name, column_type)| named(name, column_type, true)).collect(),
+            event_time: source.event_time.clone().unwrap_or_default(),
+            created_time: source.created_time.clone().unwrap_or_default(),
+        })
+        .collect();
+    response
+}
+
+fn named(name: &str, value_type: &Type, nullable: bool) -> v1::NamedType {
+    v1::NamedType { name: name.to_owned(), r#type: value_type.to_string(), nullable }
+}

@@ -1,0 +1,255 @@
+//! The process: listen, open what it works with, load what is served, answer until told to stop.
+//!
+//! It listens before it opens anything, so that a second server on the same port fails at once and touches nothing. The
+//! ports answer from then on, `/ready` with no until the first look at the control log is over and its models are warm.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use chrono::DateTime;
+use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, Settings};
+use inference::model::Runtime;
+use object_store::ObjectStore;
+use object_store::path::Path as ObjectPath;
+use online_store::OnlineStore;
+use online_store::embedded::EmbeddedStore;
+use online_store::redis::RedisStore;
+use registry::Registry;
+use registry::id::ProjectName;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+
+use crate::answer::{Clock, Gateway, Parts};
+use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runtime, listen, local_folder, place};
+use crate::events::Events;
+use crate::follow::{Follower, Retry};
+use crate::metrics::Metrics;
+use crate::shutdown::{Draining, drain};
+use crate::{grpc, http};
+
+/// Longest wait for a round trip to Redis: far beyond a healthy one, and short enough to tell people that it is gone.
+const REDIS_TIMEOUT: Duration = Duration::from_secs(2);
+const STORE_LOOK: Duration = Duration::from_secs(2);
+/// HTTP/2 streams of one connection.
+const STREAMS_MAX: u32 = 1_024;
+const KEEPALIVE: Duration = Duration::from_secs(30);
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// Adds further services to the gRPC port.
+pub type Mount = Box<dyn FnOnce(Routes) -> Routes + Send>;
+
+/// What a server works with, opened.
+pub struct Opened {
+    pub project: ProjectName,
+    pub objects: Arc<dyn ObjectStore>,
+    pub registry: Arc<Registry>,
+    pub store: Arc<dyn OnlineStore>,
+    pub events: Option<Arc<dyn Events>>,
+    pub runtime: Option<Arc<dyn Runtime>>,
+    pub flight: Option<Mount>,
+}
+
+/// Sockets that listen already.
+pub struct Listeners {
+    pub grpc: Listener,
+    pub http: Listener,
+}
+
+/// A server that runs.
+pub struct Running {
+    pub grpc_addr: SocketAddr,
+    pub http_addr: SocketAddr,
+    gateway: Arc<Gateway>,
+    stop: CancellationToken,
+    supervisor: JoinHandle<Result<(), ServeError>>,
+}
+
+/// Tells a server to drain and end. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ShutdownHandle {
+    stop: CancellationToken,
+}
+
+impl ShutdownHandle {
+    /// Begins the drain and returns; [`Running::wait`] returns when it is over.
+    pub fn shut_down(&self) {
+        self.stop.cancel();
+    }
+}
+
+impl Running {
+    pub fn shutdown_handle(&self) -> ShutdownHandle {
+        ShutdownHandle { stop: self.stop.clone() }
+    }
+
+    pub fn gateway(&self) -> &Arc<Gateway> {
+        &self.gateway
+    }
+
+    /// Returns once the first look at the control log is over.
+    pub async fn started(&self) {
+        while !self.gateway.started.load(Ordering::Acquire) && !self.supervisor.is_finished() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Waits for the end: after a shutdown, or when a part of the server fails.
+    pub async fn wait(self) -> Result<(), ServeError> {
+        match self.supervisor.await {
+            Ok(ended) => ended,
+            Err(error) => Err(ServeError::Server { what: "supervising", source: Box::new(error) }),
+        }
+    }
+}
+
+/// Starts a server as its settings say.
+pub async fn serve(options: ServeOptions) -> Result<Running, ServeError> {
+    let listeners = bind(&options.settings).await?;
+    let opened = open(&options).await?;
+    start(listeners, opened, options.settings.serve.request_time, options.clock).await
+}
+
+/// Listens on both ports.
+pub async fn bind(settings: &Settings) -> Result<Listeners, ServeError> {
+    let serve = &settings.serve;
+    let grpc = listen(GRPC, &serve.grpc, serve.beyond_loopback).await?;
+    let http = listen(HTTP, &serve.http, serve.beyond_loopback).await?;
+    Ok(Listeners { grpc, http })
+}
+
+/// Opens the stores, the control log, the event log and the services over them.
+pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
+    let settings = &options.settings;
+    let project = ProjectName::try_new(settings.project.as_str())?;
+    if settings.log == LogKind::Redis {
+        return Err(ServeError::NoRedisLog);
+    }
+    let (objects, root) = registry::store::open_store(&place(&options.project_dir, &settings.store))?;
+    let prefix = root.join(project.as_str());
+    let registry = Registry::open(objects.clone(), &prefix, wall_clock(&options.clock)).await;
+    let registry = Arc::new(registry.map_err(ServeError::Registry)?);
+    let local = local_folder(&options.project_dir, &settings.store, project.as_str())?;
+    let store: Arc<dyn OnlineStore> = match &settings.online.value {
+        OnlineUrl::Embedded => {
+            let folder = local.join("online");
+            let made = std::fs::create_dir_all(&folder);
+            made.map_err(|source| ServeError::Folder { folder: folder.clone(), source })?;
+            let opened = tokio::task::spawn_blocking(move || EmbeddedStore::open(folder)).await;
+            let opened =
+                opened.map_err(|error| ServeError::Server { what: "online store", source: Box::new(error) })?;
+            Arc::new(opened?)
+        }
+        OnlineUrl::Redis(url) => Arc::new(RedisStore::connect(url, REDIS_TIMEOUT).await?),
+        OnlineUrl::RedisCluster(_) => return Err(ServeError::NoCluster),
+    };
+    let runtime = options.runtime.clone().or_else(default_runtime);
+    let mut opened = Opened { project, objects, registry, store, events: None, runtime, flight: None };
+    open_data(options, &prefix, &local, &mut opened).await?;
+    Ok(opened)
+}
+
+/// Opens what moves and holds data beyond the online store: the event log with its appliers, and the offline engine
+/// behind Flight.
+async fn open_data(
+    _options: &ServeOptions,
+    _prefix: &ObjectPath,
+    _local: &std::path::Path,
+    _opened: &mut Opened,
+) -> Result<(), ServeError> {
+    Ok(())
+}
+
+/// The control log's entries carry a date; ours is in microseconds.
+fn wall_clock(clock: &Clock) -> registry::Clock {
+    let clock = clock.clone();
+    Arc::new(move || DateTime::from_timestamp_micros(clock()).unwrap_or_default())
+}
+
+/// Starts a server over opened parts.
+pub async fn start(
+    listeners: Listeners,
+    opened: Opened,
+    request_time: RequestTime,
+    clock: Clock,
+) -> Result<Running, ServeError> {
+    let Opened { project, objects: _, registry, store, events, runtime, flight } = opened;
+    let metrics = Arc::new(Metrics::new());
+    let follower = Follower::new(registry.clone(), project.clone(), events.clone(), runtime, metrics.clone());
+    let follower = Arc::new(follower);
+    let draining = CancellationToken::new();
+    let gateway = Arc::new(Gateway::new(Parts {
+        project,
+        store,
+        registry,
+        follower,
+        events,
+        clock,
+        request_time,
+        metrics,
+        drain: draining.clone(),
+    }));
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    let mut routes = grpc::routes(gateway.clone()).add_service(health_service);
+    if let Some(mount) = flight {
+        routes = mount(routes);
+    }
+    let Listeners { grpc, http } = listeners;
+    let (grpc_addr, http_addr) = (grpc.address, http.address);
+    let stop = CancellationToken::new();
+    let http_stop = CancellationToken::new();
+    let grpc_server = tokio::spawn(serve_grpc(grpc, routes, draining.clone()));
+    let http_server = tokio::spawn(http::serve(http, gateway.clone(), http_stop.clone()));
+    let background = tokio::spawn(keep_up(gateway.clone(), health.clone(), draining.clone()));
+    tracing::info!(%grpc_addr, %http_addr, "listening");
+    let parts = Draining { gateway: gateway.clone(), health, grpc_server, http_server, http_stop, background };
+    let supervisor = tokio::spawn(drain(parts, stop.clone()));
+    Ok(Running { grpc_addr, http_addr, gateway, stop, supervisor })
+}
+
+async fn serve_grpc(listener: Listener, routes: Routes, stop: CancellationToken) -> Result<(), ServeError> {
+    let incoming = TcpIncoming::from(listener.listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE));
+    tonic::transport::Server::builder()
+        .max_concurrent_streams(Some(STREAMS_MAX))
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .initial_stream_window_size(Some(STREAM_WINDOW_BYTES))
+        .initial_connection_window_size(Some(CONNECTION_WINDOW_BYTES))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
+        .await
+        .map_err(|error| ServeError::Server { what: "gRPC", source: Box::new(error) })
+}
+
+/// Loads what is to be served, says so, and then follows the control log and looks after the online store.
+async fn keep_up(gateway: Arc<Gateway>, health: tonic_health::server::HealthReporter, stop: CancellationToken) {
+    tokio::select! {
+        () = stop.cancelled() => return,
+        _ = gateway.follower.follow(Retry::Now) => {}
+    }
+    gateway.look_at_store().await;
+    gateway.started.store(true, Ordering::Release);
+    for service in ["", "coeval.v1.Gateway", "coeval.v1.Ingest", "coeval.v1.Control"] {
+        health.set_service_status(service, tonic_health::ServingStatus::Serving).await;
+    }
+    tracing::info!("ready");
+    let look = async {
+        let mut interval = tokio::time::interval(STORE_LOOK);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            gateway.look_at_store().await;
+        }
+    };
+    tokio::select! {
+        () = gateway.follower.run(stop.clone()) => {}
+        () = look => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;
