@@ -1,1 +1,749 @@
+//! Ingestion: the event log and its applier, the import of prior histories, backfills, and materialization.
+//!
+//! This crate moves data between the world and the two stores. [`Ingest::push`] puts events of streams into a durable log
+//! ([`log`]); the applier ([`apply`](mod@apply)) takes them, in order of position, into the online store and into history.
+//! Views that are new are built from history while live events go on ([`backfill`]). Files that somebody else owns are
+//! materialized up to a time ([`materialize`]). What a row means is decided by `feature-defs`; how it is stored, by the
+//! stores.
+//!
+//! There is one `Ingest` per project, and it is the only writer of the project's log, history and online rows.
 
+pub mod log;
+
+mod apply;
+mod backfill;
+mod dead_letter;
+mod event_ids;
+mod materialize;
+mod push;
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::{Field, Schema};
+use bytes::Bytes;
+use feature_defs::plan::{Plan, RowsError, SourceKind, ViewPlan};
+use feature_defs::time::{Micros, Position};
+use feature_defs::window::DAY;
+use object_store::ObjectStore;
+use object_store::path::Path;
+use offline_store::history::{History, HistoryError};
+use offline_store::source::{SourceError, Sources};
+use online_store::key::Generation;
+use online_store::{Answer, OnlineStore, Read, StoreError, Write};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+use crate::apply::StreamState;
+use crate::event_ids::EventIds;
+use crate::log::{Durable, Log, LogError, LogOptions, Opened, RecordRef};
+use crate::push::Intake;
+use crate::write::ViewWriter;
+
+pub use crate::materialize::{Mode, Progress, Stage};
+
+/// Where times come from: the process's clock, or a test's.
+pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
+
+#[derive(Clone)]
+pub struct IngestOptions {
+    pub project: Arc<str>,
+    /// The folder of the disk log.
+    pub folder: PathBuf,
+    pub store: Arc<dyn ObjectStore>,
+    /// The root of the store; the project's own folder lies below it.
+    pub prefix: Path,
+    pub online: Arc<dyn OnlineStore>,
+    pub sources: Arc<Sources>,
+    pub clock: Clock,
+    pub log: LogOptions,
+    pub limits: Limits,
+    /// Applied events become history after this time at the latest.
+    pub flush_after: Duration,
+}
+
+/// What is kept in memory at most.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Event ids per stream by which redelivery is recognised; about 60 bytes each.
+    pub event_ids_max: usize,
+    /// For how long after its arrival a pushed event's id is remembered.
+    pub event_ids_horizon: Micros,
+    /// Events per stream that wait for their time; about 40 bytes each. The events themselves wait on disk.
+    pub early_rows_max: u64,
+    /// Rows of file sources held at once while materializing; with more, files are read several times.
+    pub materialize_rows_max: usize,
+    /// How long a push waits for the import of a prior history.
+    pub import_wait: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            event_ids_max: 10_000_000,
+            event_ids_horizon: 7 * DAY,
+            early_rows_max: 4_000_000,
+            materialize_rows_max: 2_000_000,
+            import_wait: Duration::from_secs(10),
+        }
+    }
+}
+
+impl IngestOptions {
+    /// With the usual limits.
+    pub fn new(
+        project: &str,
+        folder: PathBuf,
+        store: Arc<dyn ObjectStore>,
+        prefix: Path,
+        online: Arc<dyn OnlineStore>,
+        sources: Arc<Sources>,
+        clock: Clock,
+    ) -> IngestOptions {
+        IngestOptions {
+            project: project.into(),
+            folder,
+            store,
+            prefix,
+            online,
+            sources,
+            clock,
+            log: LogOptions::default(),
+            limits: Limits::default(),
+            flush_after: apply::FLUSH_AFTER,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum IngestError {
+    #[error("there is no source `{source_name}` to push to; the streams are: {known}")]
+    UnknownSource { source_name: String, known: String },
+    #[error("`{source_name}` is a source of files; change its files and materialize it, only streams can be pushed to")]
+    NotAStream { source_name: String },
+    #[error("there is no source `{source_name}` to materialize; the sources of files are: {known}")]
+    UnknownFiles { source_name: String, known: String },
+    #[error("`{source_name}` is a stream, which is applied as it is pushed; only sources of files are materialized")]
+    NotFiles { source_name: String },
+    #[error("source `{source_name}` has no column `{column}`; it has: {known}")]
+    UnknownColumn { source_name: String, column: String, known: String },
+    #[error("the push to `{source_name}` lacks the column `{column}`, which holds its event times")]
+    NoEventTime { source_name: String, column: String },
+    #[error("the prior history of `{source_name}` is being imported ({what}); push again a little later")]
+    Importing { source_name: String, what: String },
+    #[error("{rows} events of `{source_name}` wait for their time to come, which is as many as may; push again later")]
+    TooManyEarly { source_name: String, rows: u64 },
+    #[error(
+        "source `{source_name}` names a prior history, `{pattern}`, but events were already applied without it; remove `history:`, or push its rows as events"
+    )]
+    HistoryAfterLive { source_name: String, pattern: String },
+    #[error(
+        "the prior history `{pattern}` of `{source_name}` is larger than {bytes_max} bytes in memory, in which it is sorted; import the newest part of it"
+    )]
+    ImportTooLarge { source_name: String, pattern: String, bytes_max: usize },
+    #[error("ingestion is shutting down; push again when the server is back")]
+    Stopping,
+    #[error("no definitions were applied yet; run `coeval apply` first")]
+    NoPlan,
+    #[error(transparent)]
+    Rows(#[from] RowsError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    History(#[from] HistoryError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("the files of `{source_name}` could not be read: {what}")]
+    Scan { source_name: String, what: String },
+    #[error("dead letters could not be written to the object store; it is tried again")]
+    DeadLetter(#[source] object_store::Error),
+    #[error("rows could not be handled: {0}")]
+    Arrow(String),
+}
+
+impl IngestError {
+    /// Whether the same call may succeed later without anybody changing anything.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            IngestError::Importing { .. }
+            | IngestError::TooManyEarly { .. }
+            | IngestError::Stopping
+            | IngestError::DeadLetter(_) => true,
+            IngestError::Log(error) => error.is_retryable(),
+            IngestError::Store(error) => error.is_retryable(),
+            IngestError::History(error) => error.is_retryable(),
+            _ => false,
+        }
+    }
+}
+
+/// What a push waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Wait {
+    /// The events are on disk.
+    #[default]
+    Durable,
+    /// Those that are due are in the online store.
+    Visible,
+}
+
+/// What became of a push.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pushed {
+    pub accepted: u64,
+    /// Events whose id was seen before; they are acknowledged and not taken again.
+    pub duplicates: u64,
+    /// Of the accepted ones, those that wait for their time.
+    pub early: u64,
+    /// Rows that were not taken, and why.
+    pub rejected: Vec<(u32, String)>,
+    pub last_sequence: Option<u64>,
+}
+
+/// How far a generation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Every event goes to it as it is applied.
+    Ready,
+    /// It is filled from history or from files; `rows` so far.
+    Building { rows: u64 },
+    /// It waits for the first materialization of its source.
+    Unmaterialized,
+}
+
+/// How a stream is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamStatus {
+    pub source: Arc<str>,
+    /// Of the last event applied.
+    pub applied: Position,
+    /// Events in the log that are due and not applied yet.
+    pub waiting_rows: u64,
+    /// Events that wait for their time.
+    pub early_rows: u64,
+    /// Applied events that are not in history yet.
+    pub unflushed_rows: u64,
+    /// Rows of the prior history read so far, while it is being imported.
+    pub importing: Option<u64>,
+    /// Why nothing goes on, while it does not.
+    pub trouble: Option<String>,
+}
+
+/// One stream source: shared by pushers, the applier and the builder.
+pub(crate) struct Stream {
+    pub name: Arc<str>,
+    pub intake: Mutex<Intake>,
+    /// Of the last event applied; pushes that wait to be visible watch it.
+    pub applied: watch::Sender<Position>,
+    /// Whether the prior history is in.
+    pub imported: watch::Sender<bool>,
+    pub early: AtomicU64,
+    pub state: tokio::sync::Mutex<StreamState>,
+    /// False when the definitions in force no longer name it.
+    adopted: AtomicBool,
+    report: Mutex<Report>,
+}
+
+#[derive(Debug, Default)]
+struct Report {
+    waiting_rows: u64,
+    unflushed_rows: u64,
+    importing: Option<u64>,
+    trouble: Option<String>,
+    build_trouble: Option<String>,
+}
+
+impl Stream {
+    fn report(&self, state: &StreamState) {
+        let mut report = lock(&self.report);
+        report.waiting_rows = state.waiting_rows() as u64;
+        report.unflushed_rows = state.unflushed_rows() as u64;
+        if state.imported {
+            report.importing = None;
+        }
+    }
+
+    fn set_trouble(&self, trouble: Option<String>) {
+        lock(&self.report).trouble = trouble;
+    }
+
+    fn set_build_trouble(&self, trouble: Option<String>) {
+        lock(&self.report).build_trouble = trouble;
+    }
+
+    fn set_importing(&self, rows: u64) {
+        lock(&self.report).importing = Some(rows);
+    }
+
+    fn status(&self) -> StreamStatus {
+        let report = lock(&self.report);
+        StreamStatus {
+            source: self.name.clone(),
+            applied: *self.applied.borrow(),
+            waiting_rows: report.waiting_rows,
+            early_rows: self.early.load(Ordering::Relaxed),
+            unflushed_rows: report.unflushed_rows,
+            importing: report.importing,
+            trouble: report.trouble.clone().or_else(|| report.build_trouble.clone()),
+        }
+    }
+}
+
+/// What the handle and the tasks share.
+pub(crate) struct Inner {
+    pub options: IngestOptions,
+    pub log: Log,
+    /// Rings when the applier should look again: the clock was set, something was adopted.
+    pub wake: Notify,
+    pub stopping: watch::Sender<bool>,
+    streams: Mutex<BTreeMap<Arc<str>, Arc<Stream>>>,
+    /// Records found when the log was opened, until their source is adopted.
+    found: Mutex<BTreeMap<Arc<str>, Vec<RecordRef>>>,
+    plan: Mutex<Option<Arc<Plan>>>,
+    phases: Mutex<BTreeMap<Generation, Phase>>,
+    /// One adoption at a time.
+    adopting: tokio::sync::Mutex<()>,
+    /// One materialization at a time: two would write the same entities at different positions.
+    materializing: tokio::sync::Mutex<()>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// The ingestion of one project.
+pub struct Ingest {
+    inner: Arc<Inner>,
+    applier: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Changes of what is locked are made in one step each, so a panic elsewhere leaves nothing half done.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An error and its causes on one line.
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let inner_text = inner.to_string();
+        // Transparent errors repeat their source.
+        if !text.ends_with(&inner_text) {
+            text.push_str(": ");
+            text.push_str(&inner_text);
+        }
+        source = inner.source();
+    }
+    text
+}
+
+impl Ingest {
+    /// Opens the log. Nothing is applied, and nothing can be pushed, before [`Ingest::adopt`].
+    pub async fn open(options: IngestOptions) -> Result<Ingest, IngestError> {
+        let (folder, log_options, clock) = (options.folder.clone(), options.log.clone(), options.clock.clone());
+        let opened = tokio::task::spawn_blocking(move || Log::open(&folder, log_options, clock)).await;
+        let Opened { log, records, durable } = opened.map_err(|error| IngestError::Arrow(error.to_string()))??;
+        let mut found: BTreeMap<Arc<str>, Vec<RecordRef>> = BTreeMap::new();
+        for record in records {
+            found.entry(record.source.clone()).or_default().push(record);
+        }
+        let inner = Arc::new(Inner {
+            options,
+            log,
+            wake: Notify::new(),
+            stopping: watch::channel(false).0,
+            streams: Mutex::default(),
+            found: Mutex::new(found),
+            plan: Mutex::default(),
+            phases: Mutex::default(),
+            adopting: tokio::sync::Mutex::default(),
+            materializing: tokio::sync::Mutex::default(),
+            tasks: Mutex::default(),
+        });
+        let applier = tokio::spawn(apply::run(inner.clone(), durable));
+        Ok(Ingest { inner, applier: Mutex::new(Some(applier)) })
+    }
+
+    /// Takes over the definitions in force. When it returns, the plan's streams can be pushed to; imports of prior
+    /// histories and builds of new views go on in the background.
+    pub async fn adopt(&self, plan: Arc<Plan>) -> Result<(), IngestError> {
+        self.adopt_with(plan, &[]).await
+    }
+
+    /// Like [`Ingest::adopt`], and goes on writing these views of earlier definitions too, because a model that may still
+    /// serve pins them.
+    pub async fn adopt_with(&self, plan: Arc<Plan>, pinned: &[Arc<ViewPlan>]) -> Result<(), IngestError> {
+        let _one = self.inner.adopting.lock().await;
+        self.inner.check_running()?;
+        for source in plan.sources.iter().filter(|source| source.is_stream()) {
+            self.inner.adopt_stream(source).await?;
+        }
+        let all: Vec<Arc<ViewPlan>> = plan.views.iter().chain(pinned).cloned().collect();
+        let writer = |view: &Arc<ViewPlan>| Arc::new(ViewWriter::new(&self.inner.options.project, view.clone()));
+        let mut static_sources = BTreeSet::new();
+        let mut wanted_generations = BTreeSet::new();
+        for source in &plan.sources {
+            let views = all.iter().filter(|view| view.source.name == source.name && !view.is_offline_only());
+            let mut writers: Vec<Arc<ViewWriter>> = views.map(writer).collect();
+            writers.sort_by(|a, b| a.generation.cmp(&b.generation));
+            writers.dedup_by(|a, b| a.generation == b.generation);
+            wanted_generations.extend(writers.iter().map(|writer| writer.generation.clone()));
+            if source.is_stream() {
+                self.inner.adopt_views(&source.name, writers).await?;
+            } else {
+                let any_missing = self.inner.look_up_phases(&writers).await?;
+                if source.is_static() && any_missing {
+                    static_sources.insert(source.name.to_string());
+                }
+            }
+        }
+        lock(&self.inner.phases).retain(|generation, _| wanted_generations.contains(generation));
+        for (name, stream) in self.inner.streams() {
+            let is_there = plan.sources.iter().any(|source| source.is_stream() && source.name == name);
+            if !is_there && stream.adopted.swap(false, Ordering::AcqRel) {
+                self.inner.adopt_views(&name, Vec::new()).await?;
+            }
+        }
+        *lock(&self.inner.plan) = Some(plan);
+        if !static_sources.is_empty() {
+            let inner = self.inner.clone();
+            self.inner.spawn(async move { materialize::load_static(&inner, static_sources).await });
+        }
+        self.inner.wake.notify_one();
+        Ok(())
+    }
+
+    /// Appends events to the log; when this returns they survive whatever happens to the process. A cancelled call may or
+    /// may not have appended.
+    pub async fn push(&self, source: &str, batch: RecordBatch, wait: Wait) -> Result<Pushed, IngestError> {
+        self.inner.check_running()?;
+        let stream = self.inner.stream(source)?;
+        let mut imported = stream.imported.subscribe();
+        if !*imported.borrow_and_update() {
+            let waited =
+                tokio::time::timeout(self.inner.options.limits.import_wait, imported.wait_for(|imported| *imported));
+            if !matches!(waited.await, Ok(Ok(_))) {
+                let status = stream.status();
+                let what = status.trouble.unwrap_or_else(|| format!("{} rows read", status.importing.unwrap_or(0)));
+                return Err(IngestError::Importing { source_name: source.to_owned(), what });
+            }
+        }
+        push::push(&self.inner, &stream, batch, wait).await
+    }
+
+    /// Brings what became known of file sources up to a time into the online store; all of them when none is named.
+    pub async fn materialize(
+        &self,
+        sources: &[String],
+        through: Micros,
+        mode: Mode,
+        progress: tokio::sync::mpsc::Sender<Progress>,
+    ) -> Result<(), IngestError> {
+        self.inner.check_running()?;
+        materialize::materialize(&self.inner, sources, through, mode, progress).await
+    }
+
+    /// Puts everything applied into history. Returns the number of events written.
+    pub async fn flush(&self) -> Result<u64, IngestError> {
+        let mut events = 0;
+        for stream in self.inner.streams().values() {
+            events += stream.state.lock().await.flush(&self.inner).await?;
+        }
+        Ok(events)
+    }
+
+    /// Whether readers may use a generation.
+    pub fn ready(&self, generation: &Generation) -> bool {
+        lock(&self.inner.phases).get(generation) == Some(&Phase::Ready)
+    }
+
+    /// Generations that are not ready, and how far they are.
+    pub fn backfilling(&self) -> Vec<(Generation, Phase)> {
+        let phases = lock(&self.inner.phases);
+        phases.iter().filter(|(_, phase)| **phase != Phase::Ready).map(|(g, phase)| (g.clone(), *phase)).collect()
+    }
+
+    pub fn status(&self) -> Vec<StreamStatus> {
+        self.inner.streams().values().map(|stream| stream.status()).collect()
+    }
+
+    /// Bytes of the event log on disk.
+    pub fn log_bytes(&self) -> u64 {
+        self.inner.log.bytes()
+    }
+
+    /// Makes the applier look again at once, for tests and simulations that set the clock.
+    pub fn wake(&self) {
+        self.inner.wake.notify_one();
+    }
+
+    /// Takes no more pushes, applies what is due, puts it into history and closes the log.
+    pub async fn shutdown(&self) -> Result<(), IngestError> {
+        self.inner.stopping.send_replace(true);
+        let (durable, ticket) = self.inner.log.everything();
+        let durable = self.inner.log.wait_durable(durable, ticket).await;
+        let tasks = std::mem::take(&mut *lock(&self.inner.tasks));
+        for task in tasks {
+            task.abort();
+            // Its end is all that matters; what it had not finished is done again by the next process.
+            let _ = task.await;
+        }
+        let applier = lock(&self.applier).take();
+        if let Some(applier) = applier {
+            applier.await.map_err(|error| IngestError::Arrow(error.to_string()))?;
+        }
+        let inner = self.inner.clone();
+        let closed = tokio::task::spawn_blocking(move || inner.log.close()).await;
+        closed.map_err(|error| IngestError::Arrow(error.to_string()))?;
+        Ok(durable?)
+    }
+
+    /// Ends like a killed process: nothing is flushed, nothing is finished.
+    #[cfg(test)]
+    pub(crate) async fn abandon(self) {
+        let applier = lock(&self.applier).take();
+        let tasks = std::mem::take(&mut *lock(&self.inner.tasks));
+        for task in applier.into_iter().chain(tasks) {
+            task.abort();
+            let _ = task.await;
+        }
+    }
+}
+
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        for task in lock(&self.applier).iter().chain(lock(&self.inner.tasks).iter()) {
+            task.abort();
+        }
+    }
+}
+
+impl Inner {
+    pub fn project_path(&self) -> Path {
+        self.options.prefix.clone().join(&*self.options.project)
+    }
+
+    pub fn streams(&self) -> BTreeMap<Arc<str>, Arc<Stream>> {
+        lock(&self.streams).clone()
+    }
+
+    pub fn plan(&self) -> Option<Arc<Plan>> {
+        lock(&self.plan).clone()
+    }
+
+    pub fn set_phase(&self, generation: &Generation, phase: Phase) {
+        lock(&self.phases).insert(generation.clone(), phase);
+    }
+
+    pub fn phase(&self, generation: &Generation) -> Option<Phase> {
+        lock(&self.phases).get(generation).copied()
+    }
+
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = lock(&self.tasks);
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(tokio::spawn(task));
+    }
+
+    fn check_running(&self) -> Result<(), IngestError> {
+        if *self.stopping.borrow() { Err(IngestError::Stopping) } else { Ok(()) }
+    }
+
+    fn stream(&self, source: &str) -> Result<Arc<Stream>, IngestError> {
+        let streams = lock(&self.streams);
+        if let Some(stream) = streams.get(source).filter(|stream| stream.adopted.load(Ordering::Acquire)) {
+            return Ok(stream.clone());
+        }
+        let plan = self.plan().ok_or(IngestError::NoPlan)?;
+        if plan.source(source).is_some() {
+            return Err(IngestError::NotAStream { source_name: source.to_owned() });
+        }
+        let known: Vec<&str> = plan.sources.iter().filter(|s| s.is_stream()).map(|s| &*s.name).collect();
+        Err(IngestError::UnknownSource { source_name: source.to_owned(), known: known.join(", ") })
+    }
+
+    async fn adopt_stream(&self, source: &Arc<feature_defs::plan::SourcePlan>) -> Result<(), IngestError> {
+        let SourceKind::Stream { history: pattern, .. } = &source.kind else { return Ok(()) };
+        let late = |history: &History| match (&history.manifest().imported, pattern) {
+            (None, Some(pattern)) if history.manifest().applied > Position::START => {
+                let source_name = source.name.to_string();
+                Err(IngestError::HistoryAfterLive { source_name, pattern: pattern.clone() })
+            }
+            _ => Ok(()),
+        };
+        // A column that changed its type in a way that loses something is found out now, not when history is read.
+        let fits = |history: &History| {
+            let fields = history.manifest().schema.iter();
+            let fields: Vec<Field> = fields.map(|(name, t)| Field::new(name, t.arrow(), true)).collect();
+            source.align(&RecordBatch::new_empty(Arc::new(Schema::new(fields))), None)
+        };
+        let known = lock(&self.streams).get(&source.name).cloned();
+        if let Some(stream) = known {
+            let mut state = stream.state.lock().await;
+            // What was applied under the old columns goes into history under them.
+            state.flush(self).await?;
+            late(&state.history)?;
+            fits(&state.history)?;
+            state.plan = source.clone();
+            if pattern.is_some() && state.history.manifest().imported.is_none() && state.imported {
+                state.imported = false;
+                stream.imported.send_replace(false);
+            }
+            lock(&stream.intake).plan = source.clone();
+            stream.adopted.store(true, Ordering::Release);
+            return Ok(());
+        }
+        let history = History::open(self.options.store.clone(), self.project_path(), &source.name).await?;
+        late(&history)?;
+        fits(&history)?;
+        self.log.raise(history.manifest().applied.time, history.manifest().sequence_max);
+        let limits = &self.options.limits;
+        let ids = EventIds::new(limits.event_ids_max, limits.event_ids_horizon);
+        let imported = pattern.is_none() || history.manifest().imported.is_some();
+        let applied = history.manifest().applied;
+        let stream = Arc::new(Stream {
+            name: source.name.clone(),
+            intake: Mutex::new(Intake { plan: source.clone(), ids }),
+            applied: watch::channel(applied).0,
+            imported: watch::channel(imported).0,
+            early: AtomicU64::new(0),
+            state: tokio::sync::Mutex::new(StreamState::new(source.clone(), history)),
+            adopted: AtomicBool::new(true),
+            report: Mutex::default(),
+        });
+        let mut state = stream.state.lock().await;
+        let oldest = (self.options.clock)().saturating_sub(limits.event_ids_horizon);
+        backfill::recall_ids(&stream, source, &state.history, oldest).await?;
+        let found = lock(&self.found).get(&source.name).cloned().unwrap_or_default();
+        for record in found {
+            if record.import.is_none() || record.import.as_deref() == state.import_id() {
+                self.recall_logged_ids(&stream, source, &record)?;
+            }
+            state.receive(&self.log, Durable { record, events: None })?;
+        }
+        if imported {
+            state.go_on(&self.log)?;
+        }
+        drop(state);
+        lock(&self.found).remove(&source.name);
+        lock(&self.streams).insert(source.name.clone(), stream);
+        Ok(())
+    }
+
+    fn recall_logged_ids(
+        &self,
+        stream: &Stream,
+        source: &feature_defs::plan::SourcePlan,
+        record: &RecordRef,
+    ) -> Result<(), IngestError> {
+        let SourceKind::Stream { event_id: Some(name), .. } = &source.kind else { return Ok(()) };
+        let events = self.log.read(record)?;
+        // A record whose columns no longer fit is a matter for the applier.
+        let Ok(batch) = source.align(&events.batch, Some(std::slice::from_ref(name))) else { return Ok(()) };
+        let (Some(column), Some(column_type)) = (batch.column_by_name(name), source.column_type(name)) else {
+            return Ok(());
+        };
+        let mut intake = lock(&stream.intake);
+        for row in 0..batch.num_rows() {
+            if let Some(id) = intake.ids.hash(column, row, column_type) {
+                intake.ids.insert(id, record.arrival);
+            }
+        }
+        Ok(())
+    }
+
+    fn wanted_fact(&self, source: &str) -> String {
+        format!("wanted/{}/{source}", self.options.project)
+    }
+
+    /// Writes down which generations of a source receive its events. A ready generation that is not named there missed
+    /// some, whatever its ready fact says.
+    pub async fn remember_wanted(&self, source: &str, state: &StreamState) -> Result<(), IngestError> {
+        let names: Vec<String> =
+            state.live.iter().chain(&state.building).map(|writer| writer.generation.ready_fact()).collect();
+        let names = Bytes::from(names.join("\n"));
+        self.options.online.write(vec![Write::Fact(self.wanted_fact(source), Some(names))]).await?;
+        Ok(())
+    }
+
+    async fn adopt_views(
+        self: &Arc<Self>,
+        source: &Arc<str>,
+        writers: Vec<Arc<ViewWriter>>,
+    ) -> Result<(), IngestError> {
+        let Some(stream) = lock(&self.streams).get(source).cloned() else { return Ok(()) };
+        let mut state = stream.state.lock().await;
+        let online = &self.options.online;
+        let mut reads = vec![Read::Fact(self.wanted_fact(source))];
+        reads.extend(writers.iter().map(|writer| Read::Fact(writer.generation.ready_fact())));
+        let answers = online.read(&reads).await?;
+        let before: BTreeSet<String> = match answers.first() {
+            Some(Answer::Fact(Some(names))) => String::from_utf8_lossy(names).lines().map(str::to_owned).collect(),
+            _ => BTreeSet::new(),
+        };
+        let (mut live, mut building, mut forget) = (Vec::new(), Vec::new(), Vec::new());
+        for (writer, answer) in writers.into_iter().zip(&answers[1..]) {
+            let fact = writer.generation.ready_fact();
+            let is_ready = matches!(answer, Answer::Fact(Some(_)));
+            if is_ready && before.contains(&fact) && state.imported {
+                self.set_phase(&writer.generation, Phase::Ready);
+                live.push(writer);
+            } else {
+                if is_ready {
+                    forget.push(Write::Fact(fact, None));
+                }
+                if !matches!(self.phase(&writer.generation), Some(Phase::Building { .. })) {
+                    self.set_phase(&writer.generation, Phase::Building { rows: 0 });
+                }
+                building.push(writer);
+            }
+        }
+        let is_wanted = |generation: &Generation| live.iter().chain(&building).any(|w| w.generation == *generation);
+        let left: Vec<Generation> = state
+            .live
+            .iter()
+            .chain(&state.building)
+            .map(|writer| writer.generation.clone())
+            .filter(|generation| !is_wanted(generation))
+            .collect();
+        forget.extend(left.iter().map(|generation| Write::Fact(generation.ready_fact(), None)));
+        if !forget.is_empty() {
+            online.write(forget).await?;
+        }
+        state.live = live;
+        state.building = building;
+        self.remember_wanted(source, &state).await?;
+        backfill::start(self, &stream, &mut state);
+        drop(state);
+        // Done before the next adoption, which may want the same generation again.
+        for generation in left {
+            if let Err(error) = online.remove_generation(&generation).await {
+                let view = &*generation.view;
+                tracing::warn!(view, %error, "an old generation of a view could not be removed from the online store");
+            }
+        }
+        Ok(())
+    }
+
+    /// For views over files: ready or not. True: some are not.
+    async fn look_up_phases(&self, writers: &[Arc<ViewWriter>]) -> Result<bool, IngestError> {
+        let reads: Vec<Read> = writers.iter().map(|writer| Read::Fact(writer.generation.ready_fact())).collect();
+        let answers = self.options.online.read(&reads).await?;
+        let mut missing = false;
+        for (writer, answer) in writers.iter().zip(answers) {
+            let is_ready = matches!(answer, Answer::Fact(Some(_)));
+            missing |= !is_ready;
+            self.set_phase(&writer.generation, if is_ready { Phase::Ready } else { Phase::Unmaterialized });
+        }
+        Ok(missing)
+    }
+}
+
+#[cfg(test)]
+mod tests;

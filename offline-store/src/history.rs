@@ -91,6 +91,9 @@ pub struct Manifest {
     pub files: Vec<HistoryFile>,
     /// Every event up to here is in `files`, and none after it.
     pub applied: Position,
+    /// The largest sequence among them: positions are ordered by time first.
+    #[serde(default)]
+    pub sequence_max: u64,
     /// What was imported before the stream began, if that was done.
     pub imported: Option<Imported>,
     /// Parts that were replaced and are kept a while for readers.
@@ -214,6 +217,7 @@ impl History {
                     return Err(HistoryError::Order { source_name, applied: before, given: *position });
                 }
                 before = *position;
+                manifest.sequence_max = manifest.sequence_max.max(position.sequence);
             }
             manifest.applied = before;
             appended += event.positions.len() as u64;
@@ -411,6 +415,7 @@ impl Manifest {
             schema: Vec::new(),
             files: Vec::new(),
             applied: Position::START,
+            sequence_max: 0,
             imported: None,
             retired: Vec::new(),
         }

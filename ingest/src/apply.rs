@@ -1,0 +1,561 @@
+//! The applier: takes durable events in order of position into the online store and into history.
+//!
+//! One task per project. An event that is on time becomes due the moment it is durable; an early one waits in the log, and
+//! memory holds only where it lies and when it is due. What is due is applied in chunks: to every live generation of every
+//! view of the source, then kept for history. A flush makes the online store durable, appends to history, and lets go of
+//! the log, in this order, so a crash anywhere repeats work and never loses or doubles any: the online store skips what it
+//! has by position, and the history says up to which position it is complete.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use arrow::array::RecordBatch;
+use arrow::compute::interleave_record_batch;
+use feature_defs::plan::SourcePlan;
+use feature_defs::time::{Micros, Position};
+use offline_store::history::{History, Positioned};
+use online_store::key::Generation;
+use online_store::{Answer, OnlineStore, Read};
+use tokio::time::Instant;
+
+use crate::log::{Durable, Events, Log, LogError, RecordRef};
+use crate::write::{SetAside, ViewWriter, apply};
+use crate::{IngestError, Inner, Stream, dead_letter};
+
+/// Rows applied at once: large enough to share the reads of busy entities, small enough to be visible soon.
+const CHUNK_ROWS: usize = 8_192;
+/// Records read back from disk for one chunk, in bytes.
+const CHUNK_BYTES: u64 = 64 << 20;
+/// When applied events become history: at this many rows, or at this age.
+const FLUSH_ROWS: usize = 50_000;
+pub(crate) const FLUSH_AFTER: Duration = Duration::from_secs(30);
+/// Applied rows kept in memory while history cannot be written; beyond it, the applier waits.
+const UNFLUSHED_ROWS_MAX: usize = 4 * FLUSH_ROWS;
+/// Between tries of something that failed: doubled from the first to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LAST: Duration = Duration::from_secs(5);
+/// How long the applier sleeps at most while early events wait: clocks may be set.
+const NAP: Duration = Duration::from_millis(100);
+
+/// A record whose on-time rows wait to be applied.
+struct Held {
+    record: Arc<RecordRef>,
+    events: Option<Events>,
+    /// On-time rows, ascending.
+    rows: Vec<u32>,
+    next: usize,
+}
+
+/// One row that waits for its time.
+#[derive(PartialEq, Eq)]
+struct Early {
+    position: Position,
+    row: u32,
+    record: Arc<RecordRef>,
+}
+
+impl Ord for Early {
+    fn cmp(&self, other: &Early) -> std::cmp::Ordering {
+        self.position.cmp(&other.position)
+    }
+}
+
+impl PartialOrd for Early {
+    fn partial_cmp(&self, other: &Early) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// A due row that was taken from the queues.
+struct Pick {
+    record: Arc<RecordRef>,
+    row: u32,
+    position: Position,
+}
+
+/// What the applier knows of one stream source. Locked by whoever applies, flushes or finishes a backfill.
+pub(crate) struct StreamState {
+    pub plan: Arc<SourcePlan>,
+    pub history: History,
+    /// Generations that get every event as it is applied.
+    pub live: Vec<Arc<ViewWriter>>,
+    /// Generations that are being built from history.
+    pub building: Vec<Arc<ViewWriter>>,
+    pub builder_runs: bool,
+    /// The prior history is in, or there is none.
+    pub imported: bool,
+    /// Of the last event applied.
+    pub applied: Position,
+    /// Of the last event received from the log.
+    received: u64,
+    received_arrival: Micros,
+    /// Records that came while the prior history was being imported, or that could not be read back yet.
+    waiting: VecDeque<Durable>,
+    on_time: VecDeque<Held>,
+    early: BinaryHeap<Reverse<Early>>,
+    /// Taken from the queues and not yet applied: survives a failure in between.
+    picked: Vec<Pick>,
+    picked_events: HashMap<u64, Events>,
+    ticked: bool,
+    unflushed: Vec<Positioned>,
+    unflushed_rows: usize,
+    unflushed_since: Option<Instant>,
+    /// Rows per segment that the log may let go of after the next flush.
+    release: BTreeMap<u64, u64>,
+    retry_at: Option<Instant>,
+    retry_pause: Duration,
+}
+
+impl StreamState {
+    pub fn new(plan: Arc<SourcePlan>, history: History) -> StreamState {
+        let applied = history.manifest().applied;
+        StreamState {
+            plan,
+            history,
+            live: Vec::new(),
+            building: Vec::new(),
+            builder_runs: false,
+            imported: false,
+            applied,
+            received: 0,
+            received_arrival: Micros::MIN,
+            waiting: VecDeque::new(),
+            on_time: VecDeque::new(),
+            early: BinaryHeap::new(),
+            picked: Vec::new(),
+            picked_events: HashMap::new(),
+            ticked: false,
+            unflushed: Vec::new(),
+            unflushed_rows: 0,
+            unflushed_since: None,
+            release: BTreeMap::new(),
+            retry_at: None,
+            retry_pause: RETRY_FIRST,
+        }
+    }
+
+    /// Takes in a durable record.
+    pub fn receive(&mut self, log: &Log, durable: Durable) -> Result<(), LogError> {
+        let record = &durable.record;
+        self.received = self.received.max(record.first_sequence + u64::from(record.rows) - 1);
+        self.received_arrival = self.received_arrival.max(record.arrival);
+        self.waiting.push_back(durable);
+        if self.imported { self.hold_waiting(log) } else { Ok(()) }
+    }
+
+    /// The prior history is in: what waited for it can go on.
+    pub fn go_on(&mut self, log: &Log) -> Result<(), LogError> {
+        self.imported = true;
+        self.applied = self.history.manifest().applied;
+        self.hold_waiting(log)
+    }
+
+    /// Sorts waiting records into those on time and those early. One that cannot be read keeps its place, and nothing is
+    /// applied before it.
+    fn hold_waiting(&mut self, log: &Log) -> Result<(), LogError> {
+        while let Some(durable) = self.waiting.front() {
+            let due = match &durable.events {
+                Some(events) => events.due.clone(),
+                None => log.read(&durable.record)?.due,
+            };
+            if let Some(durable) = self.waiting.pop_front() {
+                self.hold(log, durable, &due);
+            }
+        }
+        Ok(())
+    }
+
+    fn hold(&mut self, log: &Log, durable: Durable, due: &[Micros]) {
+        let Durable { record, events } = durable;
+        let record = Arc::new(record);
+        if record.import.is_some() && record.import.as_deref() != self.import_id() {
+            // Left by an import that did not finish; the one that did wrote these events again.
+            log.release(record.segment, u64::from(record.rows));
+            events.iter().for_each(|events| log.forget_cached(events));
+            return;
+        }
+        let done = self.history.manifest().applied;
+        let mut on_time = Vec::new();
+        let mut in_history = 0;
+        for (row, due) in due.iter().enumerate() {
+            let position = Position { time: record.arrival.max(*due), sequence: record.first_sequence + row as u64 };
+            if position <= done {
+                in_history += 1;
+            } else if *due <= record.arrival {
+                on_time.push(row as u32);
+            } else {
+                self.early.push(Reverse(Early { position, row: row as u32, record: record.clone() }));
+            }
+        }
+        if in_history > 0 {
+            log.release(record.segment, in_history);
+        }
+        if on_time.is_empty() {
+            events.iter().for_each(|events| log.forget_cached(events));
+        } else {
+            self.on_time.push_back(Held { record, events, rows: on_time, next: 0 });
+        }
+    }
+
+    /// The import that was completed, if any.
+    pub fn import_id(&self) -> Option<&str> {
+        self.history.manifest().imported.as_ref().map(|imported| imported.id.as_str())
+    }
+
+    /// When the next early event is due.
+    pub fn next_due(&self) -> Option<Micros> {
+        self.early.peek().map(|Reverse(early)| early.position.time)
+    }
+
+    pub fn early_rows(&self) -> usize {
+        self.early.len()
+    }
+
+    pub fn waiting_rows(&self) -> usize {
+        let held: usize = self.on_time.iter().map(|held| held.rows.len() - held.next).sum();
+        held + self.picked.len() + self.waiting.iter().map(|durable| durable.record.rows as usize).sum::<usize>()
+    }
+
+    pub fn unflushed_rows(&self) -> usize {
+        self.unflushed_rows
+    }
+
+    /// Takes the next due rows, in order of position.
+    fn pick(&mut self, log: &Log) {
+        if !self.picked.is_empty() {
+            return;
+        }
+        let frontier = match log.horizon(&self.plan.name, self.received) {
+            Some(time) => Position { time, sequence: u64::MAX },
+            None => Position { time: self.received_arrival, sequence: self.received },
+        };
+        let mut records: HashSet<u64> = HashSet::new();
+        let mut bytes = 0;
+        while self.picked.len() < CHUNK_ROWS && bytes < CHUNK_BYTES {
+            let on_time = self.on_time.front().map(|held| {
+                let sequence = held.record.first_sequence + u64::from(held.rows[held.next]);
+                Position { time: held.record.arrival, sequence }
+            });
+            let early = self.early.peek().map(|Reverse(early)| early.position);
+            let (position, takes_early) = match (on_time, early) {
+                (Some(on_time), Some(early)) => (on_time.min(early), early < on_time),
+                (Some(on_time), None) => (on_time, false),
+                (None, Some(early)) => (early, true),
+                (None, None) => break,
+            };
+            if position > frontier {
+                break;
+            }
+            let pick = if takes_early {
+                self.ticked = false;
+                self.early.pop().map(|Reverse(Early { position, row, record })| Pick { record, row, position })
+            } else {
+                self.on_time.front_mut().map(|held| {
+                    let row = held.rows[held.next];
+                    held.next += 1;
+                    if let Some(events) = &held.events {
+                        self.picked_events.entry(held.record.first_sequence).or_insert_with(|| events.clone());
+                    }
+                    Pick { record: held.record.clone(), row, position }
+                })
+            };
+            let Some(pick) = pick else { break };
+            if records.insert(pick.record.first_sequence) {
+                bytes += pick.record.bytes();
+            }
+            self.picked.push(pick);
+            if self.on_time.front().is_some_and(|held| held.next == held.rows.len())
+                && let Some(held) = self.on_time.pop_front()
+            {
+                held.events.iter().for_each(|events| log.forget_cached(events));
+            }
+        }
+    }
+
+    /// The picked rows as one aligned batch. Rows that no longer fit the definitions are set aside.
+    fn load(&mut self, log: &Log) -> Result<(Option<Positioned>, Vec<Unreadable>), IngestError> {
+        let mut batches: Vec<RecordBatch> = Vec::new();
+        let mut index: HashMap<u64, Option<usize>> = HashMap::new();
+        let mut unreadable: Vec<Unreadable> = Vec::new();
+        let mut indices = Vec::with_capacity(self.picked.len());
+        let mut positions = Vec::with_capacity(self.picked.len());
+        for pick in &self.picked {
+            let first = pick.record.first_sequence;
+            let at = match index.get(&first) {
+                Some(at) => *at,
+                None => {
+                    let batch = match self.picked_events.get(&first) {
+                        Some(events) => events.batch.clone(),
+                        None => log.read(&pick.record)?.batch,
+                    };
+                    let at = match self.plan.align(&batch, None) {
+                        Ok(batch) => {
+                            batches.push(batch);
+                            Some(batches.len() - 1)
+                        }
+                        Err(error) => {
+                            unreadable.push(Unreadable { first, batch, reason: error.to_string(), rows: Vec::new() });
+                            None
+                        }
+                    };
+                    index.insert(first, at);
+                    at
+                }
+            };
+            match at {
+                Some(at) => {
+                    indices.push((at, pick.row as usize));
+                    positions.push(pick.position);
+                }
+                None => {
+                    if let Some(found) = unreadable.iter_mut().find(|found| found.first == first) {
+                        found.rows.push((pick.row, pick.position));
+                    }
+                }
+            }
+        }
+        if indices.is_empty() {
+            return Ok((None, unreadable));
+        }
+        let references: Vec<&RecordBatch> = batches.iter().collect();
+        let batch = interleave_record_batch(&references, &indices)
+            .map_err(|error| IngestError::Log(LogError::Encode(error.to_string())))?;
+        Ok((Some(Positioned { batch, positions }), unreadable))
+    }
+
+    /// Applies one chunk of what is due. False: nothing was.
+    async fn apply_chunk(&mut self, inner: &Inner, stream: &Stream) -> Result<bool, IngestError> {
+        self.pick(&inner.log);
+        if self.picked.is_empty() {
+            return Ok(false);
+        }
+        if !self.ticked && self.picked.iter().any(|pick| pick.position.time > pick.record.arrival) {
+            // An event that waited is applied at a time that no record tells of.
+            inner.log.tick().await?;
+        }
+        self.ticked = true;
+        let (chunk, unreadable) = self.load(&inner.log)?;
+        let store = &inner.options.online;
+        let project = inner.project_path();
+        for found in unreadable {
+            let positions = found.positions();
+            let generation = Generation::new(&inner.options.project, "every view", "");
+            let rows = found.rows.iter().map(|(row, _)| *row).collect();
+            let aside = [SetAside { generation, rows, reason: found.reason }];
+            dead_letter::write(&inner.options.store, &project, &stream.name, &found.batch, &positions, &aside)
+                .await
+                .map_err(IngestError::DeadLetter)?;
+        }
+        if let Some(chunk) = chunk {
+            let aside = apply_rows(&**store, inner, &self.plan, &self.live, &chunk).await?;
+            dead_letter::write(&inner.options.store, &project, &stream.name, &chunk.batch, &chunk.positions, &aside)
+                .await
+                .map_err(IngestError::DeadLetter)?;
+            self.unflushed_rows += chunk.positions.len();
+            self.unflushed.push(chunk);
+        }
+        self.unflushed_since.get_or_insert_with(Instant::now);
+        for pick in self.picked.drain(..) {
+            *self.release.entry(pick.record.segment).or_default() += 1;
+            self.applied = self.applied.max(pick.position);
+        }
+        self.picked_events.clear();
+        stream.applied.send_replace(self.applied);
+        Ok(true)
+    }
+
+    /// Makes everything applied durable online and puts it into history. Returns the number of events.
+    pub async fn flush(&mut self, inner: &Inner) -> Result<u64, IngestError> {
+        if self.release.is_empty() {
+            return Ok(0);
+        }
+        inner.options.online.sync().await?;
+        let events = if self.unflushed.is_empty() {
+            0
+        } else {
+            self.history.append(&self.plan, &self.unflushed, (inner.options.clock)()).await?
+        };
+        self.unflushed.clear();
+        self.unflushed_rows = 0;
+        self.unflushed_since = None;
+        for (segment, rows) in std::mem::take(&mut self.release) {
+            inner.log.release(segment, rows);
+        }
+        inner.log.delete_released();
+        Ok(events)
+    }
+
+    /// One round for this source: what is due is applied, what is old is flushed. True: there may be more to do at once.
+    async fn step(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>) -> bool {
+        if !self.imported || self.retry_at.is_some_and(|at| Instant::now() < at) {
+            return false;
+        }
+        match self.try_step(inner, stream).await {
+            Ok(more) => {
+                if self.retry_at.take().is_some() {
+                    tracing::info!(source = %stream.name, "events are applied again");
+                    stream.set_trouble(None);
+                }
+                self.retry_pause = RETRY_FIRST;
+                more
+            }
+            Err(error) => {
+                let what = crate::error_chain(&error);
+                if self.retry_at.is_none() {
+                    tracing::error!(source = %stream.name, error = what, "events cannot be applied; they stay in the log, it is tried again");
+                }
+                stream.set_trouble(Some(what));
+                self.retry_at = Some(Instant::now() + self.retry_pause);
+                self.retry_pause = (self.retry_pause * 2).min(RETRY_LAST);
+                false
+            }
+        }
+    }
+
+    async fn try_step(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, IngestError> {
+        let old = self.unflushed_since.is_some_and(|since| since.elapsed() >= inner.options.flush_after);
+        if old || self.unflushed_rows >= FLUSH_ROWS {
+            self.check_live(inner, stream).await?;
+            self.flush(inner).await?;
+        }
+        if self.unflushed_rows >= UNFLUSHED_ROWS_MAX {
+            return Ok(false);
+        }
+        self.hold_waiting(&inner.log)?;
+        self.apply_chunk(inner, stream).await
+    }
+
+    /// A store that lost its contents lost the facts too: such generations are built again from history.
+    async fn check_live(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestError> {
+        let reads: Vec<Read> = self.live.iter().map(|writer| Read::Fact(writer.generation.ready_fact())).collect();
+        let answers = inner.options.online.read(&reads).await?;
+        let mut lost = Vec::new();
+        let mut answers = answers.iter();
+        self.live.retain(|writer| {
+            let there = matches!(answers.next(), Some(Answer::Fact(Some(_))));
+            if !there {
+                lost.push(writer.clone());
+            }
+            there
+        });
+        if !lost.is_empty() {
+            tracing::warn!(source = %stream.name, views = lost.len(), "the online store lost its contents; they are built again from history");
+            for writer in &lost {
+                inner.set_phase(&writer.generation, crate::Phase::Building { rows: 0 });
+            }
+            self.building.extend(lost);
+            crate::backfill::start(inner, stream, self);
+        }
+        Ok(())
+    }
+
+    fn retry_in(&self) -> Option<Duration> {
+        self.retry_at.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+}
+
+/// Picked rows of one record that do not fit the source's columns any more.
+struct Unreadable {
+    first: u64,
+    batch: RecordBatch,
+    reason: String,
+    rows: Vec<(u32, Position)>,
+}
+
+impl Unreadable {
+    /// By row of the batch.
+    fn positions(&self) -> Vec<Position> {
+        let mut positions = vec![Position::START; self.batch.num_rows()];
+        for (row, position) in &self.rows {
+            positions[*row as usize] = *position;
+        }
+        positions
+    }
+}
+
+/// Applies rows in order of position to these generations; returns what had to be set aside.
+pub(crate) async fn apply_rows(
+    store: &dyn OnlineStore,
+    inner: &Inner,
+    plan: &SourcePlan,
+    writers: &[Arc<ViewWriter>],
+    rows: &Positioned,
+) -> Result<Vec<SetAside>, IngestError> {
+    let times = plan.times(&rows.batch, Some(&rows.positions))?;
+    let mut aside = Vec::new();
+    let mut work = Vec::new();
+    for writer in writers {
+        work.extend(writer.work(&rows.batch, &times, &mut aside));
+    }
+    aside.extend(apply(store, &inner.options.project, &work).await?);
+    Ok(aside)
+}
+
+/// The task: until the process ends, or everything is applied and flushed after [`Inner::stop`].
+pub(crate) async fn run(inner: Arc<Inner>, mut durable: tokio::sync::mpsc::UnboundedReceiver<Durable>) {
+    let mut stopping = inner.stopping.subscribe();
+    loop {
+        let mut streams = inner.streams();
+        while let Ok(record) = durable.try_recv() {
+            dispatch(&inner, &mut streams, record).await;
+        }
+        let mut more = false;
+        let mut nap: Option<Duration> = None;
+        for stream in streams.values() {
+            let mut state = stream.state.lock().await;
+            more |= state.step(&inner, stream).await;
+            stream.early.store(state.early_rows() as u64, Ordering::Relaxed);
+            stream.report(&state);
+            let until_due = state.next_due().map(|due| {
+                let micros = due.saturating_sub((inner.options.clock)()).max(0);
+                Duration::from_micros(micros as u64).clamp(Duration::from_millis(1), NAP)
+            });
+            let until_flush = state
+                .unflushed_since
+                .map(|since| inner.options.flush_after.saturating_sub(since.elapsed()).max(Duration::from_millis(1)));
+            nap = [nap, until_due, until_flush, state.retry_in()].into_iter().flatten().min();
+        }
+        if more {
+            continue;
+        }
+        if *stopping.borrow() && durable.is_empty() {
+            break;
+        }
+        let sleep = tokio::time::sleep(nap.unwrap_or(FLUSH_AFTER));
+        tokio::select! {
+            record = durable.recv() => match record {
+                Some(record) => dispatch(&inner, &mut streams, record).await,
+                // The log is gone after a failure; what is due may still be applied.
+                None => tokio::time::sleep(NAP).await,
+            },
+            () = inner.wake.notified() => {}
+            () = sleep => {}
+            _ = stopping.changed() => {}
+        }
+    }
+    for stream in inner.streams().values() {
+        if let Err(error) = stream.state.lock().await.flush(&inner).await {
+            let error = crate::error_chain(&error);
+            tracing::warn!(source = %stream.name, error, "the last events could not be put into history; they stay in the log");
+        }
+    }
+}
+
+async fn dispatch(inner: &Inner, streams: &mut BTreeMap<Arc<str>, Arc<Stream>>, durable: Durable) {
+    if !streams.contains_key(&durable.record.source) {
+        *streams = inner.streams();
+    }
+    let Some(stream) = streams.get(&durable.record.source) else {
+        // Only adopted sources can be pushed to, and they stay.
+        tracing::error!(source = %durable.record.source, "an event of an unknown source stays in the log");
+        return;
+    };
+    let mut state = stream.state.lock().await;
+    if let Err(error) = state.receive(&inner.log, durable) {
+        // It keeps its place in the queue, and the next step of the applier tries it again.
+        tracing::debug!(source = %stream.name, %error, "a record of the log could not be read back");
+    }
+}

@@ -1,0 +1,192 @@
+//! Taking in a push: what is wrong with which row, what was seen before, and what goes into the log.
+//!
+//! Everything that can be judged is judged before the acknowledgement: columns and types of the whole push, then each row's
+//! times and event id. What was acknowledged can be applied.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use arrow::array::{RecordBatch, UInt32Array};
+use arrow::compute::take_record_batch;
+use feature_defs::plan::{SourceKind, SourcePlan};
+use feature_defs::time::{Micros, Position};
+
+use crate::event_ids::EventIds;
+use crate::log::{Appended, Log};
+use crate::{IngestError, Inner, Pushed, Stream, Wait, lock};
+
+/// Event times beyond the years 0 to 9999 or so are mistakes, and would overflow sums of times.
+pub(crate) const TIME_MAX: Micros = 253_402_300_799_999_999;
+
+/// What a push is judged by. Locked for the short time in which duplicates are found and the record is appended.
+pub(crate) struct Intake {
+    pub plan: Arc<SourcePlan>,
+    pub ids: EventIds,
+}
+
+/// A push with its bad rows taken out.
+struct Checked {
+    batch: RecordBatch,
+    due: Vec<Micros>,
+    ids: Option<Vec<u128>>,
+    rejected: Vec<(u32, String)>,
+}
+
+pub(crate) async fn push(
+    inner: &Arc<Inner>,
+    stream: &Arc<Stream>,
+    batch: RecordBatch,
+    wait: Wait,
+) -> Result<Pushed, IngestError> {
+    let early_rows = stream.early.load(Ordering::Relaxed);
+    if early_rows > inner.options.limits.early_rows_max {
+        let source_name = stream.name.to_string();
+        return Err(IngestError::TooManyEarly { source_name, rows: early_rows });
+    }
+    let bytes = batch.get_array_memory_size().min(crate::log::RECORD_BYTES_MAX);
+    let permit = inner.log.room(bytes).await;
+    let (checking, large) = ((inner.clone(), stream.clone()), batch.num_rows() > 4_096);
+    let work = move || {
+        let (inner, stream) = checking;
+        accept(&inner, &stream, &batch, permit)
+    };
+    // A large push takes milliseconds of computing, which is not for a thread that serves others.
+    let (mut pushed, appended, on_time) = if large {
+        tokio::task::spawn_blocking(work).await.map_err(|error| IngestError::Arrow(error.to_string()))??
+    } else {
+        work()?
+    };
+    match appended {
+        Some(Appended { durable, ticket, first_sequence, .. }) => {
+            inner.log.wait_durable(durable, ticket).await?;
+            pushed.last_sequence = Some(first_sequence + pushed.accepted - 1);
+        }
+        // Events seen before may still be on their way to the disk: theirs is this push's acknowledgement too.
+        None if pushed.duplicates > 0 => {
+            let (durable, ticket) = inner.log.everything();
+            inner.log.wait_durable(durable, ticket).await?;
+        }
+        None => {}
+    }
+    if let (Wait::Visible, Some(position)) = (wait, on_time) {
+        let mut applied = stream.applied.subscribe();
+        if applied.wait_for(|applied| *applied >= position).await.is_err() {
+            return Err(IngestError::Stopping);
+        }
+    }
+    Ok(pushed)
+}
+
+/// Checks, finds duplicates and appends. Returns the position up to which the push's due events must be applied.
+fn accept(
+    inner: &Inner,
+    stream: &Stream,
+    batch: &RecordBatch,
+    permit: tokio::sync::OwnedSemaphorePermit,
+) -> Result<(Pushed, Option<Appended>, Option<Position>), IngestError> {
+    let mut intake = lock(&stream.intake);
+    let Checked { batch, due, ids, rejected } = check(&intake, batch)?;
+    let mut pushed = Pushed { accepted: 0, duplicates: 0, early: 0, rejected, last_sequence: None };
+    let mut new: Vec<u128> = Vec::new();
+    let (batch, due) = match ids {
+        None => (batch, due),
+        Some(ids) => {
+            let now = (inner.options.clock)();
+            let mut kept: Vec<u32> = Vec::with_capacity(ids.len());
+            for (row, id) in ids.into_iter().enumerate() {
+                if intake.ids.insert(id, now) {
+                    new.push(id);
+                    kept.push(row as u32);
+                } else {
+                    pushed.duplicates += 1;
+                }
+            }
+            if pushed.duplicates == 0 {
+                (batch, due)
+            } else {
+                let due = kept.iter().map(|row| due[*row as usize]).collect();
+                (pick(&batch, kept)?, due)
+            }
+        }
+    };
+    if due.is_empty() {
+        return Ok((pushed, None, None));
+    }
+    pushed.accepted = due.len() as u64;
+    let latest_due = due.clone();
+    let appended = Log::encode(batch, due).and_then(|encoded| inner.log.append(&stream.name, encoded, None, permit));
+    let appended = match appended {
+        Ok(appended) => appended,
+        Err(error) => {
+            intake.ids.take_back(&new);
+            return Err(error.into());
+        }
+    };
+    drop(intake);
+    pushed.early = latest_due.iter().filter(|due| **due > appended.arrival).count() as u64;
+    let last_on_time = latest_due.iter().rposition(|due| *due <= appended.arrival);
+    let on_time =
+        last_on_time.map(|row| Position { time: appended.arrival, sequence: appended.first_sequence + row as u64 });
+    Ok((pushed, Some(appended), on_time))
+}
+
+fn check(intake: &Intake, batch: &RecordBatch) -> Result<Checked, IngestError> {
+    let plan = &intake.plan;
+    for field in batch.schema().fields() {
+        if plan.column_type(field.name()).is_none() {
+            let known: Vec<&str> = plan.schema.iter().map(|(name, _)| name.as_str()).collect();
+            return Err(IngestError::UnknownColumn {
+                source_name: plan.name.to_string(),
+                column: field.name().clone(),
+                known: known.join(", "),
+            });
+        }
+    }
+    if let Some(name) = &plan.event_time
+        && batch.column_by_name(name).is_none()
+    {
+        return Err(IngestError::NoEventTime { source_name: plan.name.to_string(), column: name.clone() });
+    }
+    let batch = plan.align(batch, None)?;
+    let times = plan.times(&batch, None)?;
+    let event_id = match &plan.kind {
+        SourceKind::Stream { event_id: Some(name), .. } => {
+            batch.column_by_name(name).zip(plan.column_type(name)).map(|(column, t)| (name, column, t))
+        }
+        _ => None,
+    };
+    let event_time = plan.event_time.as_deref().unwrap_or("event time");
+    let mut kept = Vec::with_capacity(batch.num_rows());
+    let mut due = Vec::with_capacity(batch.num_rows());
+    let mut ids = event_id.is_some().then(|| Vec::with_capacity(batch.num_rows()));
+    let mut rejected = Vec::new();
+    for (row, times) in times.iter().enumerate() {
+        let reason = match times {
+            None => format!("`{event_time}` is null"),
+            Some(times) if times.event_time.abs() > TIME_MAX || times.known_time.abs() > TIME_MAX => {
+                format!("`{event_time}` is outside the years 0 to 9999")
+            }
+            Some(times) => {
+                let id = event_id.map(|(name, column, t)| (name, intake.ids.hash(column, row, t)));
+                match id {
+                    Some((name, None)) => format!("`{name}` is null, so a repeated delivery could not be recognised"),
+                    id => {
+                        if let (Some((_, Some(id))), Some(ids)) = (id, &mut ids) {
+                            ids.push(id);
+                        }
+                        kept.push(row as u32);
+                        due.push(times.known_time.max(times.event_time));
+                        continue;
+                    }
+                }
+            }
+        };
+        rejected.push((row as u32, reason));
+    }
+    let batch = if rejected.is_empty() { batch } else { pick(&batch, kept)? };
+    Ok(Checked { batch, due, ids, rejected })
+}
+
+fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch, IngestError> {
+    take_record_batch(batch, &UInt32Array::from(rows)).map_err(|error| IngestError::Arrow(error.to_string()))
+}
