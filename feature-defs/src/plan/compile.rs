@@ -10,8 +10,6 @@ use crate::catalog::{Catalog, Feature, FeatureView, Files, Head, Hop, Input, Lit
 use crate::diagnose::{Diagnostic, Severity, Span, Spanned};
 use crate::digest::Canonical;
 use crate::expression::{self, Environment, ExpressionError};
-use crate::time::STATIC;
-use crate::value::canonical_f64;
 use crate::window::{DAY, default_hop};
 
 /// Columns of each source by name, as its files or its declaration have them.
@@ -400,12 +398,9 @@ impl Compiler<'_> {
     #[expect(clippy::option_option, reason = "absent and wrong are different answers")]
     fn default(&mut self, default: Option<&Spanned<Literal>>, value_type: &Type) -> Option<Option<Value>> {
         let Some(literal) = default else { return Some(None) };
-        match literal_value(literal, value_type) {
-            Some(value) => Some(Some(value)),
-            None => {
-                let message = format!("this default is not a value of type {value_type}");
-                self.report(Diagnostic::error(message, literal.span))
-            }
+        match literal.to_value(value_type) {
+            Ok(value) => Some(Some(value)),
+            Err(error) => self.report(Diagnostic::error(format!("the default does not fit: {error}"), literal.span)),
         }
     }
 
@@ -997,76 +992,3 @@ impl<'c, 'a> ServiceBuilder<'c, 'a> {
         Some(self.transforms.len() - 1)
     }
 }
-
-/// A constant as a value of a type, where it is one.
-pub(super) fn literal_value(literal: &Literal, value_type: &Type) -> Option<Value> {
-    Some(match (literal, value_type) {
-        (Literal::Null, _) => Value::Null,
-        (Literal::Bool(x), Type::Bool) => Value::Bool(*x),
-        (Literal::Int(x), Type::Int32) => Value::Int32(i32::try_from(*x).ok()?),
-        (Literal::Int(x), Type::Int64) => Value::Int64(*x),
-        (Literal::Int(x), Type::Float32) => Value::Float32(*x as f32),
-        (Literal::Int(x), Type::Float64) => Value::Float64(*x as f64),
-        (Literal::Float(x), Type::Float32) => Value::Float32(canonical_f64(*x) as f32),
-        (Literal::Float(x), Type::Float64) => Value::Float64(canonical_f64(*x)),
-        (Literal::Float(x), Type::Int64) if x.fract() == 0.0 && x.abs() < 9e15 => Value::Int64(*x as i64),
-        (Literal::Int(x), Type::Decimal { precision, scale }) => {
-            decimal(i128::from(*x).checked_mul(10i128.checked_pow((*scale).try_into().ok()?)?)?, *precision)?
-        }
-        (Literal::Float(x), Type::Decimal { precision, scale }) => {
-            // A constant with more digits than the scale is a mistake, not a value to round.
-            let text = format!("{x}");
-            let (whole, fraction) = text.split_once('.').unwrap_or((&text, ""));
-            let scale = usize::try_from(*scale).ok()?;
-            if fraction.len() > scale {
-                return None;
-            }
-            decimal(format!("{whole}{fraction:0<scale$}").parse().ok()?, *precision)?
-        }
-        (Literal::String(x), Type::String) => Value::String(x.as_str().into()),
-        (Literal::String(x), Type::Binary) => Value::Binary(x.as_bytes().into()),
-        (Literal::String(x), Type::Timestamp) => {
-            Value::Timestamp(chrono::DateTime::parse_from_rfc3339(x).ok()?.timestamp_micros())
-        }
-        (Literal::String(x), Type::Date) => {
-            let date: chrono::NaiveDate = x.parse().ok()?;
-            Value::Date((date - chrono::NaiveDate::default()).num_days().try_into().ok()?)
-        }
-        (Literal::List(items), Type::List(item)) => {
-            Value::List(items.iter().map(|value| literal_value(value, item)).collect::<Option<_>>()?)
-        }
-        (Literal::List(items), Type::Vector(n)) if items.len() == *n as usize => {
-            let floats = items.iter().map(|item| match literal_value(item, &Type::Float32) {
-                Some(Value::Float32(x)) => Some(x),
-                _ => None,
-            });
-            Value::Vector(floats.collect::<Option<_>>()?)
-        }
-        (Literal::Map(pairs), Type::Map(value)) => {
-            let mut values: Vec<(Box<str>, Value)> = pairs
-                .iter()
-                .map(|(key, literal)| Some((key.as_str().into(), literal_value(literal, value)?)))
-                .collect::<Option<_>>()?;
-            values.sort_by(|a, b| a.0.cmp(&b.0));
-            Value::Map(values)
-        }
-        (Literal::Map(pairs), Type::Struct(fields)) => {
-            if pairs.iter().any(|(name, _)| !fields.iter().any(|(field, _)| field == name)) {
-                return None;
-            }
-            let values = fields.iter().map(|(field, field_type)| {
-                let found = pairs.iter().find(|(name, _)| name == field);
-                found.map_or(Some(Value::Null), |(_, literal)| literal_value(literal, field_type))
-            });
-            Value::Struct(values.collect::<Option<_>>()?)
-        }
-        _ => return None,
-    })
-}
-
-fn decimal(unscaled: i128, precision: u8) -> Option<Value> {
-    (unscaled.unsigned_abs() < 10u128.checked_pow(precision.into())?).then_some(Value::Decimal(unscaled))
-}
-
-// `STATIC` rows are the reason why a static view has no ttl: their age is not a number.
-const _: () = assert!(STATIC == i64::MIN);
