@@ -1,0 +1,25 @@
+# Thin: what a target does is in scripts/, in cargo or in the program. `make demo` and `make test` install what is missing.
+
+# The online store of `make demo`: embedded or redis.
+ONLINE ?= embedded
+export ONLINE
+
+.PHONY: setup demo test lint fmt clean
+
+setup: ## what `demo` needs: compilers, a Python environment, libtorch
+	@scripts/setup.sh
+
+demo: ## definitions to served predictions on real flights, with the audit
+	@scripts/demo.sh
+
+test: ## formatting, clippy, Rust tests, Python tests against a real server
+	@scripts/test.sh
+
+lint: ## formatting and clippy only
+	@scripts/lint.sh
+
+fmt: ## format the Rust code
+	@cargo fmt --all
+
+clean: ## remove what was built (the Python environment stays)
+	@scripts/clean.sh

@@ -1,0 +1,20 @@
+//! One file per command.
+
+pub mod init;
+pub mod validate;
+
+pub mod plan;
+pub mod apply;
+
+pub mod serve;
+
+pub mod ingest;
+pub mod materialize;
+
+pub mod features;
+pub mod predict;
+
+pub mod dataset;
+pub mod model;
+
+pub mod doctor;

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The demo: installs what is missing, builds the server, and runs examples/nyc-flights/demo.py with it.
+#
+#     ONLINE=embedded|redis scripts/demo.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+online=${ONLINE:-embedded}
+case $online in
+embedded) scripts/setup.sh ;;
+redis) scripts/setup.sh redis ;;
+*) fail "ONLINE=$online; say embedded or redis" ;;
+esac
+
+use_libtorch
+step "building the server (release; the first time this takes a while)"
+cargo build --release --locked -p cli --features torch
+
+step "the demo, with the $online store"
+exec "$python" examples/nyc-flights/demo.py --server "$CARGO_TARGET_DIR/release/coeval" --online "$online"

@@ -1,0 +1,40 @@
+# Where things are kept, for the other scripts to source. Nothing here installs anything.
+#
+# Builds and the Python environment lie in the user's cache, not in the clone: a second clone, or the same one after
+# `git clean`, starts warm.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/coeval
+venv=$cache/venv
+python=$venv/bin/python
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$cache/target}
+# rustup installs here without telling the shell that is running.
+PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+
+if [ -t 2 ] && [ -z "${NO_COLOR:-}" ]; then
+    bold=$'\033[1m' plain=$'\033[0m'
+else
+    bold='' plain=''
+fi
+
+# Says what happens now.
+step() {
+    printf '%s\n' "${bold}>> $*${plain}" >&2
+}
+
+fail() {
+    printf '%s\n' "error: $*" >&2
+    exit 1
+}
+
+have() {
+    command -v "$1" >/dev/null 2>&1
+}
+
+# The libtorch that the `torch` feature links and the programs load.
+use_libtorch() {
+    local lines
+    lines=$(scripts/libtorch.sh "$python" "$cache")
+    eval "$lines"
+}
