@@ -152,9 +152,11 @@ impl Sources {
             if Format::of(file.location.as_ref()) != Some(format) {
                 return Err(SourceError::UnknownFormat { path: shown(file) });
             }
-            let found = opened.infer_schema(&state, &store, std::slice::from_ref(file)).await.map_err(|source| {
-                SourceError::Unreadable { path: shown(file), format: format.name(), source }
-            })?;
+            let unreadable = |source| SourceError::Unreadable { path: shown(file), format: format.name(), source };
+            if format == Format::Parquet {
+                check_footer(store.as_ref(), file).await.map_err(unreadable)?;
+            }
+            let found = opened.infer_schema(&state, &store, std::slice::from_ref(file)).await.map_err(unreadable)?;
             match &schema {
                 None => schema = Some(found),
                 Some(expected) => check_drift(expected, &found, &shown(first), &shown(file), format)?,
@@ -279,6 +281,21 @@ pub(crate) fn file_url(
         })
         .collect();
     ListingTableUrl::parse(format!("{}{encoded}", store.as_str()))
+}
+
+/// The reader of Parquet's footer takes the length that the footer states and subtracts it from the file's, unchecked: a
+/// damaged file would be a panic instead of an error.
+async fn check_footer(store: &dyn ObjectStore, file: &ObjectMeta) -> Result<(), DataFusionError> {
+    const FOOTER_BYTES: u64 = 8;
+    let corrupt = |what: &str| DataFusionError::Execution(format!("{what}; it is cut off or no Parquet file at all"));
+    let Some(before_footer) = file.size.checked_sub(FOOTER_BYTES) else { return Err(corrupt("it has no footer")) };
+    let footer = store.get_range(&file.location, before_footer..file.size).await?;
+    let (length, magic) = footer.split_at(4);
+    if magic != b"PAR1" && magic != b"PARE" {
+        return Err(corrupt("it does not end as a Parquet file does"));
+    }
+    let length = length.iter().rev().fold(0, |length, byte| length << 8 | u64::from(*byte));
+    if length > before_footer { Err(corrupt("its footer states more bytes than the file has")) } else { Ok(()) }
 }
 
 fn check_drift(
