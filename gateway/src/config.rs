@@ -11,7 +11,6 @@ use registry::id::NameError;
 use tokio::net::{TcpListener, lookup_host};
 
 use crate::answer::Clock;
-use crate::events::EventsError;
 
 /// The word that allows listening beyond loopback.
 const BEYOND_LOOPBACK: &str = "listen_beyond_loopback_without_authentication: true";
@@ -60,7 +59,9 @@ pub enum ServeError {
     #[error("`store: {url}` is not a folder, and this version keeps the event log beside the store; use a folder")]
     NoLocalFolder { url: String },
     #[error("the event log cannot be opened")]
-    Events(#[source] EventsError),
+    Events(#[source] ingest::IngestError),
+    #[error("the offline engine cannot be set up, see `offline:` in coeval.yaml")]
+    Engine(#[from] offline_store::EngineError),
     #[error("the {what} server failed")]
     Server { what: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("the server ended without closing everything: {what}")]

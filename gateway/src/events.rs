@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
-use feature_defs::plan::Plan;
+use feature_defs::plan::{Plan, ViewPlan};
 use feature_defs::time::Micros;
 use tokio::sync::mpsc;
 
@@ -66,8 +66,9 @@ pub enum EventsError {
 
 #[async_trait]
 pub trait Events: Send + Sync + 'static {
-    /// Returns once the streams of the plan can be pushed to; backfill goes on in the background.
-    async fn adopt(&self, plan: Arc<Plan>) -> Result<(), EventsError>;
+    /// Returns once the streams of the plan can be pushed to; backfill goes on in the background. `pinned` are views of
+    /// earlier definitions that go on being written, because a model that may still serve reads them.
+    async fn adopt(&self, plan: Arc<Plan>, pinned: &[Arc<ViewPlan>]) -> Result<(), EventsError>;
 
     /// Views of the adopted plan that do not answer yet, with what is being done about it, for people.
     fn backfilling(&self) -> Vec<String>;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::{Files, Runtime as RuntimeKind, SourceFile};
-use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, compile_definitions};
+use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, ViewPlan, compile_definitions};
 use feature_defs::value::Type;
 use inference::batch::BatchLimits;
 use inference::executor::{ModelServer, ServerOptions};
@@ -86,8 +86,8 @@ pub struct Follower {
 
 #[derive(Default)]
 struct Working {
-    /// The plan that events were told of.
-    adopted: Option<Arc<Plan>>,
+    /// The plan that events were told of, and the storage digests of the views pinned beside it.
+    adopted: Option<(Arc<Plan>, Vec<String>)>,
     /// Plans of earlier definitions that a served version needs.
     earlier: BTreeMap<EntryNumber, Arc<Plan>>,
     tried: Option<Instant>,
@@ -228,68 +228,97 @@ impl Follower {
 
     async fn realise(&self, working: &mut Working, project: &Project, head: EntryNumber, before: &Served) -> Served {
         let mut problems = Vec::new();
-        let definitions = match self.realise_definitions(working, project, before).await {
+        let mut definitions = match self.compile(project, before).await {
             Ok(definitions) => Some(definitions),
             Err(problem) => {
                 problems.push(problem);
                 before.definitions.clone()
             }
         };
-        let mut models = BTreeMap::new();
-        let mut missing = Vec::new();
+        let mut planned = Vec::new();
         let mut used = Vec::new();
+        let mut pinned: Vec<Arc<ViewPlan>> = Vec::new();
         for (name, deployment) in &project.deployments {
-            let Some(record) = project.model(name.as_str(), deployment.active) else { continue };
-            let served = before.models.get(name.as_str());
-            let realised = async {
-                let plan = self.plan_of(working, definitions.as_ref(), record).await?;
-                if plan.1 {
+            let version = |version| project.model(name.as_str(), version);
+            // The version before is kept for rollback: what it reads goes on being written.
+            for record in [version(deployment.active), deployment.previous.and_then(version)].into_iter().flatten() {
+                let plan = self.plan_of(working, definitions.as_ref(), record).await;
+                if let Ok((plan, true)) = &plan {
                     used.push(record.definitions);
+                    pinned.extend(plan.service.inputs.iter().map(|input| input.view.clone()));
                 }
-                self.realise_model(record, plan.0, served).await
-            };
-            match realised.await {
-                Ok(model) => {
-                    models.insert(name.to_string(), model);
-                }
-                Err(failure) => {
-                    let version = record.version;
-                    let still = served.map(|served| format!("; version {} is still served", served.version));
-                    let still = still.unwrap_or_default();
-                    problems.push(format!("version {version} of model `{name}`: {}{still}", failure.message));
-                    match served {
-                        Some(served) => {
-                            models.insert(name.to_string(), served.clone());
-                        }
-                        None => missing.push(name.to_string()),
-                    }
+                if record.version == deployment.active {
+                    planned.push((record, plan));
                 }
             }
         }
         working.earlier.retain(|entry, _| used.contains(entry));
+        if let Some(found) = &definitions
+            && let Err(error) = self.adopt(working, &found.plan, pinned).await
+        {
+            problems.push(format!("the streams of entry {} could not be taken: {error}", found.entry));
+            definitions = before.definitions.clone();
+        }
+        let mut models = BTreeMap::new();
+        let mut missing = Vec::new();
+        for (record, plan) in planned {
+            let name = record.model.name.to_string();
+            let served = before.models.get(&name);
+            let realised = match plan {
+                Ok((plan, _)) => self.realise_model(record, plan, served).await,
+                Err(failure) => Err(failure),
+            };
+            match (realised, served) {
+                (Ok(model), _) => {
+                    models.insert(name, model);
+                }
+                (Err(failure), Some(served)) => {
+                    let (version, still) = (record.version, served.version);
+                    let text = format!(
+                        "version {version} of model `{name}`: {}; version {still} is still served",
+                        failure.message
+                    );
+                    problems.push(text);
+                    models.insert(name, served.clone());
+                }
+                (Err(failure), None) => {
+                    problems.push(format!("version {} of model `{name}`: {}", record.version, failure.message));
+                    missing.push(name);
+                }
+            }
+        }
         Served { head, definitions, models, missing, problems }
     }
 
-    async fn realise_definitions(
-        &self,
-        working: &mut Working,
-        project: &Project,
-        before: &Served,
-    ) -> Result<Definitions, String> {
+    async fn compile(&self, project: &Project, before: &Served) -> Result<Definitions, String> {
         let catalog = project.catalog();
         let entry = project.applied.fact.entry;
         let plan = match &before.definitions {
             Some(definitions) if definitions.entry == entry => definitions.plan.clone(),
             _ => compile(&self.project, catalog).await?,
         };
-        if let Some(events) = &self.events
-            && !working.adopted.as_ref().is_some_and(|adopted| Arc::ptr_eq(adopted, &plan))
-        {
-            let adopted = events.adopt(plan.clone()).await;
-            adopted.map_err(|error| format!("entry {entry}: its streams could not be taken: {}", chain(&error)))?;
-            working.adopted = Some(plan.clone());
-        }
         Ok(Definitions { entry, catalog_digest: catalog.digest.clone(), plan })
+    }
+
+    /// Tells events of the plan, and of the views beside it, when either changed.
+    async fn adopt(
+        &self,
+        working: &mut Working,
+        plan: &Arc<Plan>,
+        mut pinned: Vec<Arc<ViewPlan>>,
+    ) -> Result<(), String> {
+        let Some(events) = &self.events else { return Ok(()) };
+        let same = |a: &ViewPlan, b: &ViewPlan| a.name == b.name && a.storage_digest == b.storage_digest;
+        pinned.retain(|view| !plan.views.iter().any(|other| same(view, other)));
+        pinned.sort_by(|a, b| (&a.name, &a.storage_digest).cmp(&(&b.name, &b.storage_digest)));
+        pinned.dedup_by(|a, b| same(a, b));
+        let digests: Vec<String> = pinned.iter().map(|view| format!("{}@{}", view.name, view.storage_digest)).collect();
+        if working.adopted.as_ref().is_some_and(|(known, others)| Arc::ptr_eq(known, plan) && *others == digests) {
+            return Ok(());
+        }
+        events.adopt(plan.clone(), &pinned).await.map_err(|error| chain(&error))?;
+        working.adopted = Some((plan.clone(), digests));
+        Ok(())
     }
 
     /// The plan that a version is served by: that of the definitions in force, while they give the model what it was

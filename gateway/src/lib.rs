@@ -1,8 +1,8 @@
 //! The gateway: one process that answers `GetFeatures` and `Predict`, takes events, and follows the control log.
 //!
 //! The edge (`grpc`, `http`) translates; the core (`request`, `fetch`, `features`, `predict`) computes on plans and Arrow
-//! arrays and knows no protocol; `follow` decides what is served; `run` opens everything and listens, `shutdown` drains. Nothing but
-//! this crate knows a status code.
+//! arrays and knows no protocol; `follow` decides what is served; `data` is where events and training sets are somebody
+//! else's work; `run` opens everything and listens, `shutdown` drains. Nothing but this crate knows a status code.
 
 pub mod config;
 pub mod run;
@@ -15,6 +15,7 @@ pub mod convert;
 pub mod status;
 
 pub mod answer;
+pub mod data;
 pub mod events;
 pub mod features;
 pub mod fetch;

@@ -11,8 +11,7 @@ use std::time::Duration;
 use chrono::DateTime;
 use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, Settings};
 use inference::model::Runtime;
-use object_store::ObjectStore;
-use object_store::path::Path as ObjectPath;
+use ingest::IngestOptions;
 use online_store::OnlineStore;
 use online_store::embedded::EmbeddedStore;
 use online_store::redis::RedisStore;
@@ -29,7 +28,7 @@ use crate::events::Events;
 use crate::follow::{Follower, Retry};
 use crate::metrics::Metrics;
 use crate::shutdown::{Draining, drain};
-use crate::{grpc, http};
+use crate::{data, grpc, http};
 
 /// Longest wait for a round trip to Redis: far beyond a healthy one, and short enough to tell people that it is gone.
 const REDIS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -41,12 +40,11 @@ const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 
 /// Adds further services to the gRPC port.
-pub type Mount = Box<dyn FnOnce(Routes) -> Routes + Send>;
+pub type Mount = Box<dyn FnOnce(Routes, &Arc<Gateway>) -> Routes + Send>;
 
 /// What a server works with, opened.
 pub struct Opened {
     pub project: ProjectName,
-    pub objects: Arc<dyn ObjectStore>,
     pub registry: Arc<Registry>,
     pub store: Arc<dyn OnlineStore>,
     pub events: Option<Arc<dyn Events>>,
@@ -130,7 +128,7 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
         return Err(ServeError::NoRedisLog);
     }
     let (objects, root) = registry::store::open_store(&place(&options.project_dir, &settings.store))?;
-    let prefix = root.join(project.as_str());
+    let prefix = root.clone().join(project.as_str());
     let registry = Registry::open(objects.clone(), &prefix, wall_clock(&options.clock)).await;
     let registry = Arc::new(registry.map_err(ServeError::Registry)?);
     let local = local_folder(&options.project_dir, &settings.store, project.as_str())?;
@@ -148,20 +146,13 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
         OnlineUrl::RedisCluster(_) => return Err(ServeError::NoCluster),
     };
     let runtime = options.runtime.clone().or_else(default_runtime);
-    let mut opened = Opened { project, objects, registry, store, events: None, runtime, flight: None };
-    open_data(options, &prefix, &local, &mut opened).await?;
-    Ok(opened)
-}
-
-/// Opens what moves and holds data beyond the online store: the event log with its appliers, and the offline engine
-/// behind Flight.
-async fn open_data(
-    _options: &ServeOptions,
-    _prefix: &ObjectPath,
-    _local: &std::path::Path,
-    _opened: &mut Opened,
-) -> Result<(), ServeError> {
-    Ok(())
+    let offline = data::open_engine(options, project.as_str(), objects.clone(), root.clone())?;
+    let sources = Arc::new(offline.engine.sources().clone());
+    let log = local.join("log");
+    let clock = options.clock.clone();
+    let ingest = IngestOptions::new(project.as_str(), log, objects, root, store.clone(), sources, clock);
+    let events = data::open_events(ingest).await?;
+    Ok(Opened { project, registry, store, events: Some(events), runtime, flight: Some(offline.mount()) })
 }
 
 /// The control log's entries carry a date; ours is in microseconds.
@@ -177,7 +168,7 @@ pub async fn start(
     request_time: RequestTime,
     clock: Clock,
 ) -> Result<Running, ServeError> {
-    let Opened { project, objects: _, registry, store, events, runtime, flight } = opened;
+    let Opened { project, registry, store, events, runtime, flight } = opened;
     let metrics = Arc::new(Metrics::new());
     let follower = Follower::new(registry.clone(), project.clone(), events.clone(), runtime, metrics.clone());
     let follower = Arc::new(follower);
@@ -197,7 +188,7 @@ pub async fn start(
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
     let mut routes = grpc::routes(gateway.clone()).add_service(health_service);
     if let Some(mount) = flight {
-        routes = mount(routes);
+        routes = mount(routes, &gateway);
     }
     let Listeners { grpc, http } = listeners;
     let (grpc_addr, http_addr) = (grpc.address, http.address);

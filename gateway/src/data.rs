@@ -1,0 +1,278 @@
+//! The other crates of the process behind the gateway's own words: the event log with its appliers as [`Events`], and the
+//! offline engine as a service on the gRPC port.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arrow::array::RecordBatch;
+use async_trait::async_trait;
+use chrono::{DateTime, SecondsFormat};
+use feature_defs::plan::{Plan, ServicePlan, ViewPlan};
+use feature_defs::time::Micros;
+use ingest::log::LogError;
+use ingest::{Ingest, IngestError, IngestOptions, Phase};
+use object_store::ObjectStore;
+use object_store::path::Path;
+use offline_store::dataset::Manifest;
+use offline_store::flight::Surroundings;
+use offline_store::{Engine, EngineOptions};
+use registry::dataset::NewDataset;
+use registry::id::{DatasetId, DatasetName, Digest, NameError, ServiceName, SourceName};
+use registry::state::Change;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::answer::Gateway;
+use crate::config::{ServeError, ServeOptions};
+use crate::events::{Events, EventsError, Mode, Progress, Pushed, Wait};
+use crate::run::Mount;
+use crate::status::{Failure, Kind};
+
+/// Messages of one materialization that wait for a slow reader; the runtime leaves some out when it is full.
+const PROGRESS_MAX: usize = 16;
+/// Who the control log names for datasets: Flight does not say who asked.
+const DATASETS_BY: &str = "flight";
+
+/// Opens the event log and starts its appliers.
+pub(crate) async fn open_events(options: IngestOptions) -> Result<Arc<dyn Events>, ServeError> {
+    let folder = options.folder.clone();
+    std::fs::create_dir_all(&folder).map_err(|source| ServeError::Folder { folder, source })?;
+    let ingest = Ingest::open(options).await.map_err(ServeError::Events)?;
+    Ok(Arc::new(Live { ingest, plan: Mutex::new(None) }))
+}
+
+/// The appliers of this process.
+struct Live {
+    ingest: Ingest,
+    /// The plan that they follow.
+    plan: Mutex<Option<Arc<Plan>>>,
+}
+
+impl Live {
+    fn is_static(&self, view: &str) -> bool {
+        let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
+        plan.as_ref().and_then(|plan| plan.view(view)).is_some_and(|view| view.source.is_static())
+    }
+}
+
+#[async_trait]
+impl Events for Live {
+    async fn adopt(&self, plan: Arc<Plan>, pinned: &[Arc<ViewPlan>]) -> Result<(), EventsError> {
+        self.ingest.adopt_with(plan.clone(), pinned).await?;
+        *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(plan);
+        Ok(())
+    }
+
+    fn backfilling(&self) -> Vec<String> {
+        let phases = self.ingest.backfilling().into_iter();
+        let views = phases.filter_map(|(generation, phase)| match phase {
+            Phase::Building { rows } => {
+                Some(format!("view `{}` is being backfilled: {rows} rows so far", generation.view))
+            }
+            // A static source is loaded without being asked.
+            Phase::Unmaterialized if self.is_static(&generation.view) => {
+                Some(format!("view `{}` waits for its static source to be loaded", generation.view))
+            }
+            // Nothing is being done about it: it waits for somebody to materialize its source.
+            Phase::Unmaterialized | Phase::Ready => None,
+        });
+        let streams = self.ingest.status().into_iter();
+        let streams = streams.filter_map(|stream| match (stream.trouble, stream.importing) {
+            (Some(trouble), _) => Some(format!("stream `{}`: {trouble}", stream.source)),
+            (None, Some(rows)) => {
+                Some(format!("the prior history of `{}` is being imported: {rows} rows so far", stream.source))
+            }
+            (None, None) => None,
+        });
+        views.chain(streams).collect()
+    }
+
+    async fn push(&self, source: &str, batch: RecordBatch, wait: Wait) -> Result<Pushed, EventsError> {
+        let wait = match wait {
+            Wait::Durable => ingest::Wait::Durable,
+            Wait::Visible => ingest::Wait::Visible,
+        };
+        let pushed = self.ingest.push(source, batch, wait).await?;
+        let count = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(Pushed {
+            accepted: count(pushed.accepted),
+            duplicates: count(pushed.duplicates),
+            early: count(pushed.early),
+            rejected: pushed.rejected,
+            last_sequence: pushed.last_sequence.unwrap_or(0),
+        })
+    }
+
+    async fn materialize(
+        &self,
+        sources: &[String],
+        through: Micros,
+        mode: Mode,
+        progress: mpsc::Sender<Progress>,
+    ) -> Result<(), EventsError> {
+        let mode = match mode {
+            Mode::Apply => ingest::Mode::Apply,
+            Mode::DryRun => ingest::Mode::DryRun,
+        };
+        let (sender, mut reports) = mpsc::channel::<ingest::Progress>(PROGRESS_MAX);
+        let translate = async {
+            while let Some(report) = reports.recv().await {
+                let report = Progress {
+                    source: report.source.to_string(),
+                    view: String::new(),
+                    rows_read: report.rows_read,
+                    rows_applied: report.rows_new,
+                    rows_stale: 0,
+                };
+                // Somebody who no longer listens does not stop what others will read.
+                let _ = progress.send(report).await;
+            }
+        };
+        let (done, ()) = tokio::join!(self.ingest.materialize(sources, through, mode, sender), translate);
+        Ok(done?)
+    }
+
+    async fn flush(&self) -> Result<u64, EventsError> {
+        Ok(self.ingest.flush().await?)
+    }
+
+    async fn shutdown(&self) -> Result<(), EventsError> {
+        Ok(self.ingest.shutdown().await?)
+    }
+}
+
+impl From<IngestError> for EventsError {
+    fn from(error: IngestError) -> EventsError {
+        use IngestError as E;
+        match &error {
+            E::UnknownSource { .. } | E::UnknownFiles { .. } => EventsError::Unknown(error.to_string()),
+            E::NotAStream { .. }
+            | E::NotFiles { .. }
+            | E::UnknownColumn { .. }
+            | E::NoEventTime { .. }
+            | E::HistoryAfterLive { .. }
+            | E::ImportTooLarge { .. }
+            | E::NoPlan
+            | E::Rows(_)
+            | E::Log(LogError::TooLarge { .. }) => EventsError::Invalid(error.to_string()),
+            // What files hold is their owner's to mend, and the text says which.
+            E::Source(_) | E::Scan { .. } => EventsError::Invalid(crate::status::chain(&error)),
+            E::Importing { .. } | E::TooManyEarly { .. } | E::Log(LogError::Full { .. }) => {
+                EventsError::Full(error.to_string())
+            }
+            E::Stopping => EventsError::Stopping,
+            _ if error.is_retryable() => EventsError::Unavailable(Box::new(error)),
+            _ => EventsError::Failed(Box::new(error)),
+        }
+    }
+}
+
+/// The engine that computes training sets, before there is a gateway for it to ask.
+pub(crate) struct Offline {
+    pub engine: Arc<Engine>,
+    memory_bytes: u64,
+}
+
+pub(crate) fn open_engine(
+    options: &ServeOptions,
+    project: &str,
+    store: Arc<dyn ObjectStore>,
+    prefix: Path,
+) -> Result<Offline, ServeError> {
+    let offline = &options.settings.offline;
+    let memory_bytes = offline.memory_bytes;
+    let engine = Engine::new(EngineOptions {
+        project_folder: options.project_dir.clone(),
+        project: project.to_owned(),
+        store,
+        prefix,
+        memory_bytes,
+        spill_folder: offline.spill.as_ref().map(|folder| options.project_dir.join(folder)),
+    })?;
+    Ok(Offline { engine: Arc::new(engine), memory_bytes })
+}
+
+impl Offline {
+    /// Adds the Flight service to the gRPC port.
+    pub fn mount(self) -> Mount {
+        let Offline { engine, memory_bytes } = self;
+        Box::new(move |routes, gateway| {
+            let process = Arc::new(Process { gateway: gateway.clone() });
+            routes.add_service(offline_store::flight::service(engine, process, memory_bytes))
+        })
+    }
+}
+
+/// What the offline engine asks of the process: compiled services, flushed histories, and the control log to write
+/// datasets into.
+struct Process {
+    gateway: Arc<Gateway>,
+}
+
+impl Process {
+    fn record(manifest: &Manifest, path: &Path) -> Result<NewDataset, NameError> {
+        let mut source_digests = BTreeMap::new();
+        for (source, digest) in &manifest.source_digests {
+            source_digests.insert(SourceName::try_new(source.as_str())?, Digest::try_new(digest.as_str())?);
+        }
+        Ok(NewDataset {
+            name: DatasetName::try_new(manifest.name.as_str())?,
+            id: DatasetId::try_new(manifest.id.as_str())?,
+            manifest: path.to_string(),
+            service: ServiceName::try_new(manifest.service.as_str())?,
+            service_digest: Digest::try_new(manifest.service_digest.as_str())?,
+            spine_digest: Digest::try_new(manifest.spine_digest.as_str())?,
+            source_digests,
+            rows: manifest.rows,
+        })
+    }
+}
+
+#[async_trait]
+impl Surroundings for Process {
+    fn service(&self, project: &str, service: &str) -> Result<Arc<ServicePlan>, Status> {
+        self.gateway.check_serving()?;
+        self.gateway.check_project(project)?;
+        let served = self.gateway.served();
+        let plan = served.plan()?;
+        let known = || plan.services.iter().map(|service| &*service.name);
+        Ok(plan.service(service).cloned().ok_or_else(|| Failure::unknown("feature service", service, known()))?)
+    }
+
+    async fn before_read(&self) -> Result<(), Status> {
+        if let Some(events) = &self.gateway.events {
+            events.flush().await.map_err(Failure::from)?;
+        }
+        Ok(())
+    }
+
+    async fn dataset_created(&self, manifest: &Manifest, path: &Path) -> Result<(), Status> {
+        let record = Process::record(manifest, path);
+        let record = record.map_err(|error| Failure::internal("the dataset could not be recorded", &error))?;
+        let (registry, project) = (&self.gateway.registry, &self.gateway.project);
+        let change = Change::CreateDataset(record);
+        registry.submit(project, &change, DATASETS_BY, None).await.map_err(Failure::from)?;
+        Ok(())
+    }
+
+    fn dataset(&self, project: &str, name: &str, id: &str) -> Result<Path, Status> {
+        self.gateway.check_project(project)?;
+        let state = self.gateway.registry.state();
+        let project = state.project(self.gateway.project.as_str());
+        let known = || project.into_iter().flat_map(|project| project.dataset_names.keys()).map(DatasetName::as_str);
+        let wanted = if id.is_empty() { name } else { id };
+        let record = project.and_then(|project| project.dataset(wanted));
+        let record = record.ok_or_else(|| Failure::unknown("dataset", wanted, known()))?;
+        if !name.is_empty() && record.dataset.name.as_str() != name {
+            let text = format!("dataset `{id}` is one of `{}`, not of `{name}`", record.dataset.name);
+            return Err(Failure::new(Kind::Invalid, text).into());
+        }
+        let path = Path::parse(&record.dataset.manifest);
+        Ok(path.map_err(|error| Failure::internal("the place of the dataset cannot be read", &error))?)
+    }
+
+    fn now(&self) -> String {
+        let now = DateTime::from_timestamp_micros((self.gateway.clock)()).unwrap_or_default();
+        now.to_rfc3339_opts(SecondsFormat::Micros, true)
+    }
+}
