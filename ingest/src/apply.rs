@@ -210,6 +210,13 @@ impl StreamState {
         self.early.peek().map(|Reverse(early)| early.position.time)
     }
 
+    /// Position of the last on-time event that waits to be applied.
+    pub fn last_on_time(&self) -> Option<Position> {
+        let held = self.on_time.back()?;
+        let sequence = held.record.first_sequence + u64::from(*held.rows.last()?);
+        Some(Position { time: held.record.arrival, sequence })
+    }
+
     pub fn early_rows(&self) -> usize {
         self.early.len()
     }
@@ -217,6 +224,11 @@ impl StreamState {
     pub fn waiting_rows(&self) -> usize {
         let held: usize = self.on_time.iter().map(|held| held.rows.len() - held.next).sum();
         held + self.picked.len() + self.waiting.iter().map(|durable| durable.record.rows as usize).sum::<usize>()
+    }
+
+    #[cfg(test)]
+    pub fn has_received_all(&self, log: &Log) -> bool {
+        log.horizon(&self.plan.name, self.received).is_some()
     }
 
     pub fn unflushed_rows(&self) -> usize {

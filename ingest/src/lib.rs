@@ -609,7 +609,7 @@ impl Inner {
         let applied = history.manifest().applied;
         let stream = Arc::new(Stream {
             name: source.name.clone(),
-            intake: Mutex::new(Intake { plan: source.clone(), ids }),
+            intake: Mutex::new(Intake { plan: source.clone(), ids, last_on_time: applied }),
             applied: watch::channel(applied).0,
             imported: watch::channel(imported).0,
             early: AtomicU64::new(0),
@@ -629,6 +629,9 @@ impl Inner {
         }
         if imported {
             state.go_on(&self.log)?;
+        }
+        if let Some(position) = state.last_on_time() {
+            lock(&stream.intake).last_on_time = position;
         }
         drop(state);
         lock(&self.found).remove(&source.name);

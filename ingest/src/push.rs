@@ -22,6 +22,8 @@ pub(crate) const TIME_MAX: Micros = 253_402_300_799_999_999;
 pub(crate) struct Intake {
     pub plan: Arc<SourcePlan>,
     pub ids: EventIds,
+    /// Of the last event that was on time: what a redelivery waits for when it waits to be visible.
+    pub last_on_time: Position,
 }
 
 /// A push with its bad rows taken out.
@@ -109,12 +111,12 @@ fn accept(
             }
         }
     };
+    let before = (pushed.duplicates > 0).then_some(intake.last_on_time);
     if due.is_empty() {
-        return Ok((pushed, None, None));
+        return Ok((pushed, None, before));
     }
     pushed.accepted = due.len() as u64;
-    let latest_due = due.clone();
-    let appended = Log::encode(batch, due).and_then(|encoded| inner.log.append(&stream.name, encoded, None, permit));
+    let appended = Log::encode(batch, due.clone()).and_then(|encoded| inner.log.append(&stream.name, encoded, None, permit));
     let appended = match appended {
         Ok(appended) => appended,
         Err(error) => {
@@ -122,12 +124,12 @@ fn accept(
             return Err(error.into());
         }
     };
-    drop(intake);
-    pushed.early = latest_due.iter().filter(|due| **due > appended.arrival).count() as u64;
-    let last_on_time = latest_due.iter().rposition(|due| *due <= appended.arrival);
+    pushed.early = due.iter().filter(|due| **due > appended.arrival).count() as u64;
+    let on_time = due.iter().rposition(|due| *due <= appended.arrival);
     let on_time =
-        last_on_time.map(|row| Position { time: appended.arrival, sequence: appended.first_sequence + row as u64 });
-    Ok((pushed, Some(appended), on_time))
+        on_time.map(|row| Position { time: appended.arrival, sequence: appended.first_sequence + row as u64 });
+    intake.last_on_time = on_time.unwrap_or(intake.last_on_time);
+    Ok((pushed, Some(appended), on_time.or(before)))
 }
 
 fn check(intake: &Intake, batch: &RecordBatch) -> Result<Checked, IngestError> {

@@ -1,1 +1,7 @@
+//! The whole of ingestion against the reference semantics of `feature-defs`, over stores in memory and a clock that the
+//! test sets.
 
+mod files;
+mod kill;
+mod streams;
+mod world;

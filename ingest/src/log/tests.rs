@@ -1,1 +1,192 @@
+use std::sync::atomic::AtomicI64;
 
+use arrow::array::StringArray;
+
+use super::*;
+
+const NOW: Micros = 1_700_000_000_000_000;
+
+struct Fixture {
+    folder: tempfile::TempDir,
+    clock: Arc<AtomicI64>,
+    options: LogOptions,
+}
+
+impl Fixture {
+    fn new() -> Fixture {
+        let clock = Arc::new(AtomicI64::new(NOW));
+        Fixture { folder: tempfile::tempdir().unwrap(), clock, options: LogOptions::default() }
+    }
+
+    fn open(&self) -> Result<Opened, LogError> {
+        let clock = self.clock.clone();
+        Log::open(self.folder.path(), self.options.clone(), Arc::new(move || clock.load(Ordering::SeqCst)))
+    }
+
+    fn segments(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.folder.path()).unwrap().map(|entry| entry.unwrap().path());
+        let mut paths: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|e| e == "log")).collect();
+        paths.sort();
+        paths
+    }
+}
+
+fn texts(texts: &[&str]) -> RecordBatch {
+    let column: ArrayRef = Arc::new(StringArray::from(texts.to_vec()));
+    RecordBatch::try_from_iter([("text", column)]).unwrap()
+}
+
+async fn append(log: &Log, rows: &[&str]) -> Result<Appended, LogError> {
+    let permit = log.room(1).await;
+    let encoded = Log::encode(texts(rows), vec![NOW; rows.len()])?;
+    log.append(&"events".into(), encoded, None, permit)
+}
+
+async fn append_durably(log: &Log, rows: &[&str]) -> u64 {
+    let appended = append(log, rows).await.unwrap();
+    log.wait_durable(appended.durable, appended.ticket).await.unwrap();
+    appended.first_sequence
+}
+
+#[tokio::test]
+async fn records_come_back_in_order_after_a_restart() {
+    let fixture = Fixture::new();
+    let Opened { log, records, mut durable } = fixture.open().unwrap();
+    assert_eq!(records, []);
+    assert_eq!(append_durably(&log, &["a", "b"]).await, FIRST_PUSHED);
+    fixture.clock.store(NOW - 50, Ordering::SeqCst);
+    assert_eq!(append_durably(&log, &["c"]).await, FIRST_PUSHED + 2);
+    let first = durable.recv().await.unwrap();
+    assert_eq!(first.events.unwrap().batch, texts(&["a", "b"]));
+    assert_eq!(log.read(&first.record).unwrap().batch, texts(&["a", "b"]));
+    drop(log);
+    let Opened { log, records, .. } = fixture.open().unwrap();
+    assert_eq!(records.iter().map(|record| (record.first_sequence, record.rows)).collect::<Vec<_>>(), [
+        (FIRST_PUSHED, 2),
+        (FIRST_PUSHED + 2, 1)
+    ]);
+    assert_eq!(records[1].arrival, NOW, "arrivals never go back");
+    assert_eq!(log.read(&records[1]).unwrap().due, [NOW]);
+    assert_eq!(append_durably(&log, &["d"]).await, FIRST_PUSHED + 3);
+}
+
+#[tokio::test]
+async fn the_time_of_a_tick_is_kept() {
+    let fixture = Fixture::new();
+    let log = fixture.open().unwrap().log;
+    fixture.clock.store(NOW + 9, Ordering::SeqCst);
+    assert_eq!(log.horizon("events", 0), Some(NOW + 9));
+    log.tick().await.unwrap();
+    drop(log);
+    fixture.clock.store(NOW, Ordering::SeqCst);
+    let log = fixture.open().unwrap().log;
+    assert_eq!(append(&log, &["a"]).await.unwrap().arrival, NOW + 9);
+}
+
+#[test]
+fn one_process_at_a_time() {
+    let fixture = Fixture::new();
+    let _first = fixture.open().unwrap();
+    let error = fixture.open().err().unwrap().to_string();
+    assert!(error.contains("is in use by another process; stop the other server"), "{error}");
+}
+
+#[tokio::test]
+async fn a_torn_end_is_cut_off_wherever_it_was_torn() {
+    let fixture = Fixture::new();
+    let log = fixture.open().unwrap().log;
+    append_durably(&log, &["kept"]).await;
+    let kept = fs::metadata(&fixture.segments()[0]).unwrap().len();
+    append_durably(&log, &["torn"]).await;
+    drop(log);
+    let path = fixture.segments()[0].clone();
+    let whole = fs::read(&path).unwrap();
+    for length in (kept..whole.len() as u64).step_by(41).chain([whole.len() as u64 - 1]) {
+        fs::write(&path, &whole[..length as usize]).unwrap();
+        for newer in fixture.segments().iter().skip(1) {
+            fs::remove_file(newer).unwrap();
+        }
+        let Opened { log, records, .. } = fixture.open().unwrap();
+        assert_eq!(records.len(), 1, "torn at {length}");
+        assert_eq!(log.read(&records[0]).unwrap().batch, texts(&["kept"]));
+        assert_eq!(fs::metadata(&path).unwrap().len(), kept);
+        assert_eq!(append_durably(&log, &["again"]).await, FIRST_PUSHED + 1);
+    }
+}
+
+#[tokio::test]
+async fn damage_in_what_was_durable_is_an_error_that_names_the_place() {
+    let fixture = Fixture::new();
+    let log = fixture.open().unwrap().log;
+    append_durably(&log, &["first"]).await;
+    append_durably(&log, &["second"]).await;
+    drop(log);
+    let path = fixture.segments()[0].clone();
+    let whole = fs::read(&path).unwrap();
+    for at in [HEADER_BYTES as usize, HEADER_BYTES as usize + 5, HEADER_BYTES as usize + 100] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x55;
+        fs::write(&path, damaged).unwrap();
+        for newer in fixture.segments().iter().skip(1) {
+            fs::remove_file(newer).unwrap();
+        }
+        let error = fixture.open().err().unwrap().to_string();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(error.contains(name) && error.contains("damaged at byte 28"), "{error}");
+        assert!(error.contains("restore it from a backup"), "{error}");
+    }
+    let mut newer = whole;
+    newer[7] = b'2';
+    fs::write(&path, newer).unwrap();
+    let error = fixture.open().err().unwrap().to_string();
+    assert!(error.contains("has format `coevlog2`") && error.contains("upgrade"), "{error}");
+}
+
+#[tokio::test]
+async fn segments_are_deleted_when_their_events_are_in_history() {
+    let mut fixture = Fixture::new();
+    fixture.options.segment_bytes = 1_000;
+    let Opened { log, mut durable, .. } = fixture.open().unwrap();
+    for _ in 0..10 {
+        append_durably(&log, &["text"]).await;
+    }
+    assert!(fixture.segments().len() > 2);
+    let mut records = Vec::new();
+    while let Ok(found) = durable.try_recv() {
+        records.push(found.record);
+    }
+    for record in &records {
+        log.release(record.segment, 1);
+    }
+    log.delete_released();
+    assert_eq!(fixture.segments().len(), 1);
+    drop(log);
+    let Opened { log, records, .. } = fixture.open().unwrap();
+    assert_eq!(records, []);
+    assert_eq!(append_durably(&log, &["next"]).await, FIRST_PUSHED + 10, "sequences never repeat");
+}
+
+#[tokio::test]
+async fn a_full_log_refuses_and_concurrent_pushers_share_syncs() {
+    let mut fixture = Fixture::new();
+    fixture.options.log_bytes_max = 200_000;
+    let log = Arc::new(fixture.open().unwrap().log);
+    let pushers: Vec<_> = (0..32)
+        .map(|_| {
+            let log = log.clone();
+            tokio::spawn(async move { append_durably(&log, &["together"]).await })
+        })
+        .collect();
+    let mut sequences = Vec::new();
+    for pusher in pushers {
+        sequences.push(pusher.await.unwrap());
+    }
+    sequences.sort_unstable();
+    assert_eq!(sequences, (FIRST_PUSHED..FIRST_PUSHED + 32).collect::<Vec<_>>());
+    let error = loop {
+        if let Err(error) = append(&log, &["more"]).await {
+            break error;
+        }
+    };
+    assert!(error.is_retryable() && matches!(error, LogError::Full { .. }), "{error}");
+}
