@@ -46,7 +46,7 @@ pub enum ServeError {
     #[error("the object store of `store:` cannot be opened")]
     Store(#[from] registry::store::StoreError),
     #[error("the control log cannot be read")]
-    Registry(#[source] RegistryError),
+    Registry(#[source] Box<RegistryError>),
     #[error("cannot make the folder {folder}; check that its parent may be written")]
     Folder { folder: PathBuf, source: std::io::Error },
     /// Its text says the place and the next step.
@@ -59,7 +59,7 @@ pub enum ServeError {
     #[error("`store: {url}` is not a folder, and this version keeps the event log beside the store; use a folder")]
     NoLocalFolder { url: String },
     #[error("the event log cannot be opened")]
-    Events(#[source] ingest::IngestError),
+    Events(#[source] Box<ingest::IngestError>),
     #[error("the offline engine cannot be set up, see `offline:` in coeval.yaml")]
     Engine(#[from] offline_store::EngineError),
     #[error("the {what} server failed")]

@@ -37,7 +37,7 @@ const DATASETS_BY: &str = "flight";
 pub(crate) async fn open_events(options: IngestOptions) -> Result<Arc<dyn Events>, ServeError> {
     let folder = options.folder.clone();
     std::fs::create_dir_all(&folder).map_err(|source| ServeError::Folder { folder, source })?;
-    let ingest = Ingest::open(options).await.map_err(ServeError::Events)?;
+    let ingest = Ingest::open(options).await.map_err(|error| ServeError::Events(Box::new(error)))?;
     Ok(Arc::new(Live { ingest, plan: Mutex::new(None) }))
 }
 

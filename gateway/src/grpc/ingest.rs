@@ -217,6 +217,3 @@ fn file_sources(plan: &Plan, names: &[String]) -> Result<Vec<String>, Failure> {
     }
     Ok(names.to_vec())
 }
-
-#[cfg(test)]
-mod tests;
