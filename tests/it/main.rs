@@ -1,1 +1,3 @@
+//! Whole servers, as users meet them.
 
+mod audit;

@@ -1,0 +1,325 @@
+//! Served values against the offline engine, bit for bit, on a stream that holds every case: early, late, tied, duplicated,
+//! null-key and future events, tombstones, and rows created after they happened.
+//!
+//! What was served at a position is compared with the offline replay *as known* at that position, over Flight, on the
+//! history that the same server wrote. In-order replay alone would pass by luck; here nothing is in order.
+
+use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt64Array};
+use arrow::datatypes::UInt8Type;
+use feature_defs::time::{Micros, Status};
+use feature_defs::value::{Type, Value};
+use feature_defs::window::{DAY, HOUR, MINUTE, SECOND};
+use gateway::convert;
+use proto::v1;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tests::column::{bools, doubles, int64s, strings, timestamps};
+use tests::{ManualClock, Project, Server};
+
+const T0: Micros = 1_700_000_000 * SECOND;
+
+fn settings(request_time: &str) -> String {
+    format!(
+        "project: audit\nserve: {{grpc: 127.0.0.1:0, http: 127.0.0.1:0, request_time: {request_time}}}\n{}",
+        std::env::var("COEVAL_TEST_ONLINE").map(|online| format!("online: {online}\n")).unwrap_or_default()
+    )
+}
+
+const DEFINITIONS: &str = r#"
+entities:
+  - {name: shop, keys: [{name: shop, type: string}, {name: till, type: int64}]}
+  - {name: everything, keys: []}
+sources:
+  - name: sales
+    stream: true
+    schema:
+      - {name: shop, type: string}
+      - {name: till, type: int64}
+      - {name: amount, type: float64}
+      - {name: items, type: int64}
+      - {name: withdrawn, type: bool}
+      - {name: id, type: string}
+    event_time: sold_at
+    created_time: booked_at
+    event_id: id
+    deleted: withdrawn
+feature_views:
+  - name: last_sale
+    entity: shop
+    source: sales
+    ttl: 2h
+    keep: 3h
+    features:
+      - {name: amount, type: float64}
+      - {name: items, type: int64, default: -1}
+      - {name: each, expr: "amount / items"}
+  - name: turnover
+    entity: shop
+    source: sales
+    windows: [1h, 6h]
+    aggregates:
+      - {name: sales, function: count}
+      - {name: amount, function: sum, of: amount}
+      - {name: mean, function: mean, of: amount, where: "items > 1", default: 0.0}
+      - {name: least, function: min, of: amount}
+      - {name: most, function: max, of: items}
+  - name: all_sales
+    entity: everything
+    source: sales
+    windows: [24h]
+    aggregates: [{name: total, function: sum, of: amount}, {name: n, function: count}]
+requests:
+  - {name: ask, fields: [{name: price, type: float64, nullable: true}]}
+transforms:
+  - name: now
+    inputs: [{view: last_sale}, {view: turnover}, ask]
+    features:
+      - {name: ratio, expr: "ask.price / turnover.mean_6h"}
+      - {name: age, expr: "age(last_sale)"}
+      - {name: hour, expr: "date_part('hour', local(at(), 'America/New_York'))"}
+feature_services:
+  - name: all
+    features: [{view: last_sale}, {view: turnover}, {view: all_sales}, "now:*", "ask:price"]
+"#;
+
+const SHOPS: [&str; 4] = ["1", "12", "a\0b", ""];
+
+struct Generator {
+    random: SmallRng,
+    next: u64,
+}
+
+impl Generator {
+    /// Some events around `now`, in no order; some of them seen before.
+    fn events(&mut self, now: Micros) -> Vec<v1::Column> {
+        let n = self.random.random_range(1..12);
+        let random = &mut self.random;
+        let (mut shop, mut till, mut amount, mut items) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut withdrawn, mut id, mut sold, mut booked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..n {
+            shop.push((!random.random_bool(0.05)).then(|| SHOPS[random.random_range(0..SHOPS.len())]));
+            till.push((!random.random_bool(0.05)).then(|| random.random_range(1..3)));
+            amount.push(match random.random_range(0..12) {
+                0 => None,
+                1 => Some(f64::NAN),
+                2 => Some(-0.0),
+                3 => Some(1e300),
+                4 => Some(-1e300),
+                5 => Some(f64::INFINITY),
+                _ => Some(f64::from(random.random_range(-500..500)) / 3.0),
+            });
+            items.push((!random.random_bool(0.1)).then(|| random.random_range(0..4)));
+            withdrawn.push((!random.random_bool(0.3)).then(|| random.random_bool(0.08)));
+            let event_time = match random.random_range(0..8) {
+                0 => now + random.random_range(1..20 * MINUTE),
+                1 => now - random.random_range(0..8 * HOUR),
+                2 => now - now.rem_euclid(5 * MINUTE),
+                3 => now,
+                _ => now - random.random_range(0..10 * MINUTE),
+            };
+            sold.push(Some(event_time));
+            booked.push(match random.random_range(0..4) {
+                0 => Some(event_time + random.random_range(0..HOUR)),
+                1 => Some(event_time - random.random_range(0..HOUR)),
+                _ => None,
+            });
+            if self.next > 3 && random.random_bool(0.1) {
+                id.push(Some(format!("sale-{}", random.random_range(0..self.next))));
+            } else {
+                id.push(Some(format!("sale-{}", self.next)));
+                self.next += 1;
+            }
+        }
+        let id: Vec<Option<&str>> = id.iter().map(Option::as_deref).collect();
+        vec![
+            strings("shop", &shop),
+            int64s("till", &till),
+            doubles("amount", &amount),
+            int64s("items", &items),
+            bools("withdrawn", &withdrawn),
+            strings("id", &id),
+            timestamps("sold_at", &sold),
+            timestamps("booked_at", &booked),
+        ]
+    }
+}
+
+/// What was served: the spine of the replay, and the values.
+#[derive(Default)]
+struct Served {
+    shop: Vec<Option<String>>,
+    till: Vec<Option<i64>>,
+    price: Vec<Option<f64>>,
+    at: Vec<Micros>,
+    positions: BTreeMap<String, Vec<(Micros, u64)>>,
+    features: BTreeMap<String, Vec<(Value, Status, bool)>>,
+}
+
+impl Served {
+    async fn ask(&mut self, server: &Server, random: &mut SmallRng, at: Option<Vec<Micros>>) {
+        let n = at.as_ref().map_or(6, Vec::len);
+        let shop: Vec<Option<&str>> =
+            (0..n).map(|_| (!random.random_bool(0.05)).then(|| SHOPS[random.random_range(0..SHOPS.len())])).collect();
+        let till: Vec<Option<i64>> =
+            (0..n).map(|_| (!random.random_bool(0.05)).then(|| random.random_range(1..4))).collect();
+        let price: Vec<Option<f64>> = (0..n).map(|i| (i % 3 != 0).then_some(i as f64)).collect();
+        let request = v1::GetFeaturesRequest {
+            project: server.project.clone(),
+            what: Some(v1::get_features_request::What::Service("all".into())),
+            rows: vec![strings("shop", &shop), int64s("till", &till), doubles("price", &price)],
+            at: at.unwrap_or_default(),
+            include_provenance: true,
+            deadline_ms: 10_000,
+        };
+        let answer = server.gateway.clone().get_features(request).await.unwrap().into_inner();
+        assert_eq!(answer.rows as usize, n);
+        self.shop.extend(shop.iter().map(|shop| shop.map(str::to_string)));
+        self.till.extend(till);
+        self.price.extend(price);
+        self.at.extend(&answer.at);
+        for view in &answer.views {
+            let positions = view.positions.iter().map(|position| (position.time, position.sequence));
+            self.positions.entry(view.alias.clone()).or_default().extend(positions);
+        }
+        for feature in answer.features {
+            let column = feature.values.expect("a feature has values");
+            let (array, value_type) = decode(&column, n);
+            let values = self.features.entry(feature.name.clone()).or_default();
+            for row in 0..n {
+                let status = Status::from_number(feature.statuses[row] as u8).expect("a status");
+                let before_store = feature.reasons.get(row) == Some(&(v1::UnavailableReason::AtBeforeStore as i32));
+                values.push((Value::from_array(&array, row, &value_type), status, before_store));
+            }
+        }
+    }
+
+    fn spine(&self) -> RecordBatch {
+        let mut columns: Vec<(String, ArrayRef, bool)> = vec![
+            ("shop".into(), Arc::new(self.shop.iter().map(Option::as_deref).collect::<StringArray>()), true),
+            ("till".into(), Arc::new(self.till.iter().copied().collect::<Int64Array>()), true),
+            ("price".into(), Arc::new(self.price.iter().copied().collect::<arrow::array::Float64Array>()), true),
+            (
+                "event_timestamp".into(),
+                Arc::new(TimestampMicrosecondArray::from(self.at.clone()).with_timezone("UTC")),
+                false,
+            ),
+        ];
+        for (alias, positions) in &self.positions {
+            let (time, sequence) = offline_store::point_in_time::position_columns(alias);
+            let times: Vec<i64> = positions.iter().map(|(time, _)| *time).collect();
+            let sequences: Vec<u64> = positions.iter().map(|(_, sequence)| *sequence).collect();
+            columns.push((time, Arc::new(Int64Array::from(times)), false));
+            columns.push((sequence, Arc::new(UInt64Array::from(sequences)), false));
+        }
+        RecordBatch::try_from_iter_with_nullable(columns).unwrap()
+    }
+
+    /// Returns (values compared, values that the store said it could not answer exactly).
+    async fn audit(&self, server: &Server) -> (usize, usize) {
+        let replayed = server.training_set("all", self.spine()).await.unwrap();
+        assert_eq!(replayed.num_rows(), self.at.len());
+        let (mut compared, mut refused) = (0, 0);
+        for (name, served) in &self.features {
+            let column = replayed.column_by_name(name).unwrap_or_else(|| panic!("no column {name}"));
+            let value_type = Type::from_arrow(column.data_type()).unwrap();
+            let statuses = replayed.column_by_name(&format!("{name}__status")).unwrap();
+            let statuses = statuses.as_primitive::<UInt8Type>();
+            for (row, (value, status, before_store)) in served.iter().enumerate() {
+                if *before_store {
+                    assert_eq!(*status, Status::Unavailable);
+                    refused += 1;
+                    continue;
+                }
+                let expected = Value::from_array(column, row, &value_type);
+                let expected_status = Status::from_number(statuses.value(row)).unwrap();
+                let place = || format!("{name}, row {row}, shop {:?} till {:?} at {}", self.shop[row], self.till[row], self.at[row]);
+                assert_eq!((value, *status), (&expected, expected_status), "{}", place());
+                compared += 1;
+            }
+        }
+        (compared, refused)
+    }
+}
+
+fn decode(column: &v1::Column, rows: usize) -> (ArrayRef, Type) {
+    use v1::column::Values;
+    let value_type = match column.values.as_ref().expect("a column has values") {
+        Values::Doubles(_) => Type::Float64,
+        Values::Int64s(_) => Type::Int64,
+        other => panic!("no feature of this service is {other:?}"),
+    };
+    (convert::to_array(column, &value_type, rows).expect("the server's columns are right"), value_type)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn served_values_are_the_replayed_ones_under_the_servers_clock() {
+    let project = Project::new(&settings("refused"), DEFINITIONS).unwrap();
+    project.apply().await.unwrap();
+    let clock = ManualClock::at(T0);
+    let server = Server::start(&project, &clock, None).await.unwrap();
+    let mut random = SmallRng::seed_from_u64(11);
+    let mut generator = Generator { random: SmallRng::seed_from_u64(12), next: 0 };
+    let mut served = Served::default();
+    let (mut early, mut duplicates) = (0, 0);
+    for _ in 0..120 {
+        clock.advance(random.random_range(1..6 * MINUTE));
+        let pushed = server.push("sales", generator.events(clock.now())).await.unwrap();
+        assert!(pushed.rejected.is_empty(), "{:?}", pushed.rejected);
+        early += pushed.early;
+        duplicates += pushed.duplicates;
+        served.ask(&server, &mut random, None).await;
+    }
+    assert!(early > 20 && duplicates > 5, "the stream holds every case: {early} early, {duplicates} duplicates");
+    for at in &served.at {
+        assert!((T0..=clock.now()).contains(at), "a request is answered at the server's time");
+    }
+    server.flush().await.unwrap();
+    let (compared, refused) = served.audit(&server).await;
+    assert_eq!(refused, 0, "at its own time a server is always exact");
+    assert!(compared > 10_000, "{compared}");
+    // An `at` of the caller's own is refused here.
+    let request = v1::GetFeaturesRequest {
+        project: server.project.clone(),
+        what: Some(v1::get_features_request::What::Service("all".into())),
+        rows: vec![strings("shop", &[Some("1")]), int64s("till", &[Some(1)]), doubles("price", &[None])],
+        at: vec![T0],
+        ..v1::GetFeaturesRequest::default()
+    };
+    let status = server.gateway.clone().get_features(request).await.unwrap_err();
+    assert!(status.message().contains("request_time"), "{status:?}");
+    server.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn served_values_are_the_replayed_ones_at_request_times() {
+    let project = Project::new(&settings("allowed"), DEFINITIONS).unwrap();
+    project.apply().await.unwrap();
+    // The server's clock is days past the events, as in every replay.
+    let clock = ManualClock::at(T0 + 30 * DAY);
+    let server = Server::start(&project, &clock, None).await.unwrap();
+    let mut random = SmallRng::seed_from_u64(21);
+    let mut generator = Generator { random: SmallRng::seed_from_u64(22), next: 0 };
+    let mut served = Served::default();
+    let mut now = T0;
+    for _ in 0..120 {
+        now += random.random_range(1..6 * MINUTE);
+        server.push("sales", generator.events(now)).await.unwrap();
+        let at = (0..6)
+            .map(|i| match i {
+                0 | 1 => now,
+                2 => now + 20 * MINUTE,
+                3 => now - random.random_range(0..10 * MINUTE),
+                4 => now - now.rem_euclid(5 * MINUTE),
+                _ => now - random.random_range(0..8 * HOUR),
+            })
+            .collect();
+        served.ask(&server, &mut random, Some(at)).await;
+    }
+    server.flush().await.unwrap();
+    let (compared, refused) = served.audit(&server).await;
+    assert!(compared > 4_000, "{compared} compared");
+    assert!(refused > 500, "{refused} refused: a past time is exact or refused, and both happen");
+    server.stop().await.unwrap();
+}
