@@ -285,7 +285,7 @@ pub(crate) fn file_url(
 
 /// The reader of Parquet's footer takes the length that the footer states and subtracts it from the file's, unchecked: a
 /// damaged file would be a panic instead of an error.
-async fn check_footer(store: &dyn ObjectStore, file: &ObjectMeta) -> Result<(), DataFusionError> {
+async fn check_footer(store: &dyn object_store::ObjectStore, file: &ObjectMeta) -> Result<(), DataFusionError> {
     const FOOTER_BYTES: u64 = 8;
     let corrupt = |what: &str| DataFusionError::Execution(format!("{what}; it is cut off or no Parquet file at all"));
     let Some(before_footer) = file.size.checked_sub(FOOTER_BYTES) else { return Err(corrupt("it has no footer")) };
