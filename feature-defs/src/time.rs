@@ -12,7 +12,7 @@ pub const STATIC: Micros = i64::MIN;
 
 /// A point in the order in which events are applied. An event's position is the time at which it becomes visible, the
 /// latest of its arrival, its known time and its event time, and its sequence in the log. For rows of file sources the
-/// time is their known time and the sequence is 0.
+/// time is the later of known time and event time, and the sequence is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Position {
     pub time: Micros,

@@ -120,7 +120,7 @@ impl SourcePlan {
             let created_time = at(&created_times, row);
             let known_time = self.clock.known(event_time, created_time);
             let position =
-                positions.map_or(Position { time: known_time, sequence: 0 }, |positions| positions[row]);
+                positions.map_or(Position { time: known_time.max(event_time), sequence: 0 }, |positions| positions[row]);
             Some(Times { event_time, created_time, known_time, position })
         });
         Ok(times.collect())
