@@ -14,7 +14,9 @@ use crate::times;
 
 #[derive(Debug, Error)]
 pub enum ColumnError {
-    #[error("the server answered {found} values of `{column}` where {rows} rows were asked; its build does not fit this one")]
+    #[error(
+        "the server answered {found} values of `{column}` where {rows} rows were asked; its build does not fit this one"
+    )]
     Length { column: String, found: usize, rows: usize },
 }
 
@@ -33,7 +35,10 @@ fn encode_all(name: &str, values: &[&Value], column_type: &Type) -> Column {
     /// One value per row; rows that are null get the zero.
     macro_rules! each {
         ($variant:ident) => {
-            values.iter().map(|value| if let Value::$variant(x) = value { x.clone() } else { Default::default() }).collect()
+            values
+                .iter()
+                .map(|value| if let Value::$variant(x) = value { *x } else { Default::default() })
+                .collect()
         };
     }
     let encoded = match column_type {
@@ -55,17 +60,15 @@ fn encode_all(name: &str, values: &[&Value], column_type: &Type) -> Column {
         Type::Decimal { precision, scale } => {
             let number = |value: &&Value| if let Value::Decimal(x) = value { *x } else { 0 };
             let unscaled: Vec<u8> = values.iter().flat_map(|value| number(value).to_be_bytes()).collect();
-            Values::Decimals(DecimalValues {
-                precision: u32::from(*precision),
-                scale: i32::from(*scale),
-                unscaled,
-            })
+            Values::Decimals(DecimalValues { precision: u32::from(*precision), scale: i32::from(*scale), unscaled })
         }
         Type::List(item) => {
-            let items = |value: &&'_ Value| if let Value::List(items) = value { items.len() } else { 0 };
+            let items = |value: &&Value| if let Value::List(items) = value { items.len() } else { 0 };
             let lengths = values.iter().map(|value| items(value) as u32).collect();
-            let all: Vec<&Value> =
-                values.iter().flat_map(|value| if let Value::List(items) = value { items.as_slice() } else { &[] }).collect();
+            let all: Vec<&Value> = values
+                .iter()
+                .flat_map(|value| if let Value::List(items) = value { items.as_slice() } else { &[] })
+                .collect();
             Values::Lists(Box::new(ListValues { lengths, items: Some(Box::new(encode_all("item", &all, item))) }))
         }
         Type::Map(value_type) => {
@@ -87,7 +90,11 @@ fn encode_all(name: &str, values: &[&Value], column_type: &Type) -> Column {
                 let null = &Value::Null;
                 let of_field: Vec<&Value> = values
                     .iter()
-                    .map(|value| if let Value::Struct(values) = value { values.get(index).unwrap_or(null) } else { null })
+                    .map(
+                        |value| {
+                            if let Value::Struct(values) = value { values.get(index).unwrap_or(null) } else { null }
+                        },
+                    )
                     .collect();
                 encode_all(name, &of_field, field_type)
             };
@@ -165,7 +172,8 @@ fn decode_values(values: &Values) -> Result<Vec<Json>, ColumnError> {
             let rows = x.fields.first().map_or(0, rows_of);
             let fields: Vec<Vec<Json>> = x.fields.iter().map(|field| decode(field, rows)).collect::<Result<_, _>>()?;
             let object = |row: usize| {
-                let named = x.fields.iter().zip(&fields).map(|(field, values)| (field.name.clone(), values[row].clone()));
+                let named =
+                    x.fields.iter().zip(&fields).map(|(field, values)| (field.name.clone(), values[row].clone()));
                 Json::Object(named.collect())
             };
             (0..rows).map(object).collect()

@@ -3,8 +3,8 @@
 pub mod init;
 pub mod validate;
 
-pub mod plan;
 pub mod apply;
+pub mod plan;
 
 pub mod serve;
 

@@ -329,5 +329,9 @@ pub fn project_name(settings: &Settings) -> Result<ProjectName, NameError> {
 /// Who makes a change: `--who`, else the account that runs the command.
 pub fn who(given: Option<&str>) -> String {
     let account = || ["USER", "LOGNAME", "USERNAME"].iter().find_map(|name| std::env::var(name).ok());
-    given.map(str::to_owned).or_else(account).filter(|who| !who.trim().is_empty()).unwrap_or_else(|| "unknown".to_owned())
+    given
+        .map(str::to_owned)
+        .or_else(account)
+        .filter(|who| !who.trim().is_empty())
+        .unwrap_or_else(|| "unknown".to_owned())
 }

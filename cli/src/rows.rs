@@ -9,9 +9,9 @@ use proto::v1::{Column, NamedType, ServiceInfo};
 use thiserror::Error;
 
 use crate::columns;
+use crate::error::CliError;
 use crate::server::Server;
 use crate::times;
-use crate::error::CliError;
 
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum RowError {
@@ -40,7 +40,8 @@ struct Written {
 pub fn to_columns(server: &Server, service: &ServiceInfo, rows: &[String]) -> Result<Vec<Column>, CliError> {
     let types = server.types(&service.inputs)?;
     let values = parse_rows(&format!("service `{}`", service.name), &service.inputs, &types, rows)?;
-    let columns = types.iter().zip(values).map(|((name, column_type), values)| columns::encode(name, &values, column_type));
+    let columns =
+        types.iter().zip(values).map(|((name, column_type), values)| columns::encode(name, &values, column_type));
     Ok(columns.collect())
 }
 
@@ -130,8 +131,9 @@ fn parse_value(column: &str, written: &Written, wanted: &Type) -> Result<Value, 
         return Ok(Value::Null);
     }
     let text = written.text.as_str();
-    scalar(text, wanted).or_else(|| serde_json::from_str(text).ok().and_then(|json| from_json(&json, wanted))).ok_or_else(
-        || RowError::Type {
+    scalar(text, wanted)
+        .or_else(|| serde_json::from_str(text).ok().and_then(|json| from_json(&json, wanted)))
+        .ok_or_else(|| RowError::Type {
             column: column.to_owned(),
             text: text.to_owned(),
             wanted: wanted.to_string(),
@@ -142,8 +144,7 @@ fn parse_value(column: &str, written: &Written, wanted: &Type) -> Result<Value, 
                 Type::List(_) | Type::Map(_) | Type::Struct(_) | Type::Vector(_) => ": write JSON",
                 _ => "",
             },
-        },
-    )
+        })
 }
 
 fn scalar(text: &str, wanted: &Type) -> Option<Value> {
@@ -224,7 +225,8 @@ fn decimal(text: &str, precision: u8, scale: i8) -> Option<i128> {
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
     let scale = usize::try_from(scale).ok()?;
     let all_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    if whole.is_empty() && fraction.is_empty() || !all_digits(whole) || !all_digits(fraction) || fraction.len() > scale {
+    if whole.is_empty() && fraction.is_empty() || !all_digits(whole) || !all_digits(fraction) || fraction.len() > scale
+    {
         return None;
     }
     let unscaled = format!("{whole}{fraction:0<scale$}");
@@ -243,7 +245,6 @@ pub fn times(at: Option<&str>, rows: usize) -> Result<Vec<Micros>, CliError> {
         Some(text) => Ok(vec![times::parse(text, times::now())?; rows]),
     }
 }
-
 
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,8 @@ use crate::project::Place;
 
 /// A server on this machine answers at once; one across the world within this.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A server that is busy still answers pings within this.
+const ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Answers of many rows are large; this only keeps a mistaken address from filling the memory.
 const MESSAGE_BYTES_MAX: usize = 256 << 20;
 
@@ -38,7 +40,9 @@ pub enum ServerError {
     Refused { address: String, code: &'static str, message: String },
     #[error("the server at {address} ended the call before it was done; see its log")]
     Cut { address: String },
-    #[error("the server at {address} names a type that this build does not know: {text}; use the `coeval` it was started with")]
+    #[error(
+        "the server at {address} names a type that this build does not know: {text}; use the `coeval` it was started with"
+    )]
     Type { address: String, text: String },
 }
 
@@ -70,6 +74,10 @@ impl Server {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|_| ServerError::Address { text: address.clone() })?
             .connect_timeout(CONNECT_TIMEOUT)
+            // Whatever took the connection and never speaks HTTP/2 is no server of ours.
+            .http2_keep_alive_interval(CONNECT_TIMEOUT)
+            .keep_alive_timeout(ALIVE_TIMEOUT)
+            .keep_alive_while_idle(true)
             .tcp_nodelay(true);
         match endpoint.connect().await {
             Ok(channel) => Ok(Server { address, project, channel }),

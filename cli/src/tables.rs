@@ -147,7 +147,10 @@ impl Table {
                 Some(declared) => {
                     let one = batch.project(&[index]).map_err(|source| self.unreadable(source))?;
                     let file = self.path.to_string_lossy();
-                    align_batch(&file, std::iter::once((name.as_str(), declared)), &one, false).map_err(failed)?.column(0).clone()
+                    align_batch(&file, std::iter::once((name.as_str(), declared)), &one, false)
+                        .map_err(failed)?
+                        .column(0)
+                        .clone()
                 }
                 None => batch.column(index).clone(),
             };
@@ -180,7 +183,12 @@ mod tests {
     use super::*;
 
     fn types() -> Arc<BTreeMap<String, Type>> {
-        let named = [("at", Type::Timestamp), ("key", Type::String), ("x", Type::Float64), ("items", Type::List(Box::new(Type::Int64)))];
+        let named = [
+            ("at", Type::Timestamp),
+            ("key", Type::String),
+            ("x", Type::Float64),
+            ("items", Type::List(Box::new(Type::Int64))),
+        ];
         Arc::new(named.into_iter().map(|(name, declared)| (name.to_owned(), declared)).collect())
     }
 
@@ -196,7 +204,9 @@ mod tests {
         let text = "key,at,x,more\n007,2024-03-10T12:00:00+02:00,1,5\n,2024-03-10 12:00:00,,6\n";
         let mut table = open(&write(&folder, "a.csv", text.as_bytes()), &types(), 10).unwrap();
         let batch = table.next().unwrap().unwrap();
-        let value = |column: &str, row, declared: &Type| Value::from_array(batch.column_by_name(column).unwrap(), row, declared);
+        let value = |column: &str, row, declared: &Type| {
+            Value::from_array(batch.column_by_name(column).unwrap(), row, declared)
+        };
         assert_eq!(value("key", 0, &Type::String), Value::String("007".into()));
         assert_eq!(value("at", 0, &Type::Timestamp), Value::Timestamp(1_710_064_800_000_000));
         assert_eq!(value("at", 1, &Type::Timestamp), Value::Timestamp(1_710_072_000_000_000));

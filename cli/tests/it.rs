@@ -160,7 +160,11 @@ fn a_column_that_does_not_exist() {
 fn a_column_that_the_files_do_not_have() {
     let expected =
         ["the files of source `customers` have no column `contry`", "features/customer.yaml:10:53", "`country`?"];
-    check("{name: country, type: string}]\n  - name: orders", "{name: contry, type: string}]\n  - name: orders", &expected);
+    check(
+        "{name: country, type: string}]\n  - name: orders",
+        "{name: contry, type: string}]\n  - name: orders",
+        &expected,
+    );
 }
 
 #[test]
@@ -173,7 +177,11 @@ fn a_type_error_in_an_expression() {
 fn a_circle_of_transforms() {
     let circle = "transforms:\n  - {name: a, inputs: [b], features: [{name: x, expr: \"b.y\"}]}\n  \
                   - {name: b, inputs: [a], features: [{name: y, expr: \"a.x\"}]}\n";
-    check("transforms: ", &format!("{circle}\n# "), &["transforms depend on each other in a circle: a -> b -> a", "35:24"]);
+    check(
+        "transforms: ",
+        &format!("{circle}\n# "),
+        &["transforms depend on each other in a circle: a -> b -> a", "35:24"],
+    );
 }
 
 #[test]
@@ -360,14 +368,18 @@ fn from_definitions_to_features_and_a_dataset() {
 
     let said = on(&["apply"]);
     assert!(said.out.contains(&format!("the server at {} serves it", server.address)), "{}{}", said.out, said.err);
-    let said = on(&["ingest", "orders", "data/orders.csv", "--wait"]);
+    // Files are named from where the command is run, not from the project.
+    let orders = project.path("data/orders.csv");
+    let orders = orders.to_str().unwrap();
+    let said = on(&["ingest", "orders", orders, "--wait"]);
     assert_eq!(said.out, "orders: 2 accepted, 0 known already, 0 early, 0 rejected\n", "{}", said.err);
-    let said = on(&["ingest", "orders", "data/orders.csv"]);
+    let said = on(&["ingest", "orders", orders]);
     assert_eq!(said.out, "orders: 0 accepted, 2 known already, 0 early, 0 rejected\n", "{}", said.err);
     let said = on(&["materialize", "--through", "now", "--json"]);
     assert_eq!(said.status, 0, "{}", said.err);
 
-    let said = on(&["features", "get", "buying", "--row", "customer=ann,total=3", "--row", "customer=zoe,total=1", "--json"]);
+    let said =
+        on(&["features", "get", "buying", "--row", "customer=ann,total=3", "--row", "customer=zoe,total=1", "--json"]);
     assert_eq!(said.status, 0, "{}", said.err);
     let answer: serde_json::Value = serde_json::from_str(&said.out).unwrap();
     let feature = |row: usize, name: &str| answer["rows"][row]["features"][name].clone();
@@ -383,7 +395,7 @@ fn from_definitions_to_features_and_a_dataset() {
     let said = on(&["features", "get", "buying", "--row", "customer=ann,total=much"]);
     assert_eq!(said.status, 2);
     assert!(said.err.contains("`much` is not a float64, which column `total` is"), "{}", said.err);
-    let said = on(&["ingest", "ordres", "data/orders.csv"]);
+    let said = on(&["ingest", "ordres", orders]);
     assert!(said.err.contains("there is no source `ordres`; did you mean `orders`?"), "{}", said.err);
 
     let mut spine = std::fs::File::create(project.path("spine.csv")).unwrap();
@@ -409,13 +421,13 @@ fn from_definitions_to_features_and_a_dataset() {
     let said = on(&["model", "register", "delay", path]);
     assert_eq!(said.status, 1, "{}", said.out);
     assert_eq!(on(&["model", "list", "--json"]).out.trim(), "[]");
-    let said = on(&["doctor"]);
+    let said = project.run(&["doctor"]);
     assert_eq!(said.status, 0, "{}", said.out);
 
     assert_eq!(server.terminate(), 0);
     assert!(!project.path("ready.json").exists());
     let mut again = Server::start(&project);
-    let said = project.run(&["ingest", "orders", "data/orders.csv", "--server", &again.address]);
+    let said = project.run(&["ingest", "orders", orders, "--server", &again.address]);
     assert!(said.out.contains("0 accepted, 2 known already"), "{}{}", said.out, said.err);
     assert_eq!(again.terminate(), 0);
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use arrow_flight::FlightDescriptor;
 use arrow_flight::decode::FlightRecordBatchStream;
@@ -76,6 +76,12 @@ enum VisibilityChoice {
     Ingested,
 }
 
+/// What the server says of the training set that it has kept.
+#[derive(Debug, serde::Deserialize)]
+struct Stored {
+    id: String,
+}
+
 pub async fn run(place: &Place, command: &DatasetCommand, output: &Output) -> Result<(), CliError> {
     match command {
         DatasetCommand::Create(arguments) => create(place, arguments, output).await,
@@ -84,7 +90,9 @@ pub async fn run(place: &Place, command: &DatasetCommand, output: &Output) -> Re
             let datasets = list(&server).await?;
             let rows: Vec<Vec<String>> = datasets
                 .iter()
-                .map(|d| vec![d.name.clone(), d.id.clone(), d.service.clone(), d.rows.to_string(), d.created_at.clone()])
+                .map(|d| {
+                    vec![d.name.clone(), d.id.clone(), d.service.clone(), d.rows.to_string(), d.created_at.clone()]
+                })
                 .collect();
             output.table(&["NAME", "ID", "SERVICE", "ROWS", "CREATED"], &rows);
             output.json(&datasets.iter().map(as_json).collect::<Vec<_>>());
@@ -177,8 +185,10 @@ async fn create(place: &Place, arguments: &CreateArguments, output: &Output) -> 
         Ok(read) => read?,
         Err(_) => return Err(CliError::Failed("the reader of the spine broke; this is a bug".to_owned())),
     }
-    exchanged?;
-    match newest(&list(&server).await?, &arguments.name) {
+    let stored = exchanged?;
+    let datasets = list(&server).await?;
+    let by_id = datasets.iter().find(|known| stored.as_ref().is_some_and(|stored| stored.id == known.id));
+    match by_id.or_else(|| newest(&datasets, &arguments.name)) {
         Some(dataset) => {
             show(dataset, output);
             Ok(())
@@ -196,16 +206,25 @@ async fn exchange(
     command: &TrainingSetCommand,
     spine: mpsc::Receiver<Result<arrow::array::RecordBatch, FlightError>>,
     bar: &indicatif::ProgressBar,
-) -> Result<(), ServerError> {
+) -> Result<Option<Stored>, ServerError> {
     let descriptor = FlightDescriptor::new_cmd(command.encode_to_vec());
     let encoder = FlightDataEncoderBuilder::new().with_flight_descriptor(Some(descriptor));
     // What comes from the channel is never an error, so nothing is left out here.
     let request = encoder.build(ReceiverStream::new(spine)).filter_map(async |data| data.ok());
-    let mut client =
-        FlightServiceClient::new(server.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let mut client = FlightServiceClient::new(server.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let answer = client.do_exchange(request).await.map_err(|status| server.failed(status))?.into_inner();
+    // The last message carries no batch but what was stored, and the decoder takes nothing else than batches.
+    let last = Arc::new(Mutex::new(None));
+    let seen = last.clone();
+    let data = answer.try_filter_map(move |data| {
+        let carries_data = !data.data_header.is_empty();
+        if !carries_data && let Ok(mut last) = seen.lock() {
+            *last = serde_json::from_slice::<Stored>(&data.app_metadata).ok();
+        }
+        std::future::ready(Ok(carries_data.then_some(data)))
+    });
     let mut batches =
-        FlightRecordBatchStream::new_from_flight_data(answer.map_err(|status| FlightError::Tonic(Box::new(status))));
+        FlightRecordBatchStream::new_from_flight_data(data.map_err(|status| FlightError::Tonic(Box::new(status))));
     while let Some(batch) = batches.next().await {
         match batch {
             Ok(batch) => bar.inc(batch.num_rows() as u64),
@@ -216,5 +235,5 @@ async fn exchange(
             }
         }
     }
-    Ok(())
+    Ok(last.lock().ok().and_then(|mut last| last.take()))
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::error::{CliError, chain, counted};
 use crate::output::Output;
 use crate::project::{Place, Project};
-use crate::server::{Server, address};
+use crate::server::{Server, ServerError, address};
 
 const ONLINE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Written and removed again.
@@ -39,8 +39,12 @@ pub async fn run(place: &Place, output: &Output) -> Result<(), CliError> {
         Ok(address) => Server::connect(address, settings.project.value.clone()).await.ok(),
         Err(_) => None,
     };
-    match server {
-        Some(server) => findings.push(running(&server).await),
+    let running = match server {
+        Some(server) => running(&server).await,
+        None => None,
+    };
+    match running {
+        Some(running) => findings.push(running),
         None => findings.extend([port("grpc port", &settings.serve.grpc), port("http port", &settings.serve.http)]),
     }
     findings.push(torch());
@@ -137,8 +141,9 @@ fn without_password(url: &str) -> String {
     }
 }
 
-async fn running(server: &Server) -> Finding {
-    match server.catalog().await {
+/// None where what listens is no server of ours: then the ports are what is wrong.
+async fn running(server: &Server) -> Option<Finding> {
+    Some(match server.catalog().await {
         Ok(catalog) => {
             let waiting: Vec<&str> =
                 catalog.views.iter().filter(|view| !view.ready).map(|view| view.name.as_str()).collect();
@@ -150,8 +155,9 @@ async fn running(server: &Server) -> Finding {
                 Finding { what: "server", health: Health::Warning, text }
             }
         }
+        Err(ServerError::Unreachable { .. }) => return None,
         Err(error) => finding("server", Err(chain(&error))),
-    }
+    })
 }
 
 fn port(what: &'static str, address: &str) -> Finding {

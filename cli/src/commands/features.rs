@@ -67,9 +67,8 @@ pub async fn run(place: &Place, command: &FeaturesCommand, output: &Output) -> R
         output.note("note: a value is older than its view's declared freshness");
     }
     if output.is_json() {
-        let rows: Vec<Json> = (0..rows)
-            .map(|row| json!({"at": at(row), "features": object(&answer.features, &values, row)}))
-            .collect();
+        let rows: Vec<Json> =
+            (0..rows).map(|row| json!({"at": at(row), "features": object(&answer.features, &values, row)})).collect();
         output.json(&json!({
             "service": service.name,
             "semantic_digest": answer.semantic_digest,
@@ -83,7 +82,10 @@ pub async fn run(place: &Place, command: &FeaturesCommand, output: &Output) -> R
 /// The values of each feature, row by row.
 pub fn decode_all(features: &[FeatureColumn], rows: usize) -> Result<Vec<Vec<Json>>, ColumnError> {
     let none = || vec![Json::Null; rows];
-    features.iter().map(|feature| feature.values.as_ref().map_or_else(|| Ok(none()), |values| decode(values, rows))).collect()
+    features
+        .iter()
+        .map(|feature| feature.values.as_ref().map_or_else(|| Ok(none()), |values| decode(values, rows)))
+        .collect()
 }
 
 /// The features of one row, one to a line.
@@ -98,9 +100,10 @@ pub fn show(features: &[FeatureColumn], values: &[Vec<Json>], row: usize, output
 
 /// The features of one row: name -> value and status.
 pub fn object(features: &[FeatureColumn], values: &[Vec<Json>], row: usize) -> Json {
-    let named = features.iter().zip(values).map(|(feature, values)| {
-        (feature.name.clone(), json!({"value": values[row], "status": status(feature, row)}))
-    });
+    let named = features
+        .iter()
+        .zip(values)
+        .map(|(feature, values)| (feature.name.clone(), json!({"value": values[row], "status": status(feature, row)})));
     Json::Object(named.collect::<Map<String, Json>>())
 }
 

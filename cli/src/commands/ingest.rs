@@ -78,7 +78,11 @@ pub async fn run(place: &Place, arguments: &IngestArguments, output: &Output) ->
         let unknown: Vec<&str> =
             table.columns.iter().map(String::as_str).filter(|name| !types.contains_key(*name)).collect();
         if !unknown.is_empty() {
-            output.note(format!("note: {}: not pushed, for the source does not declare them: {}", path.display(), unknown.join(", ")));
+            output.note(format!(
+                "note: {}: not pushed, for the source does not declare them: {}",
+                path.display(),
+                unknown.join(", ")
+            ));
         }
         opened.push(table);
     }

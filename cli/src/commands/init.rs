@@ -60,7 +60,8 @@ feature_services:                         # what one model needs, in order
 ";
 
 const CUSTOMERS: &str = "customer,country\nann,NO\nbob,DK\n";
-const ORDERS: &str = "customer,amount,id,ordered_at\nann,12.5,o1,2024-03-10T11:00:00Z\nann,7.5,o2,2024-03-10T11:30:00Z\n";
+const ORDERS: &str =
+    "customer,amount,id,ordered_at\nann,12.5,o1,2024-03-10T11:00:00Z\nann,7.5,o2,2024-03-10T11:30:00Z\n";
 const IGNORED: &str = ".coeval/\n";
 
 #[derive(Debug, clap::Args)]
@@ -102,7 +103,10 @@ pub fn run(place: &Place, arguments: &InitArguments, output: &Output) -> Result<
     // All or nothing: a file that is there is somebody's work.
     if let Some((present, _)) = files.iter().find(|(path, _)| *path != ".gitignore" && folder.join(path).exists()) {
         let path = folder.join(present);
-        return Err(CliError::Failed(format!("{} is there already; name another folder with `-C DIR`", path.display())));
+        return Err(CliError::Failed(format!(
+            "{} is there already; name another folder with `-C DIR`",
+            path.display()
+        )));
     }
     let mut written = Vec::new();
     for (path, text) in files {

@@ -52,8 +52,7 @@ pub async fn run(place: &Place, arguments: &MaterializeArguments, output: &Outpu
         through,
         dry_run: arguments.dry_run,
     };
-    let mut answers =
-        server.ingest().materialize(request).await.map_err(|status| server.failed(status))?.into_inner();
+    let mut answers = server.ingest().materialize(request).await.map_err(|status| server.failed(status))?.into_inner();
     let bar = output.progress(None, "rows");
     // Each message is the sum so far of its source and view.
     let mut views: BTreeMap<(String, String), Materialized> = BTreeMap::new();

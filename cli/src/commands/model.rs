@@ -111,7 +111,9 @@ pub async fn run(place: &Place, command: &ModelCommand, output: &Output) -> Resu
             let answer = answer?.into_inner();
             output.line(match answer.previous {
                 0 => format!("{model}: traffic goes to version {}", answer.version),
-                previous if previous == answer.version => format!("{model}: traffic went to version {previous} already"),
+                previous if previous == answer.version => {
+                    format!("{model}: traffic went to version {previous} already")
+                }
                 previous => format!("{model}: traffic goes to version {}, before to {previous}", answer.version),
             });
             output.json(&json!({"model": model, "version": answer.version, "previous": answer.previous}));

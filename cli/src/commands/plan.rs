@@ -115,12 +115,8 @@ impl Difference {
         }
         let count = |what| self.changes.iter().filter(|change| change.what == what).count();
         let backfills = self.changes.iter().filter(|change| change.backfill.is_some()).count();
-        let mut summary = format!(
-            "{} added, {} changed, {} removed",
-            count(What::Added),
-            count(What::Changed),
-            count(What::Removed)
-        );
+        let mut summary =
+            format!("{} added, {} changed, {} removed", count(What::Added), count(What::Changed), count(What::Removed));
         if backfills > 0 {
             summary.push_str(&format!("; {} to backfill", counted(backfills, "view generation")));
         }
@@ -207,13 +203,15 @@ fn compare(before: &Objects, after: &Objects, offline_only: &dyn Fn(&str) -> boo
         let what = match (old, new) {
             (None, _) => What::Added,
             (_, None) => What::Removed,
-            (Some((_, old)), Some((_, new))) if old.semantic != new.semantic || old.stored != new.stored => What::Changed,
+            (Some((_, old)), Some((_, new))) if old.semantic != new.semantic || old.stored != new.stored => {
+                What::Changed
+            }
             _ => continue,
         };
         let kind = new.or(old).map(|(kind, _)| *kind).unwrap_or(Kind::Source);
-        let backfill = new.and_then(|(_, new)| new.stored.clone()).filter(|stored| {
-            !offline_only(&key.1) && old.and_then(|(_, old)| old.stored.as_ref()) != Some(stored)
-        });
+        let backfill = new
+            .and_then(|(_, new)| new.stored.clone())
+            .filter(|stored| !offline_only(&key.1) && old.and_then(|(_, old)| old.stored.as_ref()) != Some(stored));
         changes.push(Change {
             what,
             kind,

@@ -32,7 +32,8 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
     let server = Server::of(place, &arguments.server, output).await?;
     let list = ListModelsRequest { project: server.project.clone() };
     let models = server.control().list_models(list).await.map_err(|status| server.failed(status))?.into_inner().models;
-    let Some(newest) = models.iter().filter(|model| model.name == arguments.model).max_by_key(|model| model.version) else {
+    let Some(newest) = models.iter().filter(|model| model.name == arguments.model).max_by_key(|model| model.version)
+    else {
         let mut known: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
         known.dedup();
         return Err(CliError::unknown("registered model", &arguments.model, known));
@@ -58,8 +59,12 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
     let mut failed = 0;
     for (row, outcome) in answer.outcomes.iter().enumerate() {
         failed += usize::from(status(row) == RowStatus::Failed);
-        let values: Vec<String> =
-            answer.outputs.iter().zip(&outputs).map(|(column, values)| format!("{} {}", column.name, cell(&values[row]))).collect();
+        let values: Vec<String> = answer
+            .outputs
+            .iter()
+            .zip(&outputs)
+            .map(|(column, values)| format!("{} {}", column.name, cell(&values[row])))
+            .collect();
         let mut line = format!("row {}: {}", row + 1, values.join(", "));
         line.push_str(&format!("  ({}, version {}, at {})", status(row).as_str_name(), outcome.version, at(row)));
         if !outcome.reason.is_empty() {
@@ -79,7 +84,8 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
     if output.is_json() {
         let row = |row: usize| {
             let outcome = &answer.outcomes[row];
-            let named = answer.outputs.iter().zip(&outputs).map(|(column, values)| (column.name.clone(), values[row].clone()));
+            let named =
+                answer.outputs.iter().zip(&outputs).map(|(column, values)| (column.name.clone(), values[row].clone()));
             json!({
                 "at": at(row),
                 "outputs": Json::Object(named.collect::<Map<String, Json>>()),
@@ -91,7 +97,9 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
             })
         };
         let rows: Vec<Json> = (0..rows).map(row).collect();
-        output.json(&json!({"model": arguments.model, "request_id": answer.request_id, "stale": answer.stale, "rows": rows}));
+        output.json(
+            &json!({"model": arguments.model, "request_id": answer.request_id, "stale": answer.stale, "rows": rows}),
+        );
     }
     if failed > 0 {
         return Err(CliError::Failed(format!("{failed} of {rows} rows have no prediction")));

@@ -60,11 +60,8 @@ pub async fn run(place: &Place, arguments: &ServeArguments, output: &Output) -> 
             return Ok(());
         }
     };
-    let ready = Ready {
-        grpc: running.grpc_addr.to_string(),
-        http: running.http_addr.to_string(),
-        pid: std::process::id(),
-    };
+    let ready =
+        Ready { grpc: running.grpc_addr.to_string(), http: running.http_addr.to_string(), pid: std::process::id() };
     let shutdown = running.shutdown_handle();
     let signalled = tokio::select! {
         () = running.started() => None,
@@ -149,11 +146,11 @@ pub fn log_with(output: &Output, default: &str) {
         EnvFilter::new(format!("{default},h2=info,hyper=info,tower=info"))
     });
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let result = if std::io::stderr().is_terminal() {
+    let initialised = if std::io::stderr().is_terminal() {
         builder.with_ansi(output.has_color()).with_target(false).try_init()
     } else {
         builder.with_ansi(false).compact().try_init()
     };
     // Only a second subscriber could fail here, and then the first one logs.
-    drop(result);
+    debug_assert!(initialised.is_ok());
 }

@@ -61,7 +61,11 @@ fn values_of_every_type() {
     check("0.00", "decimal(5,2)", Some(Value::Decimal(0)));
     check("[1, 2.5]", "vector(2)", Some(Value::Vector([1.0, 2.5].into())));
     check("[1]", "vector(2)", None);
-    check("{\"b\":1,\"a\":2}", "map<string,int64>", Some(Value::Map(vec![("a".into(), Value::Int64(2)), ("b".into(), Value::Int64(1))])));
+    check(
+        "{\"b\":1,\"a\":2}",
+        "map<string,int64>",
+        Some(Value::Map(vec![("a".into(), Value::Int64(2)), ("b".into(), Value::Int64(1))])),
+    );
     check("{\"a\":1}", "struct<a:int64,b:string>", Some(Value::Struct(vec![Value::Int64(1), Value::Null])));
     check("{\"c\":1}", "struct<a:int64,b:string>", None);
 }
