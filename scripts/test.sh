@@ -10,7 +10,7 @@ scripts/lint.sh
 
 logs=$root/target/test
 mkdir -p "$logs"
-# Without these a test that needs Redis or Python's torch says that it was skipped; here that would be a hole.
+# Without this, tests that need Redis say that they were skipped; here that would be a hole.
 export COEVAL_REQUIRE_REDIS=1
 
 step "Rust tests"

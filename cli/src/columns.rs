@@ -35,10 +35,7 @@ fn encode_all(name: &str, values: &[&Value], column_type: &Type) -> Column {
     /// One value per row; rows that are null get the zero.
     macro_rules! each {
         ($variant:ident) => {
-            values
-                .iter()
-                .map(|value| if let Value::$variant(x) = value { *x } else { Default::default() })
-                .collect()
+            values.iter().map(|value| if let Value::$variant(x) = value { *x } else { Default::default() }).collect()
         };
     }
     let encoded = match column_type {
