@@ -102,8 +102,10 @@ impl Flight {
             return Err(Status::invalid_argument(message));
         }
 
+        // Clients of the C++ library send the descriptor in a message of its own, which holds nothing to decode.
+        let data = incoming.try_filter(|message| std::future::ready(!message.data_header.is_empty()));
         let mut spine = FlightRecordBatchStream::new_from_flight_data(
-            incoming.map_err(|status| FlightError::Tonic(Box::new(status))),
+            data.map_err(|status| FlightError::Tonic(Box::new(status))),
         );
         let mut batches: Vec<RecordBatch> = Vec::new();
         let mut bytes = 0;

@@ -56,11 +56,15 @@ pub enum HistoryError {
     Corrupt { path: String, what: String },
     #[error("{path} has format {found}, the newest known here is {FORMAT}; upgrade this program")]
     Newer { path: String, found: u64 },
-    #[error("rows of {path} do not fit the definitions of source `{source_name}`; a column may not change its type, give it a new name")]
+    #[error(
+        "rows of {path} do not fit the definitions of source `{source_name}`; a column may not change its type, give it a new name"
+    )]
     Rows { path: String, source_name: String, source: RowsError },
     #[error("events of source `{source_name}` could not be written as Parquet: {what}")]
     Write { source_name: String, what: String },
-    #[error("events up to {applied:?} are already in the history of source `{source_name}`, {given:?} is not after them")]
+    #[error(
+        "events up to {applied:?} are already in the history of source `{source_name}`, {given:?} is not after them"
+    )]
     Order { source_name: String, applied: Position, given: Position },
 }
 
@@ -183,7 +187,12 @@ impl History {
 
     /// Appends events in order of position, all after what is applied, and moves `applied` to the last of them. Rows are
     /// those of `source`, aligned. When this fails nothing was appended, and the same call may be made again.
-    pub async fn append(&mut self, source: &SourcePlan, events: &[Positioned], now: Micros) -> Result<u64, HistoryError> {
+    pub async fn append(
+        &mut self,
+        source: &SourcePlan,
+        events: &[Positioned],
+        now: Micros,
+    ) -> Result<u64, HistoryError> {
         self.extend(source, events, None, now).await
     }
 

@@ -103,7 +103,9 @@ async fn parts_of_an_older_schema_are_read_with_nulls() {
     let (store, old) = (memory(), source(DEFINITIONS));
     let mut history = open(&store).await.unwrap();
     history.append(&old, &[events(&old, 1..3)], 0).await.unwrap();
-    let new = source(&DEFINITIONS.replace("type: float64}]\n    event", "type: float64}, {name: more, type: int64}]\n    event"));
+    let new = source(
+        &DEFINITIONS.replace("type: float64}]\n    event", "type: float64}, {name: more, type: int64}]\n    event"),
+    );
     assert_eq!(new.schema.len(), 4);
     history.append(&new, &[events(&new, 3..4)], 0).await.unwrap();
     let parts: Vec<Positioned> = history.scan(&new, None, Position::START).try_collect().await.unwrap();
@@ -124,7 +126,8 @@ async fn damage_names_the_object_and_the_next_step() {
     store.delete(&path).await.unwrap();
     let error = history.scan(&source, None, Position::START).try_collect::<Vec<_>>().await.unwrap_err();
     assert!(matches!(error, HistoryError::Store { .. }) && !error.is_retryable(), "{error}");
-    for (text, expected) in [("{", "is damaged"), ("{}", "does not say its format"), ("{\"format\":2}", "has format 2")] {
+    for (text, expected) in [("{", "is damaged"), ("{}", "does not say its format"), ("{\"format\":2}", "has format 2")]
+    {
         let manifest = Path::from("p/history/sales/manifest.json");
         store.put(&manifest, PutPayload::from_static(text.as_bytes())).await.unwrap();
         let error = open(&store).await.unwrap_err().to_string();
