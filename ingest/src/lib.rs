@@ -397,7 +397,7 @@ impl Ingest {
             if source.is_stream() {
                 self.inner.adopt_views(&source.name, writers).await?;
             } else {
-                let any_missing = self.inner.look_up_phases(&writers).await?;
+                let any_missing = self.inner.adopt_file_views(&source.name, &writers).await?;
                 if source.is_static() && any_missing {
                     static_sources.insert(source.name.to_string());
                 }
@@ -634,6 +634,7 @@ impl Inner {
             lock(&stream.intake).last_on_time = position;
         }
         drop(state);
+        self.log.delete_released();
         lock(&self.found).remove(&source.name);
         lock(&self.streams).insert(source.name.clone(), stream);
         Ok(())
@@ -734,16 +735,31 @@ impl Inner {
         Ok(())
     }
 
-    /// For views over files: ready or not. True: some are not.
-    async fn look_up_phases(&self, writers: &[Arc<ViewWriter>]) -> Result<bool, IngestError> {
-        let reads: Vec<Read> = writers.iter().map(|writer| Read::Fact(writer.generation.ready_fact())).collect();
-        let answers = self.options.online.read(&reads).await?;
+    /// Views over files are filled by materialization; generations that nobody wants any more go. True: some of those
+    /// wanted are not ready.
+    async fn adopt_file_views(&self, source: &str, writers: &[Arc<ViewWriter>]) -> Result<bool, IngestError> {
+        let online = &self.options.online;
+        let mut reads = vec![Read::Fact(self.wanted_fact(source))];
+        reads.extend(writers.iter().map(|writer| Read::Fact(writer.generation.ready_fact())));
+        let answers = online.read(&reads).await?;
         let mut missing = false;
-        for (writer, answer) in writers.iter().zip(answers) {
+        let mut names: Vec<String> = Vec::new();
+        for (writer, answer) in writers.iter().zip(&answers[1..]) {
             let is_ready = matches!(answer, Answer::Fact(Some(_)));
             missing |= !is_ready;
             self.set_phase(&writer.generation, if is_ready { Phase::Ready } else { Phase::Unmaterialized });
+            names.push(format!("{}@{}", writer.generation.view, writer.generation.digest));
         }
+        if let Answer::Fact(Some(before)) = &answers[0] {
+            let before = String::from_utf8_lossy(before).into_owned();
+            let gone = before.lines().filter(|line| !names.iter().any(|name| name == line));
+            for (view, digest) in gone.filter_map(|line| line.split_once('@')) {
+                let generation = Generation::new(&self.options.project, view, digest);
+                online.write(materialize::forget(&generation)).await?;
+                online.remove_generation(&generation).await?;
+            }
+        }
+        online.write(vec![Write::Fact(self.wanted_fact(source), Some(Bytes::from(names.join("\n"))))]).await?;
         Ok(missing)
     }
 }

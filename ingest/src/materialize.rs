@@ -84,6 +84,11 @@ fn through_fact(generation: &Generation) -> String {
     format!("through/{}/{}@{}", generation.project, generation.view, generation.digest)
 }
 
+/// Writes after which a generation counts as never materialized.
+pub(crate) fn forget(generation: &Generation) -> Vec<Write> {
+    vec![Write::Fact(generation.ready_fact(), None), Write::Fact(through_fact(generation), None)]
+}
+
 /// See [`crate::Ingest::materialize`].
 pub(crate) async fn materialize(
     inner: &Inner,
@@ -233,12 +238,7 @@ impl<'a> Run<'a> {
             for target in targets.iter().filter(|target| target.from.is_none()) {
                 let generation = &target.writer.generation;
                 self.inner.set_phase(generation, Phase::Building { rows: 0 });
-                online
-                    .write(vec![
-                        Write::Fact(generation.ready_fact(), None),
-                        Write::Fact(through_fact(generation), None),
-                    ])
-                    .await?;
+                online.write(forget(generation)).await?;
                 online.remove_generation(generation).await?;
             }
         }

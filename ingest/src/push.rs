@@ -116,7 +116,8 @@ fn accept(
         return Ok((pushed, None, before));
     }
     pushed.accepted = due.len() as u64;
-    let appended = Log::encode(batch, due.clone()).and_then(|encoded| inner.log.append(&stream.name, encoded, None, permit));
+    let appended =
+        Log::encode(batch, due.clone()).and_then(|encoded| inner.log.append(&stream.name, encoded, None, permit));
     let appended = match appended {
         Ok(appended) => appended,
         Err(error) => {

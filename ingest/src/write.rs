@@ -11,9 +11,9 @@ use arrow::array::RecordBatch;
 use bytes::Bytes;
 use feature_defs::as_of::{Row, Times};
 use feature_defs::plan::{ViewPlan, ViewPlanKind, ViewRows};
-use feature_defs::time::Position;
+use feature_defs::time::{Micros, Position};
 use feature_defs::value::Type;
-use feature_defs::window::WindowEvent;
+use feature_defs::window::{TileId, WindowEvent};
 use online_store::key::{Generation, Key};
 use online_store::tile::{Layout, Tiles};
 use online_store::{Answer, OnlineStore, Read, StoreError, Write, row};
@@ -202,12 +202,13 @@ async fn apply_group(store: &dyn OnlineStore, group: &[EntityWork]) -> Result<()
         match (&work.change, &work.writer.layout) {
             (EntityChange::Row(row), _) => writes.push(Write::Row(work.key.clone(), row.clone())),
             (EntityChange::Events { events, position }, Some(layout)) => {
-                let mut tiles = match answers.next() {
+                let mut tiles: Tiles = match answers.next() {
                     Some(Answer::AllTiles { position, tiles }) => layout
                         .decode_answer(position, tiles)
                         .map_err(|error| StoreError::Corrupt { key: work.key.to_string(), what: error.to_string() })?,
                     _ => Tiles::default(),
                 };
+                let events = reachable(layout, &tiles, events);
                 if let Some(change) = layout.apply(&mut tiles, events, *position) {
                     let (key, position) = (work.key.clone(), change.position);
                     writes.push(Write::Tiles { key, position, set: change.set, remove: change.remove });
@@ -221,3 +222,39 @@ async fn apply_group(store: &dyn OnlineStore, group: &[EntityWork]) -> Result<()
     }
     Ok(())
 }
+
+/// The events that any window can still reach once all of them are applied, and the latest of the others: the layout
+/// would drop their tiles again right away, and has to see one to know that something was dropped. A view built from
+/// years of history keeps its last days, so this is most of the work of a backfill.
+fn reachable<'a>(
+    layout: &Layout,
+    tiles: &Tiles,
+    events: &'a [WindowEvent],
+) -> impl Iterator<Item = &'a WindowEvent> + use<'a> {
+    // Those applied before are skipped by the layout in any case.
+    let applied = tiles.position.unwrap_or(Position::START);
+    let new = || events.iter().enumerate().filter(move |(_, event)| event.times.position > applied);
+    let finest = layout.levels.finest();
+    let stored = TileId { level: finest, start: Micros::MIN }..=TileId { level: finest, start: Micros::MAX };
+    let stored = tiles.tiles.range(stored).next_back().map(|(id, _)| id.start);
+    let newest = new().map(|(_, event)| TileId::containing(event.times.event_time, finest).start).max().max(stored);
+    let earliest_t = newest.unwrap_or(Micros::MIN).saturating_sub(finest);
+    // The same for every event, so it is computed once per level.
+    let reach: Vec<Micros> = layout.levels.all().iter().map(|level| layout.reach(*level, earliest_t)).collect();
+    let mut is_kept = vec![false; events.len()];
+    let mut dropped: Option<usize> = None;
+    for (index, event) in new() {
+        let event_time = event.times.event_time;
+        is_kept[index] = layout.tiles_of(event_time).zip(&reach).any(|(tile, reach)| tile.end() > *reach);
+        if !is_kept[index] && dropped.is_none_or(|dropped| events[dropped].times.event_time <= event_time) {
+            dropped = Some(index);
+        }
+    }
+    if let Some(dropped) = dropped {
+        is_kept[dropped] = true;
+    }
+    events.iter().zip(is_kept).filter(|(_, is_kept)| *is_kept).map(|(event, _)| event)
+}
+
+#[cfg(test)]
+mod tests;

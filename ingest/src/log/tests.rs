@@ -61,10 +61,10 @@ async fn records_come_back_in_order_after_a_restart() {
     assert_eq!(log.read(&first.record).unwrap().batch, texts(&["a", "b"]));
     drop(log);
     let Opened { log, records, .. } = fixture.open().unwrap();
-    assert_eq!(records.iter().map(|record| (record.first_sequence, record.rows)).collect::<Vec<_>>(), [
-        (FIRST_PUSHED, 2),
-        (FIRST_PUSHED + 2, 1)
-    ]);
+    assert_eq!(
+        records.iter().map(|record| (record.first_sequence, record.rows)).collect::<Vec<_>>(),
+        [(FIRST_PUSHED, 2), (FIRST_PUSHED + 2, 1)]
+    );
     assert_eq!(records[1].arrival, NOW, "arrivals never go back");
     assert_eq!(log.read(&records[1]).unwrap().due, [NOW]);
     assert_eq!(append_durably(&log, &["d"]).await, FIRST_PUSHED + 3);

@@ -48,7 +48,12 @@ fn with_positions(world: &World, sales: &[Sale]) -> Vec<(Sale, Position)> {
     let source = world.plan.source("prices").unwrap();
     let times = source.times(&source.align(&batch(sales), None).unwrap(), None).unwrap();
     let position = |row: usize| times[row].unwrap().position;
-    sales.iter().enumerate().filter(|(_, s)| s.sold_at.is_some()).map(|(row, sale)| (sale.clone(), position(row))).collect()
+    sales
+        .iter()
+        .enumerate()
+        .filter(|(_, s)| s.sold_at.is_some())
+        .map(|(row, sale)| (sale.clone(), position(row)))
+        .collect()
 }
 
 async fn check(world: &World, sales: &[Sale], t: i64) {
@@ -70,7 +75,8 @@ async fn runs_take_what_became_known_and_a_dry_run_only_counts() {
     let mut world = fresh().await;
     let mut late = sale("a", 9.0, "", T0 + MINUTE);
     late.seen_at = Some(T0 + 50 * MINUTE);
-    let sales = [sale("a", 1.0, "", T0), sale("b", 2.0, "", T0 + 20 * MINUTE), late, sale("a", 3.0, "", T0 + 21 * MINUTE)];
+    let sales =
+        [sale("a", 1.0, "", T0), sale("b", 2.0, "", T0 + 20 * MINUTE), late, sale("a", 3.0, "", T0 + 21 * MINUTE)];
     world.write_parquet("prices/0.parquet", &sales);
     world.write_parquet("shops.parquet", &[sale("a", 5.0, "", T0)]);
     world.open().await;

@@ -116,7 +116,9 @@ async fn check(folder: &Path, acknowledged: &[String]) {
     for _ in 0..10_000 {
         ingest.wake();
         let status = ingest.status();
-        if status.iter().all(|status| status.waiting_rows == 0 && status.early_rows == 0) && ingest.backfilling().is_empty() {
+        if status.iter().all(|status| status.waiting_rows == 0 && status.early_rows == 0)
+            && ingest.backfilling().is_empty()
+        {
             break;
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -140,7 +142,13 @@ async fn check(folder: &Path, acknowledged: &[String]) {
         }
     }
     let lost: Vec<&String> = acknowledged.iter().filter(|id| !seen.contains_key(*id)).collect();
-    assert!(lost.is_empty(), "{} of {} acknowledged events were lost: {:?}", lost.len(), acknowledged.len(), &lost[..3.min(lost.len())]);
+    assert!(
+        lost.is_empty(),
+        "{} of {} acknowledged events were lost: {:?}",
+        lost.len(),
+        acknowledged.len(),
+        &lost[..3.min(lost.len())]
+    );
     let doubled: Vec<_> = seen.iter().filter(|(_, count)| **count > 1).collect();
     assert!(doubled.is_empty(), "doubled: {doubled:?}");
     // Online, every event was counted once, however often it was replayed.
@@ -155,7 +163,9 @@ async fn online_count(online: &EmbeddedStore, plan: &feature_defs::plan::Plan) -
     use online_store::tile::Layout;
     use online_store::{Answer, OnlineStore, Read};
     let view = plan.view("load").unwrap();
-    let ViewPlanKind::Windowed { aggregates, windows, levels, outputs } = &view.kind else { panic!("load has windows") };
+    let ViewPlanKind::Windowed { aggregates, windows, levels, outputs } = &view.kind else {
+        panic!("load has windows")
+    };
     let layout = Layout {
         aggregates: aggregates.iter().map(|aggregate| aggregate.aggregate.clone()).collect(),
         windows: windows.clone(),

@@ -84,6 +84,27 @@ async fn bad_rows_are_rejected_with_a_reason_and_the_rest_is_taken() {
 }
 
 #[tokio::test]
+async fn a_row_that_the_store_refuses_becomes_a_dead_letter_and_stops_nobody() {
+    use object_store::ObjectStoreExt;
+    let mut world = World::new(STREAM).await;
+    world.settle().await;
+    let long = "x".repeat(70_000);
+    let sales = [sale(&long, 1.0, "1", T0 - 1), sale("a", 2.0, "2", T0 - 1)];
+    let pushed = world.ingest().push("sales", batch(&sales), Wait::Visible).await.unwrap();
+    assert_eq!(pushed.accepted, 2);
+    let path = format!("root/test/dead-letters/sales/{T0}-{FIRST_PUSHED}-last.jsonl");
+    let letter = world.store.get(&path.into()).await.unwrap().bytes().await.unwrap();
+    let letter: serde_json::Value = serde_json::from_slice(&letter).unwrap();
+    assert!(letter["reason"].as_str().unwrap().contains("shorten the entity's key values"), "{letter}");
+    assert_eq!((letter["view"].as_str(), letter["row"]["id"].as_str()), (Some("last"), Some("1")));
+    let position = |sequence| Position { time: T0, sequence };
+    world.events = vec![(sales[1].clone(), position(FIRST_PUSHED + 1))];
+    world.check_online().await;
+    world.events = vec![(sales[0].clone(), position(FIRST_PUSHED)), (sales[1].clone(), position(FIRST_PUSHED + 1))];
+    world.check_history().await;
+}
+
+#[tokio::test]
 async fn while_the_store_is_away_pushes_are_logged_and_applied_later() {
     let mut world = World::new(STREAM).await;
     world.settle().await;
@@ -194,7 +215,9 @@ async fn the_prior_history_is_imported_once_before_the_first_event() {
     let mut world = World::new(STREAM).await;
     world.stop().await;
     let mut prior: Vec<Sale> = (0..300)
-        .map(|index| sale(["a", "b"][index % 2], index as f64, &format!("p{}", index % 280), T0 - (index as i64 / 3) * MINUTE))
+        .map(|index| {
+            sale(["a", "b"][index % 2], index as f64, &format!("p{}", index % 280), T0 - (index as i64 / 3) * MINUTE)
+        })
         .collect();
     prior[7].seen_at = Some(T0 - 5);
     prior[8].sold_at = None;

@@ -94,7 +94,14 @@ pub struct Sale {
 }
 
 pub fn sale(shop: &str, amount: f64, id: &str, sold_at: Micros) -> Sale {
-    Sale { shop: Some(shop.into()), amount: Some(amount), gone: None, id: id.into(), seen_at: None, sold_at: Some(sold_at) }
+    Sale {
+        shop: Some(shop.into()),
+        amount: Some(amount),
+        gone: None,
+        id: id.into(),
+        seen_at: None,
+        sold_at: Some(sold_at),
+    }
 }
 
 pub fn batch(sales: &[Sale]) -> RecordBatch {
@@ -369,9 +376,14 @@ impl World {
                     let stored: Vec<Row> = blob.iter().map(|blob| row::decode(blob, &types).unwrap()).collect();
                     let found = as_of(&stored, t, *max_age, Visibility::Known);
                     for feature in 0..features.len() {
-                        assert_eq!(feature_value(&found, feature, None), feature_value(&expected, feature, None), "{context}");
+                        assert_eq!(
+                            feature_value(&found, feature, None),
+                            feature_value(&expected, feature, None),
+                            "{context}"
+                        );
                     }
-                    let last = all.iter().filter(|row| row.times.position.time <= t).map(|row| row.times.position).max();
+                    let last =
+                        all.iter().filter(|row| row.times.position.time <= t).map(|row| row.times.position).max();
                     if last.is_some_and(|last| last.sequence > 0) {
                         assert_eq!(stored.first().map(|row| row.times.position), last, "{context}: position");
                     }
@@ -389,7 +401,9 @@ impl World {
                         .collect();
                     let asked = layout.tiles_at(t);
                     let answers = self.online.inner.read(&[Read::Tiles(key, asked.clone())]).await.unwrap();
-                    let Answer::Tiles { position, tiles } = answers[0].clone() else { panic!("{context}: {answers:?}") };
+                    let Answer::Tiles { position, tiles } = answers[0].clone() else {
+                        panic!("{context}: {answers:?}")
+                    };
                     let present = asked.into_iter().zip(tiles).filter_map(|(id, tile)| Some((id, tile?)));
                     let tiles = layout.decode_answer(position, present).unwrap();
                     let wanted: Vec<_> = outputs.iter().map(|output| (output.aggregate, output.window)).collect();
