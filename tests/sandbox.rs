@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use arrow::array::RecordBatch;
+use arrow_flight::FlightDescriptor;
 use arrow_flight::decode::FlightRecordBatchStream;
 use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_client::FlightServiceClient;
-use arrow_flight::FlightDescriptor;
 use feature_defs::catalog::{Files, Settings, SourceFile};
 use feature_defs::parse::parse_settings;
 use feature_defs::plan::{Plan, SourceKind, SourceSchemas, compile_definitions, read_definitions};
@@ -73,7 +73,9 @@ impl Project {
     }
 
     fn files(&self) -> Files {
-        Files::new(self.files.iter().map(|(path, text)| SourceFile { path: path.clone(), text: text.clone() }).collect())
+        Files::new(
+            self.files.iter().map(|(path, text)| SourceFile { path: path.clone(), text: text.clone() }).collect(),
+        )
     }
 
     pub fn settings(&self) -> Result<Settings> {
@@ -121,7 +123,8 @@ impl Project {
             catalog.source_schemas.insert(SourceName::try_new(source.as_str())?, serde_json::to_value(columns)?);
         }
         for view in &plan.views {
-            let digests = ViewDigests { storage: digest(&view.storage_digest)?, semantic: digest(&view.semantic_digest)? };
+            let digests =
+                ViewDigests { storage: digest(&view.storage_digest)?, semantic: digest(&view.semantic_digest)? };
             catalog.views.insert(ViewName::try_new(&*view.name)?, digests);
         }
         for service in &plan.services {
@@ -195,7 +198,8 @@ impl Server {
 
     /// One push, acknowledged when what is due is visible.
     pub async fn push(&self, source: &str, rows: Vec<v1::Column>) -> Result<v1::PushResponse> {
-        let request = v1::PushRequest { project: self.project.clone(), source: source.into(), rows, wait_visible: true };
+        let request =
+            v1::PushRequest { project: self.project.clone(), source: source.into(), rows, wait_visible: true };
         let mut ingest = self.ingest.clone();
         let mut answers = ingest.push(futures::stream::iter([request])).await?.into_inner();
         answers.message().await?.context("the push was not answered")

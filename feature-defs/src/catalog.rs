@@ -117,7 +117,12 @@ pub enum ViewKind {
         features: Vec<Feature>,
     },
     /// Aggregates over windows of events.
-    Windowed { windows: Vec<Spanned<WindowLength>>, hop: Option<Spanned<Hop>>, head: Head, aggregates: Vec<AggregateDef> },
+    Windowed {
+        windows: Vec<Spanned<WindowLength>>,
+        hop: Option<Spanned<Hop>>,
+        head: Head,
+        aggregates: Vec<AggregateDef>,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -478,7 +483,11 @@ impl FeatureView {
             ViewKind::Windowed { windows, aggregates, .. } => aggregates
                 .iter()
                 .flat_map(|aggregate| {
-                    aggregate.windows_in(windows).iter().map(|window| aggregate.feature_name(window)).collect::<Vec<_>>()
+                    aggregate
+                        .windows_in(windows)
+                        .iter()
+                        .map(|window| aggregate.feature_name(window))
+                        .collect::<Vec<_>>()
                 })
                 .collect(),
         }

@@ -7,11 +7,11 @@ pub mod time;
 pub mod value;
 
 pub mod catalog;
+pub mod check;
 pub mod diagnose;
 pub mod expression;
-pub mod yaml;
 pub mod parse;
-pub mod check;
+pub mod yaml;
 
 pub mod aggregate;
 pub mod as_of;

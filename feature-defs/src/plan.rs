@@ -24,8 +24,8 @@ use crate::window::{Levels, Window};
 
 pub use assemble::{AssembleError, Assembled, ViewAnswer};
 pub use compile::{SourceSchemas, compile};
-pub use project::{compile_definitions, read_definitions};
 pub use model::{EncodedInput, EncodedModelInputs, InputValues};
+pub use project::{compile_definitions, read_definitions};
 pub use rows::{EntityKeys, RowsError, ViewRows, align_batch, encode_entity_keys};
 
 /// Everything a project defines, compiled.
@@ -85,8 +85,16 @@ pub struct ViewKey {
 
 #[derive(Debug)]
 pub enum ViewPlanKind {
-    AsOf { max_age: MaxAge, features: Vec<ViewFeature> },
-    Windowed { aggregates: Vec<ViewAggregate>, outputs: Vec<WindowOutput>, windows: Vec<Window>, levels: Option<Levels> },
+    AsOf {
+        max_age: MaxAge,
+        features: Vec<ViewFeature>,
+    },
+    Windowed {
+        aggregates: Vec<ViewAggregate>,
+        outputs: Vec<WindowOutput>,
+        windows: Vec<Window>,
+        levels: Option<Levels>,
+    },
 }
 
 #[derive(Debug)]
@@ -289,11 +297,12 @@ impl ViewPlan {
     /// Types of the columns of [`ViewRows`]: what is stored, or what aggregates take.
     pub fn row_types(&self) -> Vec<Type> {
         match &self.kind {
-            ViewPlanKind::AsOf { features, .. } => features.iter().map(|feature| feature.feature_type.clone()).collect(),
-            ViewPlanKind::Windowed { aggregates, .. } => aggregates
-                .iter()
-                .map(|aggregate| aggregate.aggregate.input().cloned().unwrap_or(Type::Bool))
-                .collect(),
+            ViewPlanKind::AsOf { features, .. } => {
+                features.iter().map(|feature| feature.feature_type.clone()).collect()
+            }
+            ViewPlanKind::Windowed { aggregates, .. } => {
+                aggregates.iter().map(|aggregate| aggregate.aggregate.input().cloned().unwrap_or(Type::Bool)).collect()
+            }
         }
     }
 
@@ -311,9 +320,12 @@ impl ViewPlan {
         let mut names: Vec<&str> = self.keys.iter().map(|key| key.column.as_str()).collect();
         let mut expressions: Vec<&Expression> = self.filter.iter().chain(&self.source.deleted).collect();
         match &self.kind {
-            ViewPlanKind::AsOf { features, .. } => expressions.extend(features.iter().map(|feature| &feature.expression)),
+            ViewPlanKind::AsOf { features, .. } => {
+                expressions.extend(features.iter().map(|feature| &feature.expression))
+            }
             ViewPlanKind::Windowed { aggregates, .. } => {
-                expressions.extend(aggregates.iter().flat_map(|aggregate| aggregate.of.iter().chain(&aggregate.filter)));
+                expressions
+                    .extend(aggregates.iter().flat_map(|aggregate| aggregate.of.iter().chain(&aggregate.filter)));
             }
         }
         names.extend(expressions.iter().flat_map(|expression| expression.columns()).map(|column| column.name.as_str()));

@@ -52,8 +52,20 @@ pub struct TypeError {
 
 /// Names a user may write, for suggestions.
 pub const TYPE_NAMES: [&str; 14] = [
-    "bool", "int32", "int64", "float32", "float64", "string", "binary", "timestamp", "date", "decimal(18,2)",
-    "list<float64>", "map<string,float64>", "struct<name:string>", "vector(16)",
+    "bool",
+    "int32",
+    "int64",
+    "float32",
+    "float64",
+    "string",
+    "binary",
+    "timestamp",
+    "date",
+    "decimal(18,2)",
+    "list<float64>",
+    "map<string,float64>",
+    "struct<name:string>",
+    "vector(16)",
 ];
 
 impl Type {
@@ -109,7 +121,9 @@ impl Type {
             ArrowType::Decimal32(p, s) | ArrowType::Decimal64(p, s) | ArrowType::Decimal128(p, s) => {
                 Type::Decimal { precision: *p, scale: *s }
             }
-            ArrowType::List(item) | ArrowType::LargeList(item) => Type::List(Box::new(Type::from_arrow(item.data_type())?)),
+            ArrowType::List(item) | ArrowType::LargeList(item) => {
+                Type::List(Box::new(Type::from_arrow(item.data_type())?))
+            }
             ArrowType::FixedSizeList(item, n) if *item.data_type() == ArrowType::Float32 => Type::Vector(*n as u32),
             ArrowType::Struct(fields) => Type::Struct(
                 fields
@@ -430,7 +444,12 @@ impl Value {
         let values: Vec<&Value> = values.into_iter().collect();
         macro_rules! scalar {
             ($array:ty, $variant:ident) => {
-                Arc::new(values.iter().map(|v| if let Value::$variant(x) = v { Some(x.clone()) } else { None }).collect::<$array>())
+                Arc::new(
+                    values
+                        .iter()
+                        .map(|v| if let Value::$variant(x) = v { Some(x.clone()) } else { None })
+                        .collect::<$array>(),
+                )
             };
         }
         match value_type {
@@ -440,12 +459,18 @@ impl Value {
             Type::Float32 => scalar!(Float32Array, Float32),
             Type::Float64 => scalar!(Float64Array, Float64),
             Type::Date => scalar!(Date32Array, Date),
-            Type::String => {
-                Arc::new(values.iter().map(|v| if let Value::String(x) = v { Some(&**x) } else { None }).collect::<StringArray>())
-            }
-            Type::Binary => {
-                Arc::new(values.iter().map(|v| if let Value::Binary(x) = v { Some(&**x) } else { None }).collect::<BinaryArray>())
-            }
+            Type::String => Arc::new(
+                values
+                    .iter()
+                    .map(|v| if let Value::String(x) = v { Some(&**x) } else { None })
+                    .collect::<StringArray>(),
+            ),
+            Type::Binary => Arc::new(
+                values
+                    .iter()
+                    .map(|v| if let Value::Binary(x) = v { Some(&**x) } else { None })
+                    .collect::<BinaryArray>(),
+            ),
             Type::Timestamp => Arc::new(
                 values
                     .iter()
@@ -473,7 +498,9 @@ impl Value {
                 let offsets = OffsetBuffer::from_lengths(maps.clone().map(<[(Box<str>, Value)]>::len));
                 let keys: StringArray = maps.clone().flatten().map(|(key, _)| Some(&**key)).collect();
                 let items = Value::to_array(maps.flatten().map(|(_, value)| value).collect::<Vec<_>>(), value);
-                let ArrowType::Map(entries_field, _) = value_type.arrow() else { unreachable!("a map's Arrow type is a map") };
+                let ArrowType::Map(entries_field, _) = value_type.arrow() else {
+                    unreachable!("a map's Arrow type is a map")
+                };
                 let ArrowType::Struct(fields) = entries_field.data_type().clone() else {
                     unreachable!("map entries are a struct")
                 };
@@ -500,7 +527,12 @@ impl Value {
                     }
                 }
                 let field = Arc::new(Field::new("item", ArrowType::Float32, true));
-                Arc::new(FixedSizeListArray::new(field, *n as i32, Arc::new(Float32Array::from(items)), nulls_of(&values)))
+                Arc::new(FixedSizeListArray::new(
+                    field,
+                    *n as i32,
+                    Arc::new(Float32Array::from(items)),
+                    nulls_of(&values),
+                ))
             }
         }
     }
@@ -510,7 +542,11 @@ fn nulls_of(values: &[&Value]) -> Option<NullBuffer> {
     Some(NullBuffer::from_iter(values.iter().map(|v| !v.is_null())))
 }
 
-fn compare_all<T>(mut a: impl Iterator<Item = T>, mut b: impl Iterator<Item = T>, compare: impl Fn(T, T) -> Ordering) -> Ordering {
+fn compare_all<T>(
+    mut a: impl Iterator<Item = T>,
+    mut b: impl Iterator<Item = T>,
+    compare: impl Fn(T, T) -> Ordering,
+) -> Ordering {
     loop {
         match (a.next(), b.next()) {
             (None, None) => return Ordering::Equal,
@@ -639,7 +675,8 @@ pub fn decode(bytes: &mut &[u8], value_type: &Type) -> Result<Value, DecodeError
         }
         Type::Decimal { .. } => Value::Decimal((u128::from_be_bytes(take(bytes)?) ^ (1 << 127)) as i128),
         Type::String => {
-            let text = String::from_utf8(decode_bytes(bytes)?).map_err(|_| DecodeError::Invalid("a string is not UTF-8"))?;
+            let text =
+                String::from_utf8(decode_bytes(bytes)?).map_err(|_| DecodeError::Invalid("a string is not UTF-8"))?;
             Value::String(text.into())
         }
         Type::Binary => Value::Binary(decode_bytes(bytes)?.into()),
@@ -653,18 +690,22 @@ pub fn decode(bytes: &mut &[u8], value_type: &Type) -> Result<Value, DecodeError
         Type::Map(value) => {
             let mut pairs = Vec::new();
             while take::<1>(bytes)?[0] == 1 {
-                let Value::String(key) = decode(bytes, &Type::String)? else { unreachable!("a decoded string is a string") };
+                let Value::String(key) = decode(bytes, &Type::String)? else {
+                    unreachable!("a decoded string is a string")
+                };
                 pairs.push((key, decode_nullable(bytes, value)?));
             }
             Value::Map(pairs)
         }
-        Type::Struct(fields) => {
-            Value::Struct(fields.iter().map(|(_, field_type)| decode_nullable(bytes, field_type)).collect::<Result<_, _>>()?)
-        }
+        Type::Struct(fields) => Value::Struct(
+            fields.iter().map(|(_, field_type)| decode_nullable(bytes, field_type)).collect::<Result<_, _>>()?,
+        ),
         Type::Vector(n) => {
             let mut items = Vec::with_capacity(*n as usize);
             for _ in 0..*n {
-                let Value::Float32(x) = decode(bytes, &Type::Float32)? else { unreachable!("a decoded float is a float") };
+                let Value::Float32(x) = decode(bytes, &Type::Float32)? else {
+                    unreachable!("a decoded float is a float")
+                };
                 items.push(x);
             }
             Value::Vector(items.into())

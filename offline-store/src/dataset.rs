@@ -275,7 +275,13 @@ impl Profiler {
             Some([make(Function::Min)?, make(Function::Max)?, make(Function::Mean)?])
         };
         let numeric = if value_type.is_numeric() { aggregates() } else { None };
-        Some(Profiler { name: name.into(), column, value_type: value_type.clone(), profile: Profile::default(), numeric })
+        Some(Profiler {
+            name: name.into(),
+            column,
+            value_type: value_type.clone(),
+            profile: Profile::default(),
+            numeric,
+        })
     }
 
     fn add(&mut self, batch: &RecordBatch) {
@@ -299,7 +305,8 @@ impl Profiler {
     fn finish(self) -> (String, Profile) {
         let mut profile = self.profile;
         if let Some([min, max, mean]) = &self.numeric {
-            let number = |(aggregate, state): &(Aggregate, State)| as_number(&aggregate.finish(state), &self.value_type);
+            let number =
+                |(aggregate, state): &(Aggregate, State)| as_number(&aggregate.finish(state), &self.value_type);
             profile.min = number(min);
             profile.max = number(max);
             profile.mean = number(mean);

@@ -7,8 +7,8 @@ use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt8Array};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimestampMicrosecondType};
 use datafusion::datasource::MemTable;
-use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig};
 use datafusion::datasource::file_format::parquet::ParquetFormat;
+use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig};
 use datafusion::error::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::GreedyMemoryPool;
@@ -41,7 +41,9 @@ pub enum EngineError {
     Null { column: String, count: usize, first: usize, why: String },
     #[error("spine column `{column}` has the name of a feature; rename it")]
     NameTaken { column: String },
-    #[error("this training set does not fit into offline.memory ({limit_mib} MiB): {what}; raise it in coeval.yaml, or ask for fewer rows at a time")]
+    #[error(
+        "this training set does not fit into offline.memory ({limit_mib} MiB): {what}; raise it in coeval.yaml, or ask for fewer rows at a time"
+    )]
     Memory { limit_mib: u64, what: String },
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -132,9 +134,10 @@ impl Engine {
     /// Begins a training set. Everything wrong with the spine is found before the first row is computed.
     pub async fn training_set(&self, request: TrainingSetRequest) -> Result<TrainingSet, EngineError> {
         let TrainingSetRequest { service, spine_schema, spine, statuses, visibility } = request;
-        let as_known = service.inputs.iter().any(|input| {
-            spine_schema.column_with_name(&position_columns(&input.alias).0).is_some()
-        });
+        let as_known = service
+            .inputs
+            .iter()
+            .any(|input| spine_schema.column_with_name(&position_columns(&input.alias).0).is_some());
         let spine = self.check_spine(&service, &spine_schema, &spine)?;
         let mut sources: Vec<Arc<SourcePlan>> = Vec::new();
         for input in &service.inputs {
@@ -195,7 +198,11 @@ impl Engine {
     }
 
     /// Streams a stored dataset, in its order.
-    pub async fn stored(&self, manifest_path: &Path, manifest: &Manifest) -> Result<SendableRecordBatchStream, EngineError> {
+    pub async fn stored(
+        &self,
+        manifest_path: &Path,
+        manifest: &Manifest,
+    ) -> Result<SendableRecordBatchStream, EngineError> {
         let run = |error: DataFusionError| self.explain_failure(error);
         let mut folder: Vec<_> = manifest_path.parts().collect();
         folder.pop();
@@ -264,7 +271,9 @@ impl Engine {
             context.read_table(Arc::new(empty)).map_err(run)?
         } else {
             let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
-            let config = ListingTableConfig::new_with_multi_paths(urls).with_listing_options(options).with_schema(schema.clone());
+            let config = ListingTableConfig::new_with_multi_paths(urls)
+                .with_listing_options(options)
+                .with_schema(schema.clone());
             let table = ListingTable::try_new(config).map_err(run)?;
             context.read_table(Arc::new(table)).map_err(run)?
         };
@@ -394,10 +403,8 @@ fn finish_batch(
         join.service.columns.iter().map(|request| column(&request.name)).collect::<Result<_, _>>()?;
     let at = column(EVENT_TIMESTAMP)?;
     let at = at.as_primitive::<TimestampMicrosecondType>().values();
-    let assembled = join
-        .service
-        .assemble(&answers, &requests, at)
-        .map_err(|error| DataFusionError::External(Box::new(error)))?;
+    let assembled =
+        join.service.assemble(&answers, &requests, at).map_err(|error| DataFusionError::External(Box::new(error)))?;
     let mut columns: Vec<ArrayRef> = spine_schema
         .fields()
         .iter()

@@ -56,7 +56,11 @@ pub struct Flight {
 const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
 /// The service, ready to be added to a server.
-pub fn service(engine: Arc<Engine>, surroundings: Arc<dyn Surroundings>, memory_bytes: u64) -> FlightServiceServer<Flight> {
+pub fn service(
+    engine: Arc<Engine>,
+    surroundings: Arc<dyn Surroundings>,
+    memory_bytes: u64,
+) -> FlightServiceServer<Flight> {
     // A spine larger than half the memory bound leaves no room for its answers.
     let spine_bytes_max = usize::try_from(memory_bytes / 2).unwrap_or(usize::MAX);
     FlightServiceServer::new(Flight { engine, surroundings, spine_bytes_max })
@@ -74,7 +78,10 @@ struct Stored<'a> {
 }
 
 impl Flight {
-    async fn exchange(&self, incoming: Streaming<FlightData>) -> Result<BoxStream<'static, Result<FlightData, Status>>, Status> {
+    async fn exchange(
+        &self,
+        incoming: Streaming<FlightData>,
+    ) -> Result<BoxStream<'static, Result<FlightData, Status>>, Status> {
         let mut incoming = incoming.peekable();
         let first = match Pin::new(&mut incoming).peek().await {
             Some(Ok(first)) => first,
@@ -84,8 +91,9 @@ impl Flight {
         let descriptor = first.flight_descriptor.clone().ok_or_else(|| {
             Status::invalid_argument("the first message carries no descriptor; its `cmd` must be a TrainingSetCommand")
         })?;
-        let command = TrainingSetCommand::decode(descriptor.cmd.clone())
-            .map_err(|error| Status::invalid_argument(format!("the descriptor's `cmd` is no TrainingSetCommand: {error}")))?;
+        let command = TrainingSetCommand::decode(descriptor.cmd.clone()).map_err(|error| {
+            Status::invalid_argument(format!("the descriptor's `cmd` is no TrainingSetCommand: {error}"))
+        })?;
         let service = self.surroundings.service(&command.project, &command.service)?;
         let visibility = match command.visibility.as_str() {
             "" => None,
@@ -98,19 +106,20 @@ impl Flight {
             }
         };
         if !command.dataset.is_empty() && !is_name(&command.dataset) {
-            let message = format!("`{}` is not a dataset name: letters, digits, `_` and `-`, at most 64", command.dataset);
+            let message =
+                format!("`{}` is not a dataset name: letters, digits, `_` and `-`, at most 64", command.dataset);
             return Err(Status::invalid_argument(message));
         }
 
         // Clients of the C++ library send the descriptor in a message of its own, which holds nothing to decode.
         let data = incoming.try_filter(|message| std::future::ready(!message.data_header.is_empty()));
-        let mut spine = FlightRecordBatchStream::new_from_flight_data(
-            data.map_err(|status| FlightError::Tonic(Box::new(status))),
-        );
+        let mut spine =
+            FlightRecordBatchStream::new_from_flight_data(data.map_err(|status| FlightError::Tonic(Box::new(status))));
         let mut batches: Vec<RecordBatch> = Vec::new();
         let mut bytes = 0;
         while let Some(batch) = spine.next().await {
-            let batch = batch.map_err(|error| Status::invalid_argument(format!("the spine could not be read: {error}")))?;
+            let batch =
+                batch.map_err(|error| Status::invalid_argument(format!("the spine could not be read: {error}")))?;
             bytes += batch.get_array_memory_size();
             if bytes > self.spine_bytes_max {
                 let limit = self.spine_bytes_max >> 20;
@@ -119,10 +128,9 @@ impl Flight {
             }
             batches.push(batch);
         }
-        let spine_schema = spine
-            .schema()
-            .cloned()
-            .ok_or_else(|| Status::invalid_argument("the spine has no schema; send record batches after the descriptor"))?;
+        let spine_schema = spine.schema().cloned().ok_or_else(|| {
+            Status::invalid_argument("the spine has no schema; send record batches after the descriptor")
+        })?;
         self.surroundings.before_read().await?;
         let spine_digest = dataset::table_digest(&spine_schema, &batches);
         let request = TrainingSetRequest {
@@ -282,7 +290,10 @@ impl FlightService for Flight {
     type DoActionStream = BoxStream<'static, Result<arrow_flight::Result, Status>>;
     type ListActionsStream = BoxStream<'static, Result<ActionType, Status>>;
 
-    async fn do_exchange(&self, request: Request<Streaming<FlightData>>) -> Result<Response<Self::DoExchangeStream>, Status> {
+    async fn do_exchange(
+        &self,
+        request: Request<Streaming<FlightData>>,
+    ) -> Result<Response<Self::DoExchangeStream>, Status> {
         Ok(Response::new(self.exchange(request.into_inner()).await?))
     }
 
@@ -315,7 +326,10 @@ impl FlightService for Flight {
         Ok(Response::new(SchemaResult { schema: info.schema }))
     }
 
-    async fn handshake(&self, _: Request<Streaming<HandshakeRequest>>) -> Result<Response<Self::HandshakeStream>, Status> {
+    async fn handshake(
+        &self,
+        _: Request<Streaming<HandshakeRequest>>,
+    ) -> Result<Response<Self::HandshakeStream>, Status> {
         Err(Status::unimplemented("no handshake is needed"))
     }
 

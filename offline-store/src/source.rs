@@ -26,7 +26,9 @@ use object_store::{ObjectMeta, ObjectStoreExt};
 
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    #[error("no file matches `{pattern}` (looked below {folder}); check `files:` in the definitions, or put the data there")]
+    #[error(
+        "no file matches `{pattern}` (looked below {folder}); check `files:` in the definitions, or put the data there"
+    )]
     NoFiles { pattern: String, folder: String },
     #[error("`{pattern}` is not a pattern of files: {what}")]
     BadPattern { pattern: String, what: String },
@@ -175,7 +177,10 @@ impl Sources {
             SourceKind::Files { pattern } | SourceKind::Static { pattern } => pattern,
             SourceKind::Stream { history: Some(pattern), .. } => pattern,
             SourceKind::Stream { history: None, .. } => {
-                return Err(SourceError::BadPattern { pattern: source.name.to_string(), what: "it is a stream".into() });
+                return Err(SourceError::BadPattern {
+                    pattern: source.name.to_string(),
+                    what: "it is a stream".into(),
+                });
             }
         };
         let files = self.files(pattern).await?;
@@ -276,7 +281,9 @@ pub(crate) fn file_url(
         .as_ref()
         .bytes()
         .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b'=' => char::from(byte).to_string(),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b'=' => {
+                char::from(byte).to_string()
+            }
             other => format!("%{other:02X}"),
         })
         .collect();

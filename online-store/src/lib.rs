@@ -41,9 +41,15 @@ pub enum Answer {
     /// None: the entity has no row.
     Row(Option<Bytes>),
     /// `position` is None where nothing was ever applied; tiles are in the order asked, None where absent.
-    Tiles { position: Option<Position>, tiles: Vec<Option<Bytes>> },
+    Tiles {
+        position: Option<Position>,
+        tiles: Vec<Option<Bytes>>,
+    },
     /// In order of (level, start).
-    AllTiles { position: Option<Position>, tiles: Vec<(TileId, Bytes)> },
+    AllTiles {
+        position: Option<Position>,
+        tiles: Vec<(TileId, Bytes)>,
+    },
     Fact(Option<Bytes>),
 }
 
@@ -71,7 +77,9 @@ pub struct WriteOutcome {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The store cannot be reached; the same call may succeed later.
-    #[error("the online store at {place} cannot be reached ({what}); it is retried, start it or check `online:` in coeval.yaml")]
+    #[error(
+        "the online store at {place} cannot be reached ({what}); it is retried, start it or check `online:` in coeval.yaml"
+    )]
     Unreachable { place: String, what: String },
     /// The store did not answer in time.
     #[error("the online store at {place} did not answer within {millis} ms")]

@@ -132,12 +132,7 @@ impl Layout {
     }
 
     /// The value of every (aggregate, window) asked for, at t, from the tiles that [`Layout::tiles_at`] named.
-    pub fn read(
-        &self,
-        tiles: &Tiles,
-        outputs: &[(usize, Window)],
-        t: Micros,
-    ) -> Result<Vec<Value>, AtBeforeStore> {
+    pub fn read(&self, tiles: &Tiles, outputs: &[(usize, Window)], t: Micros) -> Result<Vec<Value>, AtBeforeStore> {
         if t < tiles.exact_from {
             return Err(AtBeforeStore);
         }

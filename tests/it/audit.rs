@@ -4,7 +4,9 @@
 //! What was served at a position is compared with the offline replay *as known* at that position, over Flight, on the
 //! history that the same server wrote. In-order replay alone would pass by luck; here nothing is in order.
 
-use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt64Array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt64Array,
+};
 use arrow::datatypes::UInt8Type;
 use feature_defs::time::{Micros, Status};
 use feature_defs::value::{Type, Value};
@@ -234,7 +236,12 @@ impl Served {
                 }
                 let expected = Value::from_array(column, row, &value_type);
                 let expected_status = Status::from_number(statuses.value(row)).unwrap();
-                let place = || format!("{name}, row {row}, shop {:?} till {:?} at {}", self.shop[row], self.till[row], self.at[row]);
+                let place = || {
+                    format!(
+                        "{name}, row {row}, shop {:?} till {:?} at {}",
+                        self.shop[row], self.till[row], self.at[row]
+                    )
+                };
                 assert_eq!((value, *status), (&expected, expected_status), "{}", place());
                 compared += 1;
             }

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, TimestampMicrosecondArray};
-use arrow::compute::kernels::zip::zip;
 use arrow::compute::is_not_null;
+use arrow::compute::kernels::zip::zip;
 use arrow::error::ArrowError;
 
 use super::{ServicePlan, Slot};
@@ -52,7 +52,12 @@ struct Judged {
 impl ServicePlan {
     /// Puts features together. `views` are the answers to [`ServicePlan::inputs`], `requests` the columns of
     /// [`ServicePlan::columns`], `at` the time of each row.
-    pub fn assemble(&self, views: &[ViewAnswer], requests: &[ArrayRef], at: &[Micros]) -> Result<Assembled, AssembleError> {
+    pub fn assemble(
+        &self,
+        views: &[ViewAnswer],
+        requests: &[ArrayRef],
+        at: &[Micros],
+    ) -> Result<Assembled, AssembleError> {
         let rows = at.len();
         if views.len() != self.inputs.len() || requests.len() != self.columns.len() {
             return Err(AssembleError::Shape(format!(
@@ -143,7 +148,11 @@ fn judge(values: &ArrayRef, row_status: impl Fn(usize) -> Status) -> Arc<[Status
         .collect()
 }
 
-fn fill_default(values: ArrayRef, default: Option<&Value>, value_type: &crate::value::Type) -> Result<ArrayRef, AssembleError> {
+fn fill_default(
+    values: ArrayRef,
+    default: Option<&Value>,
+    value_type: &crate::value::Type,
+) -> Result<ArrayRef, AssembleError> {
     let Some(default) = default.filter(|default| !default.is_null()) else { return Ok(values) };
     if values.null_count() == 0 {
         return Ok(values);

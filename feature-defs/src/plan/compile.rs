@@ -149,8 +149,11 @@ impl Compiler<'_> {
                         for field in &source.schema {
                             if !found.iter().any(|(name, _)| *name == field.name.value) {
                                 let known = found.iter().map(|(name, _)| name.as_str());
-                                let message = format!("the files of source `{}` have no column `{}`", *source.name, *field.name);
-                                self.report::<()>(Diagnostic::error(message, field.name.span).nearest(&field.name, known));
+                                let message =
+                                    format!("the files of source `{}` have no column `{}`", *source.name, *field.name);
+                                self.report::<()>(
+                                    Diagnostic::error(message, field.name.span).nearest(&field.name, known),
+                                );
                             }
                         }
                         (kind, declared)
@@ -158,7 +161,8 @@ impl Compiler<'_> {
                     None if !declared.is_empty() => (kind, declared),
                     None => {
                         let message = format!("the columns of source `{}` are not known", *source.name);
-                        let help = "its files could not be read; declare `schema:` to define features before there are files";
+                        let help =
+                            "its files could not be read; declare `schema:` to define features before there are files";
                         return self.report(Diagnostic::error(message, source.name.span).help(help));
                     }
                 }
@@ -290,7 +294,8 @@ impl Compiler<'_> {
             }
             ViewKind::Windowed { windows, hop, head, aggregates } => {
                 if source.is_static() {
-                    let message = format!("source `{}` is static: its rows have no time, so no window holds them", source.name);
+                    let message =
+                        format!("source `{}` is static: its rows have no time, so no window holds them", source.name);
                     return self.report(Diagnostic::error(message, view.source.span));
                 }
                 self.windowed(windows, hop.as_ref(), *head, aggregates, &environment)?
@@ -347,7 +352,10 @@ impl Compiler<'_> {
             ViewPlanKind::Windowed { outputs, .. } => {
                 for output in outputs {
                     semantic.add("feature", &output.name);
-                    semantic.add("window", format!("{}/{:?}/{:?}", output.window.length, output.window.hop, output.window.head));
+                    semantic.add(
+                        "window",
+                        format!("{}/{:?}/{:?}", output.window.length, output.window.hop, output.window.head),
+                    );
                     semantic.add("aggregate", output.aggregate);
                     semantic.maybe("default", output.default.as_ref().map(|default| format!("{default:?}")));
                 }
@@ -370,11 +378,20 @@ impl Compiler<'_> {
     fn add_vocabularies(&self, digest: &mut Canonical, expression: &Expression) {
         for name in expression.vocabularies() {
             digest.add("vocabulary", name);
-            self.vocabularies.get(name).into_iter().flat_map(|values| values.iter()).for_each(|value| digest.add("value", value));
+            self.vocabularies
+                .get(name)
+                .into_iter()
+                .flat_map(|values| values.iter())
+                .for_each(|value| digest.add("value", value));
         }
     }
 
-    fn view_feature(&mut self, feature: &Feature, source: &SourcePlan, environment: &Environment) -> Option<ViewFeature> {
+    fn view_feature(
+        &mut self,
+        feature: &Feature,
+        source: &SourcePlan,
+        environment: &Environment,
+    ) -> Option<ViewFeature> {
         let declared = feature.feature_type.as_ref().map(|declared| &declared.value);
         let expression = match &feature.expr {
             Some(expr) => self.expression(expr, environment, declared)?,
@@ -686,7 +703,8 @@ impl Compiler<'_> {
             } else if negated {
                 features.retain(|feature| !matched.contains(feature));
             } else {
-                features.extend(matched.iter().filter(|output| !features.contains(output)).copied().collect::<Vec<_>>());
+                features
+                    .extend(matched.iter().filter(|output| !features.contains(output)).copied().collect::<Vec<_>>());
             }
         }
         let mut width = 0;
@@ -697,7 +715,9 @@ impl Compiler<'_> {
                 (Type::Bool, _) => true,
                 (Type::Int32, TensorType::Bool) | (Type::Int64, TensorType::Bool | TensorType::Int32) => false,
                 (Type::Int32 | Type::Int64, _) => true,
-                (Type::Float32 | Type::Float64 | Type::Decimal { .. }, TensorType::Float32 | TensorType::Float64) => true,
+                (Type::Float32 | Type::Float64 | Type::Decimal { .. }, TensorType::Float32 | TensorType::Float64) => {
+                    true
+                }
                 _ => false,
             };
             if !fits {
@@ -707,7 +727,10 @@ impl Compiler<'_> {
                 );
                 let help = match output.feature_type {
                     Type::String => {
-                        format!("number it with `vocab({}, '...')` in a transform, or leave it out: `!{}`", output.name, output.name)
+                        format!(
+                            "number it with `vocab({}, '...')` in a transform, or leave it out: `!{}`",
+                            output.name, output.name
+                        )
                     }
                     _ => format!("leave it out: `!{}`", output.name),
                 };
@@ -716,7 +739,9 @@ impl Compiler<'_> {
             }
             width += if let Type::Vector(n) = output.feature_type { n as usize } else { 1 };
         }
-        if let (catalog::Missing::Nan, TensorType::Int32 | TensorType::Int64 | TensorType::Bool) = (input.missing, dtype) {
+        if let (catalog::Missing::Nan, TensorType::Int32 | TensorType::Int64 | TensorType::Bool) =
+            (input.missing, dtype)
+        {
             let message = format!("`missing: nan` needs a float input, but `{}` is {}", *input.name, *input.dtype);
             self.report::<()>(Diagnostic::error(message, input.name.span));
         }
@@ -818,7 +843,8 @@ impl<'c, 'a> ServiceBuilder<'c, 'a> {
                 continue;
             }
             if let Some((slot, feature_type)) = self.slot(&object, &feature, feature.span) {
-                outputs.push((ServiceOutput { name: format!("{object}:{}", *feature), feature_type, slot }, feature.span));
+                outputs
+                    .push((ServiceOutput { name: format!("{object}:{}", *feature), feature_type, slot }, feature.span));
             }
         }
         outputs
@@ -862,8 +888,7 @@ impl<'c, 'a> ServiceBuilder<'c, 'a> {
         if let Some(request) = catalog.request(object) {
             let field = request.fields.iter().find(|field| *field.name == feature)?;
             let address = Some(format!("{object}:{feature}"));
-            let column =
-                self.column(feature, &field.field_type, field.nullable, false, address, field.name.span)?;
+            let column = self.column(feature, &field.field_type, field.nullable, false, address, field.name.span)?;
             return Some((Slot::Request(column), field.field_type.value.clone()));
         }
         let transform = catalog.transform(object)?;

@@ -43,7 +43,8 @@ enum Number {
 impl ModelPlan {
     pub fn encode(&self, features: &Assembled, rows: usize) -> EncodedModelInputs {
         let mut refused: Vec<(usize, String)> = Vec::new();
-        let inputs = self.inputs.iter().map(|input| input.encode(&self.service, features, rows, &mut refused)).collect();
+        let inputs =
+            self.inputs.iter().map(|input| input.encode(&self.service, features, rows, &mut refused)).collect();
         refused.sort_by_key(|(row, _)| *row);
         refused.dedup_by_key(|(row, _)| *row);
         EncodedModelInputs { inputs, refused }

@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions, UInt32Array, new_null_array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions, UInt32Array, new_null_array,
+};
 use arrow::compute::{CastOptions, cast_with_options, take};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMicrosecondType};
 
@@ -119,8 +121,8 @@ impl SourcePlan {
             let event_time = if event_times.is_some() { at(&event_times, row)? } else { STATIC };
             let created_time = at(&created_times, row);
             let known_time = self.clock.known(event_time, created_time);
-            let position =
-                positions.map_or(Position { time: known_time.max(event_time), sequence: 0 }, |positions| positions[row]);
+            let position = positions
+                .map_or(Position { time: known_time.max(event_time), sequence: 0 }, |positions| positions[row]);
             Some(Times { event_time, created_time, known_time, position })
         });
         Ok(times.collect())
@@ -307,9 +309,8 @@ impl ViewPlan {
                     let Some(filter) = &aggregate.filter else { return Ok(input) };
                     let included = evaluate(filter, &kept)?;
                     let included = included.as_boolean();
-                    let included: BooleanArray = (0..included.len())
-                        .map(|row| Some(!(included.is_valid(row) && included.value(row))))
-                        .collect();
+                    let included: BooleanArray =
+                        (0..included.len()).map(|row| Some(!(included.is_valid(row) && included.value(row)))).collect();
                     arrow::compute::nullif(&input, &included).map_err(RowsError::from)
                 })
                 .collect::<Result<_, RowsError>>()?,

@@ -54,12 +54,8 @@ models:
 "#;
 
 fn schemas() -> SourceSchemas {
-    let columns = [
-        ("shop", Type::String),
-        ("amount", Type::Float64),
-        ("items", Type::Int64),
-        ("sold_at", Type::Timestamp),
-    ];
+    let columns =
+        [("shop", Type::String), ("amount", Type::Float64), ("items", Type::Int64), ("sold_at", Type::Timestamp)];
     let columns = columns.into_iter().map(|(name, column_type)| (name.to_string(), column_type)).collect();
     SourceSchemas::from([("sales".to_string(), columns)])
 }
@@ -90,15 +86,19 @@ fn errors_point_at_the_place_and_name_the_nearest() {
         "amont * 2",
         &["no column `amont`", "defs.yaml:13:31", "did you mean `amount`?", "amont * 2"],
     );
-    check_error("{name: amount, type: float64, default: 1.5}", "{name: amounts, type: float64}", &[
-        "source `sales` has no column `amounts`",
-        "did you mean `amount`?",
-        "defs.yaml:12:16",
-    ]);
+    check_error(
+        "{name: amount, type: float64, default: 1.5}",
+        "{name: amounts, type: float64}",
+        &["source `sales` has no column `amounts`", "did you mean `amount`?", "defs.yaml:12:16"],
+    );
     check_error("amount * 2", "shop * 2", &["defs.yaml:13", "string"]);
     check_error("default: 1.5", "default: much", &["the default does not fit"]);
     check_error("function: sum, of: amount", "function: sum, of: shop", &["`sum` takes", "string"]);
-    check_error("function: count", "function: percentile, of: amount, q: 0.5, clamp: [0, 1]", &["not available in this version"]);
+    check_error(
+        "function: count",
+        "function: percentile, of: amount, q: 0.5, clamp: [0, 1]",
+        &["not available in this version"],
+    );
     check_error("\"load:n_1h\"", "\"load:n_2h\"", &["`load` has no feature `n_2h`", "did you mean `n_1h`?"]);
     check_error("\"t:*\"", "\"tt:*\"", &["tt", "did you mean `t`?"]);
     check_error("\"!t:kind_id\"", "\"!t:kind\"", &["no feature of service `all` is `t:kind`", "t:kind_id"]);
@@ -107,10 +107,16 @@ fn errors_point_at_the_place_and_name_the_nearest() {
         "\"t:*\", \"ask:*\"",
         &["feature `ask:kind` is string and cannot be part of the float32 input `dense`", "vocab(ask:kind"],
     );
-    check_error("entity: shop\n    source: sales\n    ttl", "entity: shop\n    keys: {shop: place}\n    source: sales\n    ttl", &[
-        "source `sales` has no column `place` for key `shop`",
-    ]);
-    check_error("fallback: {p: 0.1}", "fallback: {p: 0.1}\n    label: {name: y, type: bool, wthin: 1h}", &["wthin", "within"]);
+    check_error(
+        "entity: shop\n    source: sales\n    ttl",
+        "entity: shop\n    keys: {shop: place}\n    source: sales\n    ttl",
+        &["source `sales` has no column `place` for key `shop`"],
+    );
+    check_error(
+        "fallback: {p: 0.1}",
+        "fallback: {p: 0.1}\n    label: {name: y, type: bool, wthin: 1h}",
+        &["wthin", "within"],
+    );
 }
 
 #[test]
@@ -126,7 +132,11 @@ fn storage_digests_cover_stored_bytes_and_semantic_digests_values() {
     let digests = |text: &str, view: &str| {
         let plan = plan(text);
         let view = plan.view(view).unwrap().clone();
-        (view.storage_digest.clone(), view.semantic_digest.clone(), plan.service("all").unwrap().semantic_digest.clone())
+        (
+            view.storage_digest.clone(),
+            view.semantic_digest.clone(),
+            plan.service("all").unwrap().semantic_digest.clone(),
+        )
     };
     let base = digests(BASE, "last");
     let same = |from: &str, to: &str| digests(&BASE.replacen(from, to, 1), "last");

@@ -58,12 +58,16 @@ fn the_encoding_sorts_like_the_values() {
     let floats = [f64::NEG_INFINITY, -1.5, -f64::MIN_POSITIVE, 0.0, f64::MIN_POSITIVE, 2.0, f64::INFINITY, f64::NAN];
     check_ordered(Type::Float64, &floats.map(Value::Float64));
     check_ordered(Type::Float32, &[f32::NEG_INFINITY, -1.5, 0.0, 1e-40, f32::INFINITY, f32::NAN].map(Value::Float32));
-    check_ordered(Type::Decimal { precision: 38, scale: 2 }, &[i128::MIN / 2, -1, 0, 1, i128::MAX / 2].map(Value::Decimal));
+    check_ordered(
+        Type::Decimal { precision: 38, scale: 2 },
+        &[i128::MIN / 2, -1, 0, 1, i128::MAX / 2].map(Value::Decimal),
+    );
     let strings = ["", "\0", "\0\0", "\0a", "1", "12", "a", "ab", "b", "é"].map(|text| Value::String(text.into()));
     check_ordered(Type::String, &strings);
     let list = |items: &[i64]| Value::List(items.iter().copied().map(Value::Int64).collect());
     check_ordered(Type::List(Box::new(Type::Int64)), &[list(&[]), list(&[1]), list(&[1, 2]), list(&[2])]);
-    let map = |pairs: &[(&str, f64)]| Value::Map(pairs.iter().map(|(k, v)| ((*k).into(), Value::Float64(*v))).collect());
+    let map =
+        |pairs: &[(&str, f64)]| Value::Map(pairs.iter().map(|(k, v)| ((*k).into(), Value::Float64(*v))).collect());
     check_ordered(Type::Map(Box::new(Type::Float64)), &[map(&[]), map(&[("a", 1.0)]), map(&[("a", 1.0), ("b", 0.0)])]);
     let vector = |x: f32, y: f32| Value::Vector([x, y].into());
     check_ordered(Type::Vector(2), &[vector(-1.0, 5.0), vector(0.0, 0.0), vector(0.0, 1.0)]);

@@ -56,7 +56,12 @@ fn hops_must_divide_each_other() {
 #[test]
 fn late_known_events_are_not_seen_before_they_are_known() {
     let event = |event_time, known_time| WindowEvent {
-        times: Times { event_time, created_time: None, known_time, position: Position { time: known_time, sequence: 1 } },
+        times: Times {
+            event_time,
+            created_time: None,
+            known_time,
+            position: Position { time: known_time, sequence: 1 },
+        },
         inputs: vec![Value::Int64(1)],
     };
     let events = [event(T - 10, T - 10), event(T - 9, T + 1), event(T, T), event(T - 2 * HOUR, T - 2 * HOUR)];

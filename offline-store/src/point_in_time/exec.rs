@@ -9,6 +9,7 @@ use arrow::compute::concat_batches;
 use arrow::datatypes::{Int64Type, SchemaRef, TimestampMicrosecondType, UInt64Type};
 use arrow::error::ArrowError;
 use datafusion::common::internal_err;
+use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
@@ -18,7 +19,6 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PhysicalExpr, PlanProperties,
 };
-use datafusion::common::tree_node::TreeNodeRecursion;
 use feature_defs::plan::{ServiceInput, ViewAnswer, ViewPlanKind, ViewRows, encode_entity_keys};
 use feature_defs::time::{Micros, Position};
 use feature_defs::value::Type;
@@ -27,8 +27,8 @@ use futures::stream::{self, StreamExt, TryStreamExt};
 use super::index::SpineIndex;
 use super::latest::{Latest, LatestByRow};
 use super::windows::Windows;
-use crate::history::{POSITION_TIME, SEQUENCE};
 use super::{EVENT_TIMESTAMP, PitJoin, node, position_columns};
+use crate::history::{POSITION_TIME, SEQUENCE};
 
 /// Rows of one output batch.
 const BATCH_ROWS: usize = 8_192;
@@ -43,7 +43,11 @@ pub struct PitJoinExec {
 impl PitJoinExec {
     pub fn try_new(join: Arc<PitJoin>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<PitJoinExec> {
         if children.len() != join.sources.len() + 1 {
-            return internal_err!("a point-in-time join of {} sources has {} inputs", join.sources.len(), children.len());
+            return internal_err!(
+                "a point-in-time join of {} sources has {} inputs",
+                join.sources.len(),
+                children.len()
+            );
         }
         let schema = Arc::new(node::output_schema(&join, &children[0].schema()));
         let properties = Arc::new(PlanProperties::new(
@@ -261,10 +265,16 @@ fn spine_keys(join: &PitJoin, input: &ServiceInput, spine: &RecordBatch) -> Resu
 
 fn positions(batch: &RecordBatch) -> Result<Vec<Position>> {
     let missing = || ArrowError::SchemaError("a history file has no position columns".into());
-    let times = batch.column_by_name(POSITION_TIME).and_then(|c| c.as_primitive_opt::<Int64Type>()).ok_or_else(missing)?;
+    let times =
+        batch.column_by_name(POSITION_TIME).and_then(|c| c.as_primitive_opt::<Int64Type>()).ok_or_else(missing)?;
     let sequences =
         batch.column_by_name(SEQUENCE).and_then(|c| c.as_primitive_opt::<UInt64Type>()).ok_or_else(missing)?;
-    Ok(times.values().iter().zip(sequences.values()).map(|(time, sequence)| Position { time: *time, sequence: *sequence }).collect())
+    Ok(times
+        .values()
+        .iter()
+        .zip(sequences.values())
+        .map(|(time, sequence)| Position { time: *time, sequence: *sequence })
+        .collect())
 }
 
 fn applied_positions(spine: &RecordBatch, alias: &str) -> Result<Vec<Position>> {

@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+    Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray,
+    TimestampMicrosecondArray,
 };
 use arrow::datatypes::UInt8Type;
 use feature_defs::aggregate::{Aggregate, Function};
@@ -118,9 +119,8 @@ fn records(random: &mut SmallRng, count: usize) -> Vec<Record> {
                 7 => Some(1e-300),
                 _ => Some(f64::from(random.random_range(-1000..1000)) / 7.0),
             };
-            let key = |random: &mut SmallRng| {
-                (!random.random_bool(0.05)).then(|| KEYS[random.random_range(0..KEYS.len())])
-            };
+            let key =
+                |random: &mut SmallRng| (!random.random_bool(0.05)).then(|| KEYS[random.random_range(0..KEYS.len())]);
             Record {
                 left: key(random),
                 b: key(random),
@@ -205,7 +205,8 @@ struct SpineRow {
 fn spine(random: &mut SmallRng, records: &[Record], count: usize) -> Vec<SpineRow> {
     let mut rows: Vec<SpineRow> = (0..count)
         .map(|_| {
-            let key = |random: &mut SmallRng| (!random.random_bool(0.05)).then(|| KEYS[random.random_range(0..KEYS.len())]);
+            let key =
+                |random: &mut SmallRng| (!random.random_bool(0.05)).then(|| KEYS[random.random_range(0..KEYS.len())]);
             // Often at exactly the time of an event, or when one became known.
             let record = &records[random.random_range(0..records.len())];
             let t = match random.random_range(0..4) {
@@ -297,7 +298,9 @@ fn expected(records: &[Record], row: &SpineRow) -> Vec<(&'static str, Value, Sta
     }
     let rows: Vec<Row> = records
         .iter()
-        .filter_map(|record| Some(Row { times: times(record, delayed)?, deleted: false, values: vec![float(record.x)] }))
+        .filter_map(|record| {
+            Some(Row { times: times(record, delayed)?, deleted: false, values: vec![float(record.x)] })
+        })
         .collect();
     let answer = as_of(&rows, row.t, MaxAge { ttl: None, keep: DAY }, Visibility::Known);
     let (value, status) = feature_value(&answer, 0, None);
@@ -310,8 +313,7 @@ fn expected(records: &[Record], row: &SpineRow) -> Vec<(&'static str, Value, Sta
         .filter_map(|record| {
             let x = float(record.x);
             let included = if record.n.is_some_and(|n| n > 2) { x.clone() } else { Value::Null };
-            let inputs =
-                vec![Value::Bool(true), x.clone(), included, x, record.n.map_or(Value::Null, Value::Int64)];
+            let inputs = vec![Value::Bool(true), x.clone(), included, x, record.n.map_or(Value::Null, Value::Int64)];
             Some(WindowEvent { times: times(record, created)?, inputs })
         })
         .collect();
@@ -364,7 +366,8 @@ async fn the_engine_agrees_with_the_reference() {
         let plan = plan(&engine).await;
         let rows = spine(&mut random, &records, 300);
         let whole = spine_batch(&rows);
-        let output = run(&engine, &plan, "all", vec![whole.slice(0, 100), whole.slice(100, whole.num_rows() - 100)]).await;
+        let output =
+            run(&engine, &plan, "all", vec![whole.slice(0, 100), whole.slice(100, whole.num_rows() - 100)]).await;
         let output = output.unwrap();
         assert_eq!(output.num_rows(), rows.len(), "nothing dropped, nothing doubled");
         let ordinals = output.column(0).as_primitive::<arrow::datatypes::Int64Type>();
@@ -377,7 +380,8 @@ async fn the_engine_agrees_with_the_reference() {
         }
     }
     // The data held every case; a test in which nothing is ever missing would pass by luck.
-    for case in ["latest PRESENT", "latest NULL_VALUE", "latest NOT_FOUND", "latest OUTSIDE_MAX_AGE", "load NULL_VALUE"] {
+    for case in ["latest PRESENT", "latest NULL_VALUE", "latest NOT_FOUND", "latest OUTSIDE_MAX_AGE", "load NULL_VALUE"]
+    {
         assert!(seen.get(case).is_some_and(|count| *count > 50), "{case}: {seen:?}");
     }
 }
@@ -464,8 +468,11 @@ async fn wrong_spines_are_answered_well() {
     let mut columns = good.columns().to_vec();
     columns[3] = arrow::array::new_null_array(columns[3].data_type(), good.num_rows());
     let fields: Vec<_> = columns.iter().zip(["row", "p", "q", "event_timestamp"]).collect();
-    let no_time = RecordBatch::try_from_iter_with_nullable(fields.into_iter().map(|(c, n)| (n, c.clone(), true))).unwrap();
-    assert!(message(no_time).await.starts_with("spine column `event_timestamp` is null in 6 rows (the first is row 0)"));
+    let no_time =
+        RecordBatch::try_from_iter_with_nullable(fields.into_iter().map(|(c, n)| (n, c.clone(), true))).unwrap();
+    assert!(
+        message(no_time).await.starts_with("spine column `event_timestamp` is null in 6 rows (the first is row 0)")
+    );
 }
 
 #[tokio::test]

@@ -108,7 +108,8 @@ impl<'p> Windows<'p> {
                 }
             }
         }
-        let values = columns.iter().zip(self.outputs).map(|(c, output)| Value::to_array(c, &output.feature_type)).collect();
+        let values =
+            columns.iter().zip(self.outputs).map(|(c, output)| Value::to_array(c, &output.feature_type)).collect();
         ViewAnswer { values, statuses: vec![Status::Present; spine_rows], event_times: vec![None; spine_rows] }
     }
 }

@@ -56,8 +56,7 @@ fn events(random: &mut Random, n: u64, step: Micros) -> Vec<WindowEvent> {
                 3 => Value::Float64(-1e300),
                 other => Value::Float64(other as f64 / 10.0),
             };
-            let inputs =
-                vec![Value::Bool(true), float.clone(), float, Value::Int64(random.below(1_000) as i64)];
+            let inputs = vec![Value::Bool(true), float.clone(), float, Value::Int64(random.below(1_000) as i64)];
             WindowEvent { times, inputs }
         })
         .collect()
