@@ -1,3 +1,4 @@
 //! Whole servers, as users meet them.
 
 mod audit;
+mod process;
