@@ -14,7 +14,7 @@ use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_client::FlightServiceClient;
 use feature_defs::catalog::{Files, Settings, SourceFile};
 use feature_defs::parse::parse_settings;
-use feature_defs::plan::{Plan, SourceKind, SourceSchemas, compile_definitions, read_definitions};
+use feature_defs::plan::{Plan, SourceSchemas, compile_definitions, read_definitions};
 use feature_defs::time::Micros;
 use futures::{StreamExt, TryStreamExt};
 use gateway::config::ServeOptions;
@@ -251,7 +251,7 @@ pub mod column {
             }
         }
         let filled = values.iter().map(|value| value.clone().unwrap_or_default()).collect();
-        Column { name: name.into(), validity: validity.into(), values: Some(make(filled)) }
+        Column { name: name.into(), validity, values: Some(make(filled)) }
     }
 
     pub fn strings(name: &str, values: &[Option<&str>]) -> Column {

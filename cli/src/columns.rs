@@ -52,7 +52,7 @@ fn encode_all(name: &str, values: &[&Value], column_type: &Type) -> Column {
         }
         Type::Binary => {
             let bytes = |value: &&Value| if let Value::Binary(x) = value { x.to_vec() } else { Vec::new() };
-            Values::Binaries(BinaryValues { values: values.iter().map(|value| bytes(value)).collect() })
+            Values::Binaries(BinaryValues { values: values.iter().map(bytes).collect() })
         }
         Type::Decimal { precision, scale } => {
             let number = |value: &&Value| if let Value::Decimal(x) = value { *x } else { 0 };

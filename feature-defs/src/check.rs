@@ -500,7 +500,7 @@ impl<'a> Checker<'a> {
         }
         for (level, seconds) in LEVELS {
             let level_micros = u128::from(seconds) * 1_000_000;
-            if level_micros % hop_micros != 0 && hop_micros % level_micros != 0 {
+            if !level_micros.is_multiple_of(hop_micros) && !hop_micros.is_multiple_of(level_micros) {
                 let message = format!("the hop neither divides {level} nor is a multiple of it");
                 let diagnostic = Diagnostic::error(message, span);
                 self.report(diagnostic.help("hops divide each other: use 1m, 5m, 10m, 15m, 30m, 1h, 2h, 6h or 1d"));

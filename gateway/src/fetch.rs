@@ -321,11 +321,14 @@ impl Answers {
     }
 }
 
+/// The features of one entity, shared by all rows that ask for it.
+type Values = Arc<[Value]>;
+
 /// What one row of one view is.
 struct Cell {
     status: Status,
     reason: Option<Reason>,
-    values: Option<Arc<[Value]>>,
+    values: Option<Values>,
     event_time: Option<Micros>,
     position: Option<Position>,
 }
@@ -390,7 +393,7 @@ impl Input<'_> {
     ) -> Vec<Cell> {
         let ViewPlanKind::AsOf { max_age, .. } = &self.view.kind else { return Vec::new() };
         let types = self.view.row_types();
-        let mut decoded: HashMap<usize, Decoded<(Row, Arc<[Value]>)>> = HashMap::new();
+        let mut decoded: HashMap<usize, Decoded<(Row, Values)>> = HashMap::new();
         let mut cells = Vec::with_capacity(at.len());
         for (slot, t) in self.slots.iter().zip(at) {
             // A null in a key matches nothing, whatever the store would say.
@@ -460,9 +463,9 @@ impl Input<'_> {
         outputs: &[(usize, Window)],
         at: &[Micros],
     ) -> Vec<Cell> {
-        let empty: Option<Arc<[Value]>> = layout.read(&Tiles::default(), outputs, 0).ok().map(|values| values.into());
+        let empty: Option<Values> = layout.read(&Tiles::default(), outputs, 0).ok().map(|values| values.into());
         let mut decoded: HashMap<usize, Decoded<Tiles>> = HashMap::new();
-        let mut values: HashMap<(usize, Micros), Result<Arc<[Value]>, AtBeforeStore>> = HashMap::new();
+        let mut values: HashMap<(usize, Micros), Result<Values, AtBeforeStore>> = HashMap::new();
         let mut cells = Vec::with_capacity(at.len());
         for (slot, t) in self.slots.iter().zip(at) {
             let Some(slot) = slot else {

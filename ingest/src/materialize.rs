@@ -160,11 +160,13 @@ struct Target {
     from: Option<Micros>,
 }
 
+/// By target and entity, with the number of new rows.
+type Changes = HashMap<(usize, Box<[u8]>), (EntityChange, u32)>;
+
 /// New rows of one part of the entities.
 #[derive(Default)]
 struct Collected {
-    /// By target and entity, with the number of new rows.
-    entities: HashMap<(usize, Box<[u8]>), (EntityChange, u32)>,
+    entities: Changes,
     rows: usize,
     /// Rows in memory: one per entity of an as-of view, all of them of windows.
     held: usize,

@@ -124,7 +124,7 @@ impl Sources {
         let url = self.url(pattern)?;
         let bad = |error: DataFusionError| SourceError::BadPattern { pattern: pattern.into(), what: error.to_string() };
         let state = self.context.state();
-        let store = self.context.runtime_env().object_store(&url.object_store()).map_err(bad)?;
+        let store = self.context.runtime_env().object_store(url.object_store()).map_err(bad)?;
         let none = || SourceError::NoFiles { pattern: pattern.into(), folder: self.folder.display().to_string() };
         let listed: Result<Vec<ObjectMeta>, DataFusionError> = if url.is_collection() || url.get_glob().is_some() {
             match url.list_all_files(&state, store.as_ref(), "").await {

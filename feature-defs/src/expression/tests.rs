@@ -1027,10 +1027,10 @@ proptest::proptest! {
         "SELECT", "::", "||", "ü", "\n", "--", "/*", "$1", "?", "{", "}", ";", "->", "OVER", "at", "DATE", "ARRAY", "MAP", "STRUCT", "EXISTS", "ANY", "TRIM", "POSITION",
     ]), 0..14)) {
         let text = words.join(" ");
-        if let Err(error) = Expression::compile(&text, &environment(), None) {
-            if let Some((start, end)) = error.offset {
-                proptest::prop_assert!(text.get(start..end).is_some(), "{text}: {error:?}");
-            }
+        if let Err(error) = Expression::compile(&text, &environment(), None)
+            && let Some((start, end)) = error.offset
+        {
+            proptest::prop_assert!(text.get(start..end).is_some(), "{text}: {error:?}");
         }
     }
 }

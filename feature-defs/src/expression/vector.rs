@@ -8,7 +8,7 @@ use arrow::datatypes::{DataType as ArrowType, Float32Type, Float64Type, Int64Typ
 use super::call::{Argument, Body};
 use crate::value::canonical_f64;
 
-fn elements<'a>(argument: &'a Argument, i: usize) -> Option<&'a [f32]> {
+fn elements(argument: &Argument, i: usize) -> Option<&[f32]> {
     let array = argument.array.as_fixed_size_list();
     let row = argument.row(i);
     let start = usize::try_from(array.value_offset(row)).ok()?;
@@ -42,7 +42,8 @@ pub(super) fn function(name: &str) -> Option<Arc<Body>> {
 /// `x[i]` of a list or vector (from 1; from the end when negative; null outside) or `m['key']` of a map.
 pub(super) fn element(of: &ArrowType) -> Option<(Arc<Body>, ArrowType)> {
     // Each finds where the element lies in the child array; taking them is the same for all.
-    let (find, output): (fn(&Argument, &Argument, usize) -> Option<usize>, ArrowType) = match of {
+    type Find = fn(&Argument, &Argument, usize) -> Option<usize>;
+    let (find, output): (Find, ArrowType) = match of {
         ArrowType::List(field) => (
             |list, index, i| {
                 let array = list.array.as_list::<i32>();

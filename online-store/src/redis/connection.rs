@@ -147,7 +147,7 @@ fn check_info(info: &str) -> Result<(), String> {
     };
     let version = field("redis_version");
     let major: Option<u32> = version.split('.').next().and_then(|major| major.parse().ok());
-    if !major.is_some_and(|major| major >= 7) {
+    if major.is_none_or(|major| major < 7) {
         return Err(format!("it is Redis {version}, and functions need version 7 or later; upgrade it"));
     }
     if field("redis_mode") == "cluster" {
