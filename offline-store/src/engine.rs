@@ -7,7 +7,6 @@ use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt8Array};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimestampMicrosecondType};
 use datafusion::datasource::MemTable;
-use datafusion::datasource::file_format::parquet::ParquetFormat;
 use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig};
 use datafusion::error::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
@@ -29,7 +28,7 @@ use crate::dataset::Manifest;
 use crate::history::{History, POSITION_TIME, SEQUENCE};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
 use crate::point_in_time::{EVENT_TIMESTAMP, PitJoin, exec, position_columns};
-use crate::source::{SourceError, Sources, file_url};
+use crate::source::{SourceError, Sources, file_url, plain_parquet};
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -217,7 +216,7 @@ impl Engine {
         let mut config = SessionConfig::new().with_target_partitions(1);
         config.options_mut().execution.parquet.schema_force_view_types = false;
         let context = SessionContext::new_with_config_rt(config, self.runtime.clone());
-        let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
+        let options = ListingOptions::new(Arc::new(plain_parquet())).with_file_extension("");
         let config = ListingTableConfig::new_with_multi_paths(urls).with_listing_options(options);
         let config = config.infer_schema(&context.state()).await.map_err(run)?;
         let table = ListingTable::try_new(config).map_err(run)?;
@@ -270,7 +269,7 @@ impl Engine {
             let empty = MemTable::try_new(schema.clone(), vec![vec![]]).map_err(run)?;
             context.read_table(Arc::new(empty)).map_err(run)?
         } else {
-            let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
+            let options = ListingOptions::new(Arc::new(plain_parquet())).with_file_extension("");
             let config = ListingTableConfig::new_with_multi_paths(urls)
                 .with_listing_options(options)
                 .with_schema(schema.clone());

@@ -88,7 +88,7 @@ impl Format {
 
     fn open(self) -> Arc<dyn FileFormat> {
         match self {
-            Format::Parquet => Arc::new(ParquetFormat::default()),
+            Format::Parquet => Arc::new(plain_parquet()),
             Format::Csv => Arc::new(CsvFormat::default().with_has_header(true)),
             Format::Json => Arc::new(JsonFormat::default()),
         }
@@ -270,6 +270,11 @@ impl Sources {
         let whole = Path::new("/").join(path.as_ref());
         whole.strip_prefix(&self.folder).unwrap_or(&whole).display().to_string()
     }
+}
+
+/// Parquet whose strings are read as plain strings, as they were written.
+pub(crate) fn plain_parquet() -> ParquetFormat {
+    ParquetFormat::default().with_force_view_types(false)
 }
 
 /// The URL of one object. Percent signs in object paths are doubled by URL encoding, as DataFusion expects.

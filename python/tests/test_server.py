@@ -331,8 +331,9 @@ def test_a_model_that_does_not_fit(client):
     with pytest.raises(coeval.CoevalError, match="dense"):
         registered = client.register_model("buys", scripted(5))
         client.deploy_model("buys", registered.version)
-    with pytest.raises(coeval.CoevalError):
-        client.register_model("buys", b"no model at all")
+    with pytest.raises(coeval.CoevalError, match="buys"):
+        registered = client.register_model("buys", b"no model at all")
+        client.deploy_model("buys", registered.version)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 //! `coeval init`: a small project that validates as it stands.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -66,6 +66,9 @@ const IGNORED: &str = ".coeval/\n";
 
 #[derive(Debug, clap::Args)]
 pub struct InitArguments {
+    /// The folder to make; without it, the project's folder
+    #[arg(value_name = "FOLDER")]
+    folder: Option<PathBuf>,
     /// The project's name; without it, the name of the folder
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -78,7 +81,7 @@ struct Started {
 }
 
 pub fn run(place: &Place, arguments: &InitArguments, output: &Output) -> Result<(), CliError> {
-    let folder = &place.folder;
+    let folder = &arguments.folder.as_ref().map_or_else(|| place.folder.clone(), |folder| place.folder.join(folder));
     let failed = |path: &Path| {
         let what = format!("could not write {}", path.display());
         move |source| CliError::Io { what, source }
@@ -104,7 +107,7 @@ pub fn run(place: &Place, arguments: &InitArguments, output: &Output) -> Result<
     if let Some((present, _)) = files.iter().find(|(path, _)| *path != ".gitignore" && folder.join(path).exists()) {
         let path = folder.join(present);
         return Err(CliError::Failed(format!(
-            "{} is there already; name another folder with `-C DIR`",
+            "{} is there already; name another folder: `coeval init FOLDER`",
             path.display()
         )));
     }

@@ -357,7 +357,7 @@ class Client:
             for start in range(0, len(content), MODEL_CHUNK_BYTES):
                 yield control_pb2.RegisterModelRequest(chunk=content[start : start + MODEL_CHUNK_BYTES])
 
-        # The server loads and checks the file before it answers.
+        # A large file takes a while to send; the server loads it when it is deployed.
         answer = self._call(self._control.RegisterModel, parts(), timeout=max(self._timeout, 300.0))
         return Registered(answer.version, answer.digest, answer.existed)
 
