@@ -6,6 +6,7 @@
 
 use std::cmp::Ordering;
 
+use crate::catalog;
 use crate::time::{Micros, Position, STATIC, Status};
 use crate::value::{Value, encode_row};
 
@@ -27,8 +28,9 @@ pub enum Visibility {
     EventTime,
     /// What had arrived by t.
     Ingested,
-    /// Known at t, and applied at this position: what a server that had applied exactly so much could have seen.
-    AsKnown(Position),
+    /// Applied at this position, under the source's own rule: what a server that had applied exactly so much could have
+    /// seen.
+    AsKnown(Position, catalog::Visibility),
 }
 
 impl Visibility {
@@ -37,7 +39,14 @@ impl Visibility {
             Visibility::Known => times.known_time <= t,
             Visibility::EventTime => true,
             Visibility::Ingested => times.position.time <= t,
-            Visibility::AsKnown(position) => times.known_time <= t && times.position <= *position,
+            Visibility::AsKnown(position, rule) => {
+                let rule = match rule {
+                    catalog::Visibility::Known => Visibility::Known,
+                    catalog::Visibility::EventTime => Visibility::EventTime,
+                    catalog::Visibility::Ingested => Visibility::Ingested,
+                };
+                times.position <= *position && rule.admits(times, t)
+            }
         }
     }
 }

@@ -153,6 +153,7 @@ impl From<IngestError> for EventsError {
             | E::HistoryAfterLive { .. }
             | E::ImportTooLarge { .. }
             | E::NoPlan
+            | E::ThroughInFuture { .. }
             | E::Rows(_)
             | E::Log(LogError::TooLarge { .. }) => EventsError::Invalid(error.to_string()),
             // What files hold is their owner's to mend, and the text says which.

@@ -510,8 +510,12 @@ impl Input<'_> {
     ) -> Result<Arc<[Value]>, AtBeforeStore> {
         // Tiles count what was known. Where a source asks for another condition, they agree with it only once
         // everything in them was known.
-        let other = self.view.source.visibility != Visibility::Known;
-        if other && tiles.tiles.values().any(|tile| tile.known_time_max > t) {
+        let exact = match self.view.source.visibility {
+            Visibility::Known => true,
+            Visibility::EventTime => tiles.tiles.values().all(|tile| tile.known_time_max <= t),
+            Visibility::Ingested => tiles.position.is_none_or(|position| position.time <= t),
+        };
+        if !exact {
             return Err(AtBeforeStore);
         }
         Ok(layout.read(tiles, outputs, t)?.into())

@@ -22,7 +22,7 @@ use online_store::Write;
 
 use crate::apply::{StreamState, apply_rows};
 use crate::log::Log;
-use crate::push::TIME_MAX;
+use crate::push::in_range;
 use crate::write::ViewWriter;
 use crate::{IngestError, Inner, Phase, Stream, dead_letter, lock};
 
@@ -117,7 +117,7 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
     for writer in &writers {
         inner.set_phase(&writer.generation, Phase::Ready);
     }
-    state.building.retain(|writer| !writers.iter().any(|done| done.generation == writer.generation));
+    state.building.retain(|writer| !writers.iter().any(|done| Arc::ptr_eq(done, writer)));
     state.live.extend(writers);
     inner.remember_wanted(&stream.name, &state).await?;
     stream.set_build_trouble(None);
@@ -127,7 +127,7 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
 }
 
 fn still_wanted(wanted: &[Arc<ViewWriter>], state: &StreamState) -> Vec<Arc<ViewWriter>> {
-    let is_building = |writer: &&Arc<ViewWriter>| state.building.iter().any(|b| b.generation == writer.generation);
+    let is_building = |writer: &&Arc<ViewWriter>| state.building.iter().any(|known| Arc::ptr_eq(known, writer));
     wanted.iter().filter(is_building).cloned().collect()
 }
 
@@ -321,7 +321,9 @@ impl Prior {
             return Ok(Prior { batch: whole, positions: Vec::new(), skipped: 0 });
         }
         let times = plan.times(&whole, None)?;
-        let usable = |row: &u32| times[*row as usize].is_some_and(|times| times.event_time.abs() <= TIME_MAX);
+        let usable = |row: &u32| {
+            times[*row as usize].is_some_and(|times| in_range(times.event_time) && in_range(times.known_time))
+        };
         let mut rows: Vec<u32> = (0..whole.num_rows() as u32).filter(usable).collect();
         let event_time = |row: u32| times[row as usize].map_or(Micros::MIN, |times| times.event_time);
         rows.sort_by_key(|row| event_time(*row));

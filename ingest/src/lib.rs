@@ -161,6 +161,10 @@ pub enum IngestError {
     History(#[from] HistoryError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(
+        "rows cannot be made visible through {through}, which is after the server's clock, {now}: rows that arrive until then would be left out for good; say `--through now`"
+    )]
+    ThroughInFuture { through: String, now: String },
     #[error("the files of `{source_name}` could not be read: {what}")]
     Scan { source_name: String, what: String },
     #[error("dead letters could not be written to the object store; it is tried again")]
@@ -308,6 +312,8 @@ pub(crate) struct Inner {
     /// Records found when the log was opened, until their source is adopted.
     found: Mutex<BTreeMap<Arc<str>, Vec<RecordRef>>>,
     plan: Mutex<Option<Arc<Plan>>>,
+    /// Views of earlier definitions that go on being written.
+    pinned: Mutex<Vec<Arc<ViewPlan>>>,
     phases: Mutex<BTreeMap<Generation, Phase>>,
     /// One adoption at a time.
     adopting: tokio::sync::Mutex<()>,
@@ -361,6 +367,7 @@ impl Ingest {
             streams: Mutex::default(),
             found: Mutex::new(found),
             plan: Mutex::default(),
+            pinned: Mutex::default(),
             phases: Mutex::default(),
             adopting: tokio::sync::Mutex::default(),
             materializing: tokio::sync::Mutex::default(),
@@ -411,6 +418,7 @@ impl Ingest {
             }
         }
         *lock(&self.inner.plan) = Some(plan);
+        *lock(&self.inner.pinned) = pinned.to_vec();
         if !static_sources.is_empty() {
             let inner = self.inner.clone();
             self.inner.spawn(async move { materialize::load_static(&inner, static_sources).await });
@@ -535,6 +543,10 @@ impl Inner {
 
     pub fn plan(&self) -> Option<Arc<Plan>> {
         lock(&self.plan).clone()
+    }
+
+    pub fn pinned(&self) -> Vec<Arc<ViewPlan>> {
+        lock(&self.pinned).clone()
     }
 
     pub fn set_phase(&self, generation: &Generation, phase: Phase) {
@@ -705,7 +717,9 @@ impl Inner {
                 if !matches!(self.phase(&writer.generation), Some(Phase::Building { .. })) {
                     self.set_phase(&writer.generation, Phase::Building { rows: 0 });
                 }
-                building.push(writer);
+                // A build under way goes on only for the very same writer: one that was dropped meanwhile starts anew.
+                let same = state.building.iter().find(|known| known.generation == writer.generation).cloned();
+                building.push(same.unwrap_or(writer));
             }
         }
         let is_wanted = |generation: &Generation| live.iter().chain(&building).any(|w| w.generation == *generation);
@@ -738,6 +752,8 @@ impl Inner {
     /// Views over files are filled by materialization; generations that nobody wants any more go. True: some of those
     /// wanted are not ready.
     async fn adopt_file_views(&self, source: &str, writers: &[Arc<ViewWriter>]) -> Result<bool, IngestError> {
+        // A run under way would go on writing what is removed here, and call it complete in the end.
+        let _none_runs = self.materializing.lock().await;
         let online = &self.options.online;
         let mut reads = vec![Read::Fact(self.wanted_fact(source))];
         reads.extend(writers.iter().map(|writer| Read::Fact(writer.generation.ready_fact())));

@@ -112,6 +112,21 @@ pub(crate) async fn materialize(
     if names.is_empty() {
         sources.extend(plan.sources.iter().filter(|source| !source.is_stream()).cloned());
     }
+    let now = (inner.options.clock)();
+    if through > now {
+        let shown = |time: Micros| {
+            let time = chrono::DateTime::from_timestamp_micros(time);
+            time.map_or_else(|| "the far future".to_owned(), |time| time.to_rfc3339())
+        };
+        return Err(IngestError::ThroughInFuture { through: shown(through), now: shown(now) });
+    }
+    // A view of earlier definitions is filled from its own source, as it was then.
+    for view in inner.pinned() {
+        let named = sources.iter().any(|source| source.name == view.source.name);
+        if named && !sources.iter().any(|source| source.digest == view.source.digest) {
+            sources.push(view.source.clone());
+        }
+    }
     for source in sources {
         let _one = inner.materializing.lock().await;
         let mut run = Run::new(inner, source, through, mode, Some(&progress));
@@ -212,9 +227,14 @@ impl<'a> Run<'a> {
 
     async fn run(&mut self) -> Result<(), IngestError> {
         let Some(plan) = self.inner.plan() else { return Err(IngestError::NoPlan) };
-        let views = plan.views.iter().filter(|view| view.source.name == self.source.name && !view.is_offline_only());
-        let writers: Vec<Arc<ViewWriter>> =
+        let pinned = self.inner.pinned();
+        let views = plan.views.iter().chain(&pinned).filter(|view| {
+            view.source.name == self.source.name && view.source.digest == self.source.digest && !view.is_offline_only()
+        });
+        let mut writers: Vec<Arc<ViewWriter>> =
             views.map(|view| Arc::new(ViewWriter::new(&self.inner.options.project, view.clone()))).collect();
+        writers.sort_by(|a, b| a.generation.cmp(&b.generation));
+        writers.dedup_by(|a, b| a.generation == b.generation);
         let files = match &self.source.kind {
             SourceKind::Static { pattern } => self.inner.options.sources.fingerprint(pattern).await?,
             _ => String::new(),

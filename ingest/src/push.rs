@@ -16,7 +16,12 @@ use crate::log::{Appended, Log};
 use crate::{IngestError, Inner, Pushed, Stream, Wait, lock};
 
 /// Event times beyond the years 0 to 9999 or so are mistakes, and would overflow sums of times.
-pub(crate) const TIME_MAX: Micros = 253_402_300_799_999_999;
+const TIME_MAX: Micros = 253_402_300_799_999_999;
+
+/// The least i64, which other programs use for "no time", is far outside as well.
+pub(crate) fn in_range(time: Micros) -> bool {
+    (-TIME_MAX..=TIME_MAX).contains(&time)
+}
 
 /// What a push is judged by. Locked for the short time in which duplicates are found and the record is appended.
 pub(crate) struct Intake {
@@ -166,7 +171,7 @@ fn check(intake: &Intake, batch: &RecordBatch) -> Result<Checked, IngestError> {
     for (row, times) in times.iter().enumerate() {
         let reason = match times {
             None => format!("`{event_time}` is null"),
-            Some(times) if times.event_time.abs() > TIME_MAX || times.known_time.abs() > TIME_MAX => {
+            Some(times) if !in_range(times.event_time) || !in_range(times.known_time) => {
                 format!("`{event_time}` is outside the years 0 to 9999")
             }
             Some(times) => {

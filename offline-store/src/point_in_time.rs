@@ -62,7 +62,7 @@ fn visible_from(rule: catalog::Visibility, times: &Times) -> Micros {
 /// What a reader of one spine row may see, for the paths that ask row by row.
 fn reader(rule: catalog::Visibility, applied: Option<Position>) -> Visibility {
     match (applied, rule) {
-        (Some(position), _) => Visibility::AsKnown(position),
+        (Some(position), rule) => Visibility::AsKnown(position, rule),
         (None, catalog::Visibility::Known) => Visibility::Known,
         (None, catalog::Visibility::EventTime) => Visibility::EventTime,
         (None, catalog::Visibility::Ingested) => Visibility::Ingested,

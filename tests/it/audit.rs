@@ -12,6 +12,7 @@ use feature_defs::time::{Micros, Status};
 use feature_defs::value::{Type, Value};
 use feature_defs::window::{DAY, HOUR, MINUTE, SECOND};
 use gateway::convert;
+use online_store::conformance::redis_server::RedisServer;
 use proto::v1;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -22,10 +23,9 @@ use tests::{ManualClock, Project, Server};
 
 const T0: Micros = 1_700_000_000 * SECOND;
 
-fn settings(request_time: &str) -> String {
+fn settings(request_time: &str, online: &str) -> String {
     format!(
-        "project: audit\nserve: {{grpc: 127.0.0.1:0, http: 127.0.0.1:0, request_time: {request_time}}}\n{}",
-        std::env::var("COEVAL_TEST_ONLINE").map(|online| format!("online: {online}\n")).unwrap_or_default()
+        "project: audit\nonline: {online}\nserve: {{grpc: 127.0.0.1:0, http: 127.0.0.1:0, request_time: {request_time}}}\n"
     )
 }
 
@@ -262,7 +262,25 @@ fn decode(column: &v1::Column, rows: usize) -> (ArrayRef, Type) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn served_values_are_the_replayed_ones_under_the_servers_clock() {
-    let project = Project::new(&settings("refused"), DEFINITIONS).unwrap();
+    under_the_servers_clock("embedded").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn served_values_are_the_replayed_ones_at_request_times() {
+    at_request_times("embedded").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_holds_on_redis() {
+    let folder = tempfile::tempdir().unwrap();
+    // Says itself that it is skipped where there is no redis-server.
+    let Some(redis) = RedisServer::start(folder.path()) else { return };
+    under_the_servers_clock(&format!("{}/0", redis.url())).await;
+    at_request_times(&format!("{}/1", redis.url())).await;
+}
+
+async fn under_the_servers_clock(online: &str) {
+    let project = Project::new(&settings("refused", online), DEFINITIONS).unwrap();
     project.apply().await.unwrap();
     let clock = ManualClock::at(T0);
     let server = Server::start(&project, &clock, None).await.unwrap();
@@ -299,9 +317,8 @@ async fn served_values_are_the_replayed_ones_under_the_servers_clock() {
     server.stop().await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn served_values_are_the_replayed_ones_at_request_times() {
-    let project = Project::new(&settings("allowed"), DEFINITIONS).unwrap();
+async fn at_request_times(online: &str) {
+    let project = Project::new(&settings("allowed", online), DEFINITIONS).unwrap();
     project.apply().await.unwrap();
     // The server's clock is days past the events, as in every replay.
     let clock = ManualClock::at(T0 + 30 * DAY);

@@ -225,6 +225,11 @@ impl Compiler<'_> {
         digest.add("delay", clock.delay);
         digest.add("every", clock.every);
         digest.maybe("deleted", deleted.as_ref().map(Expression::canonical_text));
+        deleted.iter().for_each(|deleted| self.add_vocabularies(&mut digest, deleted));
+        if let SourceKind::Files { pattern } = &kind {
+            // Other files are other rows: what was materialized from the old ones answers for nothing.
+            digest.add("files", pattern);
+        }
         Some(SourcePlan {
             name: source.name.as_str().into(),
             kind,
@@ -313,6 +318,7 @@ impl Compiler<'_> {
             storage.add("key_column", &key.column);
         }
         storage.maybe("where", filter.as_ref().map(Expression::canonical_text));
+        filter.iter().for_each(|filter| self.add_vocabularies(&mut storage, filter));
         match &kind {
             ViewPlanKind::AsOf { features, .. } => {
                 for feature in features {
@@ -327,6 +333,8 @@ impl Compiler<'_> {
                     storage.maybe("of", aggregate.of.as_ref().map(Expression::canonical_text));
                     storage.maybe("input", aggregate.aggregate.input());
                     storage.maybe("where", aggregate.filter.as_ref().map(Expression::canonical_text));
+                    let reads = aggregate.of.iter().chain(&aggregate.filter);
+                    reads.for_each(|expression| self.add_vocabularies(&mut storage, expression));
                 }
                 // Windows decide which tiles are kept, and with them what can be read.
                 windows.iter().for_each(|window| storage.add("window", format!("{}/{:?}", window.length, window.hop)));
@@ -654,8 +662,10 @@ impl Compiler<'_> {
         for feature in &post {
             digest.add("post", &feature.name);
             digest.add("expression", feature.expression.canonical_text());
+            self.add_vocabularies(&mut digest, &feature.expression);
         }
         digest.maybe("decision", decision.as_ref().map(Expression::canonical_text));
+        decision.iter().for_each(|decision| self.add_vocabularies(&mut digest, decision));
         Some(ModelPlan {
             name: model.name.as_str().into(),
             service,
@@ -798,9 +808,7 @@ impl<'c, 'a> ServiceBuilder<'c, 'a> {
     fn declare_inputs(&mut self, transform: &catalog::Transform, depth: usize) {
         for input in &transform.inputs {
             match input {
-                Input::View(view) => {
-                    self.declared.entry(view.address().value.clone()).or_insert_with(|| view.clone());
-                }
+                Input::View(view) => self.declare_input(transform, view),
                 Input::Name(name) => {
                     // Depth is bounded by the number of transforms unless there is a cycle.
                     if let Some(inner) = self.compiler.catalog.transform(name)
@@ -809,6 +817,30 @@ impl<'c, 'a> ServiceBuilder<'c, 'a> {
                         self.declare_inputs(inner, depth + 1);
                     }
                 }
+            }
+        }
+    }
+
+    /// One name means one view under one set of keys throughout a service: a transform that meant another would silently
+    /// read the first.
+    fn declare_input(&mut self, transform: &catalog::Transform, view: &ViewInput) {
+        let keys = |input: &ViewInput| {
+            let pairs = input.keys.iter().map(|(name, column)| (name.value.clone(), column.value.clone()));
+            pairs.collect::<BTreeMap<String, String>>()
+        };
+        let address = view.address();
+        match self.declared.get(address.as_str()) {
+            Some(first) if first.view != view.view || keys(first) != keys(view) => {
+                let message = format!(
+                    "transform `{}` reads `{}` as something else than another part of the same service does",
+                    *transform.name, **address
+                );
+                let diagnostic = Diagnostic::error(message, address.span);
+                self.compiler.report::<()>(diagnostic.help("give one of them a name of its own with `as`"));
+            }
+            Some(_) => {}
+            None => {
+                self.declared.insert(address.value.clone(), view.clone());
             }
         }
     }

@@ -71,5 +71,5 @@ fn late_known_events_are_not_seen_before_they_are_known() {
     assert_eq!(value(T, Visibility::EventTime), Value::Int64(2));
     assert_eq!(value(T + 1, Visibility::Known), Value::Int64(3));
     let position = Position { time: T - 10, sequence: 1 };
-    assert_eq!(value(T + 1, Visibility::AsKnown(position)), Value::Int64(1));
+    assert_eq!(value(T + 1, Visibility::AsKnown(position, crate::catalog::Visibility::Known)), Value::Int64(1));
 }

@@ -34,6 +34,8 @@ feature_views:
 "#;
 
 async fn materialize(world: &World, names: &[&str], through: i64, mode: Mode) -> Result<Vec<Progress>, IngestError> {
+    // Nothing is made visible before its time: the clock is there already.
+    world.set_clock(world.now().max(through));
     let (progress, mut messages) = tokio::sync::mpsc::channel(1_000);
     let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
     world.ingest().materialize(&names, through, mode, progress).await?;
@@ -96,6 +98,10 @@ async fn runs_take_what_became_known_and_a_dry_run_only_counts() {
     assert_eq!(messages.last().unwrap().stage, Stage::Skipped);
     let message = messages.last().unwrap().message.clone().unwrap();
     assert!(message.starts_with("already materialized through 2023-11-15T01:00:00"), "{message}");
+    let (progress, _messages) = tokio::sync::mpsc::channel(1_000);
+    let future = world.now() + 1;
+    let error = world.ingest().materialize(&[], future, Mode::Apply, progress).await.unwrap_err();
+    assert!(matches!(error, IngestError::ThroughInFuture { .. }), "{error}");
     let error = materialize(&world, &["price"], T0, Mode::Apply).await.unwrap_err();
     assert_eq!(error.to_string(), "there is no source `price` to materialize; the sources of files are: prices, shops");
     world.stop().await;

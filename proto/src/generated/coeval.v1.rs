@@ -138,7 +138,7 @@ pub struct VectorValues {
     pub values: ::prost::alloc::vec::Vec<f32>,
 }
 /// A point in the order in which events are applied: an event becomes visible at `time`, ties go by log sequence.
-/// For file sources `time` is the materialization's known-through time and `sequence` is 0.
+/// What was read of a file source carries the known-through time of the materialization that wrote it, and sequence 0.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Position {
     /// Microseconds since 1970-01-01T00:00:00Z.
