@@ -120,6 +120,19 @@ fn errors_point_at_the_place_and_name_the_nearest() {
 }
 
 #[test]
+fn one_name_means_one_view_under_one_set_of_keys() {
+    // The service reads `last` under its own key; the transform means another one by the same name.
+    check_error(
+        "features: [{view: last, as: mine, keys: {shop: my_shop}}, ",
+        "features: [{view: last, as: mine, keys: {shop: her_shop}}, ",
+        &[
+            "transform `t` reads `mine` as something else than another part of the same service does",
+            "give one of them a name of its own with `as`",
+        ],
+    );
+}
+
+#[test]
 fn transforms_that_no_service_reads_are_checked_too() {
     let unread = "transforms:\n  - {name: u, inputs: [ask], features: [{name: x, expr: \"ask.nothing\"}]}\n";
     let wrong = compiled(&BASE.replacen("transforms:\n", unread, 1)).expect_err("it must not compile");
@@ -157,6 +170,18 @@ fn storage_digests_cover_stored_bytes_and_semantic_digests_values() {
     let changed = same("values: [a, b]", "values: [a, b, c]");
     assert_eq!((&changed.0, &changed.1), (&base.0, &base.1));
     assert_ne!(changed.2, base.2);
+    // Wherever an expression is read, its vocabulary is: in a view's own filter, and in an aggregate's.
+    for (from, to, view) in [
+        ("    ttl: 1h\n", "    ttl: 1h\n    where: \"vocab(shop, 'kinds') > 0\"\n", "last"),
+        ("where: \"items > 1\"", "where: \"vocab(shop, 'kinds') > 0\"", "load"),
+    ] {
+        assert!(BASE.contains(from));
+        let short = BASE.replacen(from, to, 1);
+        let long = short.replacen("values: [a, b]", "values: [a, b, c]", 1);
+        assert_ne!(digests(&short, view).0, digests(&long, view).0, "{to}");
+    }
+    // Other files are other rows.
+    assert_ne!(same("files: sales.parquet", "files: sales_v2.parquet").0, base.0);
     // Another view's change does not move this one.
     assert_eq!(same("of: amount, where", "of: items, where").0, base.0);
 }
