@@ -103,6 +103,8 @@ pub(crate) struct StreamState {
     unflushed: Vec<Positioned>,
     unflushed_rows: usize,
     unflushed_since: Option<Instant>,
+    /// After a flush that failed: when to try again.
+    flush_again_at: Option<Instant>,
     /// Rows per segment that the log may let go of after the next flush.
     release: BTreeMap<u64, u64>,
     retry_at: Option<Instant>,
@@ -131,6 +133,7 @@ impl StreamState {
             unflushed: Vec::new(),
             unflushed_rows: 0,
             unflushed_since: None,
+            flush_again_at: None,
             release: BTreeMap::new(),
             retry_at: None,
             retry_pause: RETRY_FIRST,
@@ -429,15 +432,39 @@ impl StreamState {
 
     async fn try_step(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, IngestError> {
         let old = self.unflushed_since.is_some_and(|since| since.elapsed() >= inner.options.flush_after);
-        if old || self.unflushed_rows >= FLUSH_ROWS {
+        let may = self.flush_again_at.is_none_or(|at| Instant::now() >= at);
+        if may && (old || self.unflushed_rows >= FLUSH_ROWS) {
             self.check_live(inner, stream).await?;
-            self.flush(inner).await?;
+            match self.flush(inner).await {
+                Ok(_) => {
+                    if self.flush_again_at.take().is_some() {
+                        tracing::info!(source = %stream.name, "history is written again");
+                        stream.set_trouble(None);
+                    }
+                }
+                // What answers online goes on: the events are in the log, and in memory up to a bound.
+                Err(error) => {
+                    let what = crate::error_chain(&error);
+                    if self.flush_again_at.is_none() {
+                        tracing::error!(source = %stream.name, error = what, "history cannot be written; events stay in the log, it is tried again");
+                    }
+                    stream.set_trouble(Some(what));
+                    self.flush_again_at = Some(Instant::now() + RETRY_LAST);
+                }
+            }
         }
         if self.unflushed_rows >= UNFLUSHED_ROWS_MAX {
             return Ok(false);
         }
         self.hold_waiting(&inner.log)?;
         self.apply_chunk(inner, stream).await
+    }
+
+    /// Until the next flush is due and may be tried.
+    fn flush_in(&self, flush_after: Duration) -> Option<Duration> {
+        let due = flush_after.saturating_sub(self.unflushed_since?.elapsed());
+        let allowed = self.flush_again_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
+        Some(due.max(allowed).max(Duration::from_millis(1)))
     }
 
     /// A store that lost its contents lost the facts too: such generations are built again from history.
@@ -525,9 +552,7 @@ pub(crate) async fn run(inner: Arc<Inner>, mut durable: tokio::sync::mpsc::Unbou
                 let micros = due.saturating_sub((inner.options.clock)()).max(0);
                 Duration::from_micros(micros as u64).clamp(Duration::from_millis(1), NAP)
             });
-            let until_flush = state
-                .unflushed_since
-                .map(|since| inner.options.flush_after.saturating_sub(since.elapsed()).max(Duration::from_millis(1)));
+            let until_flush = state.flush_in(inner.options.flush_after);
             nap = [nap, until_due, until_flush, state.retry_in()].into_iter().flatten().min();
         }
         if more {

@@ -359,3 +359,36 @@ fn generated(random: &mut SmallRng, now: i64, next_id: &mut u32) -> Sale {
         sold_at: Some(sold_at),
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn history_being_away_does_not_stop_what_answers_online() {
+    let mut world = World::new(STREAM).await;
+    world.stop().await;
+    let objects = world.folder.path().join("objects");
+    std::fs::create_dir(&objects).unwrap();
+    world.store = std::sync::Arc::new(object_store::local::LocalFileSystem::new_with_prefix(&objects).unwrap());
+    world.tune = |options| options.flush_after = Duration::from_millis(10);
+    world.open().await;
+    world.push(&[sale("a", 1.0, "1", T0)]).await;
+    world.ingest().flush().await.unwrap();
+
+    // Where the folder was is a file, so nothing below it can be written.
+    let history = objects.join("root/test/history");
+    let away = objects.join("away");
+    std::fs::rename(&history, &away).unwrap();
+    std::fs::write(&history, "in the way").unwrap();
+    for n in 2..6 {
+        let sales = [sale("a", 1.0, &n.to_string(), T0 + n)];
+        let pushed = tokio::time::timeout(Duration::from_secs(5), world.push(&sales)).await;
+        assert_eq!(pushed.expect("events go on becoming visible").accepted, 1);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    world.set_clock(T0 + MINUTE);
+    world.check_online().await;
+    assert!(world.ingest().flush().await.is_err(), "history really is away");
+
+    std::fs::remove_file(&history).unwrap();
+    std::fs::rename(&away, &history).unwrap();
+    world.ingest().flush().await.unwrap();
+    world.check_history().await;
+}
