@@ -1,7 +1,7 @@
 //! The engine: spine in, training set out.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt8Array};
 use arrow::compute::concat_batches;
@@ -27,7 +27,7 @@ use object_store::path::Path;
 use crate::dataset::Manifest;
 use crate::history::{History, POSITION_TIME, SEQUENCE};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
-use crate::point_in_time::{EVENT_TIMESTAMP, PitJoin, exec, position_columns};
+use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, SourceReport, exec, position_columns};
 use crate::source::{SourceError, Sources, file_url, plain_parquet};
 
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,7 @@ pub struct TrainingSetRequest {
     /// Add `<feature>__status` columns.
     pub statuses: bool,
     pub visibility: Option<Visibility>,
+    pub order: Order,
 }
 
 /// A training set on its way: the spine's columns, then the features.
@@ -88,6 +89,8 @@ pub struct TrainingSet {
     /// What the sources were, by name: for datasets.
     pub sources: Vec<(String, String)>,
     pub explain: String,
+    /// What known-at rules hid, by source; there when the stream has ended.
+    pub report: Arc<OnceLock<Vec<SourceReport>>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -132,7 +135,7 @@ impl Engine {
 
     /// Begins a training set. Everything wrong with the spine is found before the first row is computed.
     pub async fn training_set(&self, request: TrainingSetRequest) -> Result<TrainingSet, EngineError> {
-        let TrainingSetRequest { service, spine_schema, spine, statuses, visibility } = request;
+        let TrainingSetRequest { service, spine_schema, spine, statuses, visibility, order: _ } = request;
         let as_known = service
             .inputs
             .iter()
@@ -193,7 +196,7 @@ impl Engine {
             finish_batch(&join, &batch, &spine_schema, &stream_schema, statuses)
         });
         let stream: SendableRecordBatchStream = Box::pin(RecordBatchStreamAdapter::new(schema.clone(), stream));
-        Ok(TrainingSet { schema, stream, sources: fingerprints, explain })
+        Ok(TrainingSet { schema, stream, sources: fingerprints, explain, report: Arc::default() })
     }
 
     /// Streams a stored dataset, in its order.

@@ -139,6 +139,7 @@ impl Flight {
             spine: batches,
             statuses: command.statuses,
             visibility,
+            order: crate::point_in_time::Order::Spine,
         };
         let set = self.engine.training_set(request).await.map_err(|error| engine_status(&error))?;
         let schema = set.schema.clone();

@@ -35,6 +35,36 @@ pub struct PitJoin {
     pub as_known: bool,
 }
 
+/// The order in which rows of a training set come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Order {
+    /// As the spine's.
+    #[default]
+    Spine,
+    /// As they are ready, each with its place in the spine in the column [`ORDINAL`].
+    Any,
+}
+
+/// The column that says which spine row an answer belongs to, from 0, where rows come in any order.
+pub const ORDINAL: &str = "__ordinal";
+
+/// What a source's known-at rule did to one training set. A row is *hidden* when some spine row of its entity was late
+/// enough for the row's event time, but not for the time from which the row may be seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SourceReport {
+    pub source: String,
+    /// Rows that were read.
+    pub rows: u64,
+    /// Rows hidden from at least one spine row; each is counted once, under the last of the reasons that hid it.
+    pub hidden: u64,
+    pub hidden_by_created_time: u64,
+    pub hidden_by_delay: u64,
+    pub hidden_by_every: u64,
+    pub hidden_by_arrival: u64,
+    /// False where `visibility: event_time` let them through: the numbers then say what would have been hidden.
+    pub enforced: bool,
+}
+
 /// Name of the spine's time column.
 pub const EVENT_TIMESTAMP: &str = "event_timestamp";
 

@@ -247,6 +247,7 @@ async fn run(engine: &Engine, plan: &Plan, service: &str, spine: Vec<RecordBatch
             spine,
             statuses: true,
             visibility: None,
+            order: super::Order::Spine,
         })
         .await?;
     let schema = set.schema.clone();
