@@ -146,7 +146,7 @@ fn window_values(
             let mut state = aggregate.zero();
             for (event, range) in events.iter().zip(ranges) {
                 if range.contains(&slot) {
-                    aggregate.push(&mut state, &event.inputs[input]);
+                    aggregate.push(&mut state, &event.inputs[input], &event.times);
                 }
             }
             aggregate.finish(&state)
@@ -179,12 +179,12 @@ fn by_difference(
     let mut values = Vec::with_capacity(slots);
     for slot in 0..slots as u32 {
         while let Some((_, event)) = coming.next_if(|(at, _)| *at <= slot) {
-            aggregate.push(&mut state, &events[event as usize].inputs[input]);
+            aggregate.push(&mut state, &events[event as usize].inputs[input], &events[event as usize].times);
             last = None;
         }
         while let Some((_, event)) = going.next_if(|(at, _)| *at <= slot) {
             let mut gone = aggregate.zero();
-            aggregate.push(&mut gone, &events[event as usize].inputs[input]);
+            aggregate.push(&mut gone, &events[event as usize].inputs[input], &events[event as usize].times);
             aggregate.unmerge(&mut state, &gone);
             last = None;
         }
@@ -206,12 +206,12 @@ fn by_ranges(
         let (mut low, mut high) = (range.start + slots, range.end + slots);
         while low < high {
             if low % 2 == 1 {
-                aggregate.push(&mut nodes[low], &event.inputs[input]);
+                aggregate.push(&mut nodes[low], &event.inputs[input], &event.times);
                 low += 1;
             }
             if high % 2 == 1 {
                 high -= 1;
-                aggregate.push(&mut nodes[high], &event.inputs[input]);
+                aggregate.push(&mut nodes[high], &event.inputs[input], &event.times);
             }
             low /= 2;
             high /= 2;
