@@ -208,8 +208,7 @@ impl Sources {
     /// Where the files of a source are, for whoever reads them row group by row group.
     pub fn locations(&self, files: &SourceFiles) -> Result<Vec<Location>, SourceError> {
         let store = self.context.runtime_env().object_store(&files.store);
-        let store =
-            store.map_err(|source| SourceError::Scan { name: files.store.as_str().to_owned(), source })?;
+        let store = store.map_err(|source| SourceError::Scan { name: files.store.as_str().to_owned(), source })?;
         let location = |file: &ObjectMeta| Location {
             store: store.clone(),
             path: file.location.clone(),

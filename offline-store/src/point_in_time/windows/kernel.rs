@@ -42,10 +42,7 @@ pub fn kind_of(aggregate: &ViewAggregate) -> Kind {
 
 /// Whether an aggregate's state depends on more of an event's times than that it is in the window.
 pub fn looks_at_times(aggregate: &Aggregate) -> bool {
-    !matches!(
-        aggregate.function(),
-        Function::Count | Function::Sum | Function::Mean | Function::Min | Function::Max
-    )
+    !matches!(aggregate.function(), Function::Count | Function::Sum | Function::Mean | Function::Min | Function::Max)
 }
 
 /// One column per output, in the order of `slots`, which belong to `groups`.
@@ -206,13 +203,7 @@ impl Task<'_> {
         Arc::new(self.by_difference(&cell).into_iter().collect::<Float64Array>())
     }
 
-    fn integer_sum(
-        &self,
-        aggregate: &Aggregate,
-        output: &WindowOutput,
-        column: &Column,
-        values: &[i64],
-    ) -> ArrayRef {
+    fn integer_sum(&self, aggregate: &Aggregate, output: &WindowOutput, column: &Column, values: &[i64]) -> ArrayRef {
         let found = self.by_difference(&IntegerSum { aggregate, column, values });
         Value::to_array(&found, &output.feature_type)
     }
