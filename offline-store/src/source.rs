@@ -39,6 +39,8 @@ use registry::store::{StoreError, Variables};
 use pattern::{Pattern, Place};
 use schema::Width;
 
+pub use parquet::FileReader;
+
 mod pattern;
 mod schema;
 
@@ -251,12 +253,6 @@ impl Sources {
         files.select(wanted.map(String::as_str))
     }
 
-    /// The columns of a source's files that the files do not agree about, among those named.
-    pub async fn check_drift(&self, pattern: &str, source: &SourcePlan, columns: &[String]) -> Result<(), SourceError> {
-        let files = self.open(pattern, &source.schema).await?;
-        files.select(columns.iter().map(String::as_str)).map(|_| ())
-    }
-
     /// Scans the named columns of a source's files as they are, in no particular order.
     pub async fn data_frame(&self, source: &SourcePlan, columns: &[String]) -> Result<DataFrame, SourceError> {
         let failed = |error: DataFusionError| SourceError::Scan { name: source.name.to_string(), source: error };
@@ -398,19 +394,20 @@ impl SourceFiles {
                 continue;
             }
             for field in file.schema.fields() {
-                let found = field.data_type();
+                let wanted = declared(field.name());
+                let found = match wanted {
+                    Some(wanted) if format.is_text() => schema::read_as(field.data_type(), wanted, format),
+                    _ => field.data_type().clone(),
+                };
                 let Some(&at) = places.get(field.name()) else {
                     places.insert(field.name().clone(), columns.len());
-                    columns.push(Column { name: field.name().clone(), data_type: found.clone(), first: index });
+                    columns.push(Column { name: field.name().clone(), data_type: found, first: index });
                     continue;
                 };
                 let column = &mut columns[at];
-                let wanted = declared(field.name());
-                column.data_type = match (schema::common(&column.data_type, found, width), wanted) {
-                    // Of text the declared type is the judge, and it judges each value.
-                    (_, Some(wanted)) if format.is_text() => wanted.arrow(),
+                column.data_type = match (schema::common(&column.data_type, &found, width), wanted) {
                     (Some(common), _) => common,
-                    (None, Some(wanted)) if [&column.data_type, found].iter().all(|t| schema::fits(t, wanted)) => {
+                    (None, Some(wanted)) if [&column.data_type, &found].iter().all(|t| schema::fits(t, wanted)) => {
                         wanted.arrow()
                     }
                     (None, _) => {
@@ -420,14 +417,6 @@ impl SourceFiles {
                         continue;
                     }
                 };
-            }
-        }
-        if format.is_text() {
-            for column in &mut columns {
-                if let Some(wanted) = declared(&column.name) {
-                    column.data_type = wanted.arrow();
-                    drifts.remove(&column.name);
-                }
             }
         }
         let in_files = columns.len();
@@ -523,6 +512,11 @@ impl SourceFiles {
     /// The footer of a Parquet file; damage is an error that names the file.
     pub async fn parquet_metadata(&self, file: usize) -> Result<ArrowReaderMetadata, SourceError> {
         parquet::metadata(&self.file(file)).await
+    }
+
+    /// For [`ArrowReaderMetadata`]'s readers: the bytes of a Parquet file.
+    pub fn parquet_reader(&self, file: usize) -> FileReader {
+        FileReader::new(&self.file(file))
     }
 
     /// An error of a reader of one of these files, with the file's name.

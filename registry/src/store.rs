@@ -84,6 +84,11 @@ pub fn open_store(url: &str) -> Result<(Arc<dyn ObjectStore>, Path), StoreError>
     Ok((Arc::new(SyncedFolder { files: Arc::new(files) }), Path::default()))
 }
 
+/// Whether `open_store` knows what the URL means, without opening anything.
+pub fn check_url(url: &str) -> Result<(), StoreError> {
+    if is_bucket(url) { bucket_and_path(url).map(|_| ()) } else { parse_folder(url).map(|_| ()) }
+}
+
 /// Whether a URL names a bucket that this build can open.
 pub fn is_bucket(url: &str) -> bool {
     matches!(url.split_once("://"), Some(("s3" | "s3a", _)))
@@ -99,13 +104,8 @@ pub fn variables() -> Variables {
 
 /// Opens a bucket as the variables say, and the path in it. Nothing is asked of the bucket yet.
 pub fn open_bucket(url: &str, variables: &Variables) -> Result<(Arc<dyn ObjectStore>, Path), StoreError> {
-    let no_bucket = || StoreError::NoBucket { url: url.to_owned() };
     let failed = |source| StoreError::Bucket { url: url.to_owned(), source: Box::new(source) };
-    let rest = url.strip_prefix("s3://").or_else(|| url.strip_prefix("s3a://")).ok_or_else(no_bucket)?;
-    let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
-    if bucket.is_empty() || bucket.contains(['?', '#', '@', ':']) {
-        return Err(no_bucket());
-    }
+    let (bucket, path) = bucket_and_path(url)?;
     let mut builder = AmazonS3Builder::new()
         .with_config(AmazonS3ConfigKey::Client(ClientConfigKey::ConnectTimeout), CONNECT_TIMEOUT)
         .with_config(AmazonS3ConfigKey::Client(ClientConfigKey::Timeout), REQUEST_TIMEOUT);
@@ -127,6 +127,16 @@ pub fn open_bucket(url: &str, variables: &Variables) -> Result<(Arc<dyn ObjectSt
     let store = builder.with_bucket_name(bucket).with_retry(retry).build().map_err(failed)?;
     let path = Path::parse(path.trim_matches('/')).map_err(|error| failed(error.into()))?;
     Ok((Arc::new(store), path))
+}
+
+fn bucket_and_path(url: &str) -> Result<(&str, &str), StoreError> {
+    let no_bucket = || StoreError::NoBucket { url: url.to_owned() };
+    let (_, rest) = url.split_once("://").ok_or_else(no_bucket)?;
+    let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if bucket.is_empty() || bucket.contains(['?', '#', '@', ':']) {
+        return Err(no_bucket());
+    }
+    Ok((bucket, path))
 }
 
 fn parse_folder(url: &str) -> Result<PathBuf, StoreError> {

@@ -4,18 +4,81 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::datatypes::Schema;
+use bytes::Bytes;
+use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use futures::{StreamExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use object_store::ObjectStoreExt;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
-use parquet::arrow::async_reader::{ParquetObjectReader, ParquetRecordBatchStreamBuilder};
+use parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBatchStreamBuilder};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
-use super::{BATCH_ROWS, Damage, File, SourceError, guarded};
+use super::{BATCH_ROWS, Damage, File, OwnedFile, SourceError, guarded};
 
 /// Magic and length.
 const FOOTER_BYTES: u64 = 8;
 /// What is read at once from the end of a file, in the hope that the whole footer is in it.
 const FOOTER_HINT_BYTES: usize = 64 << 10;
+
+/// Reads the bytes of one Parquet file from its store.
+#[derive(Debug, Clone)]
+pub struct FileReader {
+    file: OwnedFile,
+    footer_hint_bytes: usize,
+}
+
+impl FileReader {
+    pub(super) fn new(file: &File<'_>) -> FileReader {
+        FileReader { file: file.owned(), footer_hint_bytes: FOOTER_HINT_BYTES }
+    }
+}
+
+impl AsyncFileReader for FileReader {
+    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
+        let read = async move {
+            let bytes = self.file.place.store.get_range(&self.file.meta.location, range.clone()).await;
+            whole(bytes.map_err(|error| ParquetError::External(Box::new(error)))?, &range)
+        };
+        read.boxed()
+    }
+
+    fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>, ParquetError>> {
+        let read = async move {
+            let read = self.file.place.store.get_ranges(&self.file.meta.location, &ranges).await;
+            let read = read.map_err(|error| ParquetError::External(Box::new(error)))?;
+            read.into_iter().zip(&ranges).map(|(bytes, range)| whole(bytes, range)).collect()
+        };
+        read.boxed()
+    }
+
+    fn get_metadata<'a>(
+        &'a mut self,
+        options: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
+        let (size, hint) = (self.file.meta.size, self.footer_hint_bytes);
+        let read = async move {
+            let mut reader = ParquetMetaDataReader::new().with_prefetch_hint(Some(hint));
+            if let Some(options) = options {
+                reader = reader
+                    .with_metadata_options(Some(options.metadata_options().clone()))
+                    .with_column_index_policy(options.column_index_policy())
+                    .with_offset_index_policy(options.offset_index_policy());
+            }
+            Ok(Arc::new(reader.load_and_finish(self, size).await?))
+        };
+        read.boxed()
+    }
+}
+
+/// A file that became shorter since it was listed gives less than was asked for.
+fn whole(bytes: Bytes, range: &Range<u64>) -> Result<Bytes, ParquetError> {
+    if bytes.len() as u64 == range.end - range.start {
+        return Ok(bytes);
+    }
+    Err(ParquetError::EOF(format!("{} of the bytes {range:?} are there", bytes.len())))
+}
 
 /// Reads a footer. The reader of Parquet takes the length that a footer states and subtracts it from the file's, unchecked:
 /// a damaged file would be a panic instead of an error. So both are looked at first.
@@ -35,9 +98,8 @@ pub async fn metadata(file: &File<'_>) -> Result<ArrowReaderMetadata, SourceErro
     if length > before_footer {
         return Err(damaged("its footer states more bytes than the file has"));
     }
-    let mut reader = ParquetObjectReader::new(file.place.store.clone(), file.meta.location.clone())
-        .with_file_size(size)
-        .with_footer_size_hint(FOOTER_HINT_BYTES.max(length as usize + FOOTER_BYTES as usize));
+    let mut reader = FileReader::new(file);
+    reader.footer_hint_bytes = FOOTER_HINT_BYTES.max(length as usize + FOOTER_BYTES as usize);
     let loading = async move { ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await };
     guarded(file, loading).await
 }
@@ -58,8 +120,7 @@ pub async fn stream(
         .map(|(index, _)| index)
         .collect();
     let mask = ProjectionMask::roots(metadata.parquet_schema(), roots);
-    let reader =
-        ParquetObjectReader::new(file.place.store.clone(), file.meta.location.clone()).with_file_size(file.meta.size);
+    let reader = FileReader::new(file);
     let built = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, metadata)
         .with_projection(mask)
         .with_row_groups(row_groups.collect())

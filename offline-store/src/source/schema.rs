@@ -12,6 +12,8 @@ use arrow::error::ArrowError;
 use feature_defs::plan::align_batch;
 use feature_defs::value::Type;
 
+use super::Format;
+
 /// How far types of two files may lie apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Width {
@@ -129,6 +131,22 @@ pub fn fits(found: &DataType, declared: &Type) -> bool {
     let schema = Arc::new(Schema::new(vec![Field::new("column", found.clone(), true)]));
     let empty = RecordBatch::new_empty(schema);
     align_batch("", std::iter::once(("column", declared)), &empty, false).is_ok()
+}
+
+/// What a column of text is read as that looked like one type and was declared another. Where the text cannot become what was
+/// declared, it is left as it looks, so that the difference is told before anything is read.
+pub fn read_as(looks: &DataType, declared: &Type, format: Format) -> DataType {
+    use DataType as D;
+    let is_readable = match (looks, declared) {
+        (D::Null | D::Utf8, _) => true,
+        (_, Type::String) => format == Format::Csv,
+        (D::Int64, Type::Int32 | Type::Int64 | Type::Float32 | Type::Float64 | Type::Decimal { .. }) => true,
+        (D::Float64, Type::Float32 | Type::Float64 | Type::Decimal { .. }) => true,
+        (D::Boolean, Type::Bool) | (D::Date32, Type::Date | Type::Timestamp) => true,
+        (D::Timestamp(_, _), Type::Timestamp) => true,
+        (looks, declared) => looks.is_nested() && declared.arrow().is_nested(),
+    };
+    if is_readable { declared.arrow() } else { looks.clone() }
 }
 
 /// Casts, and fails rather than changing a value.
