@@ -171,9 +171,11 @@ async fn every_format_gives_the_same_rows() {
 #[tokio::test]
 async fn long_text_is_cut_where_rows_end_and_read_in_order_of_nothing() {
     let folder = Folder::new();
+    let filler = "quite a long line, ".repeat(25);
+    let note = |n: i64| format!("line {n}\nand {filler}");
     let mut text = String::from("n,note\n");
-    for n in 0..400_000 {
-        text.push_str(&format!("{n},\"line {n}\nand another\"\n"));
+    for n in 0..20_000 {
+        text.push_str(&format!("{n},\"{}\"\n", note(n)));
     }
     assert!(text.len() > 2 * (4 << 20), "more than two chunks");
     folder.write("long.csv", &text);
@@ -187,10 +189,10 @@ async fn long_text_is_cut_where_rows_end_and_read_in_order_of_nothing() {
             for row in 0..batch.num_rows() {
                 let n = batch.column(0).as_primitive::<Int64Type>().value(row);
                 sum += n;
-                assert_eq!(batch.column(1).as_string::<i32>().value(row), format!("line {n}\nand another"));
+                assert_eq!(batch.column(1).as_string::<i32>().value(row), note(n));
             }
         }
-        assert_eq!(sum, 400_000 * 399_999 / 2, "{pattern}");
+        assert_eq!(sum, 20_000 * 19_999 / 2, "{pattern}");
     }
 }
 
@@ -398,8 +400,9 @@ async fn a_wrong_value_is_found_by_its_line() {
 async fn a_guess_that_the_rest_of_the_file_breaks_is_an_error() {
     let folder = Folder::new();
     let mut text = String::from("k,x\n");
+    let row = format!("{},1\n", "a".repeat(200));
     while text.len() < 2 << 20 {
-        text.push_str("a,1\n");
+        text.push_str(&row);
     }
     let line = text.lines().count() + 1;
     folder.write("late.csv", format!("{text}b,0.5\n"));
@@ -413,7 +416,7 @@ async fn a_guess_that_the_rest_of_the_file_breaks_is_an_error() {
 /// Wherever a file is cut off or overwritten, reading it gives its rows or one error that names it.
 #[tokio::test]
 async fn damage_anywhere_is_one_error() {
-    let n = 1_000;
+    let n = 300;
     let rows = batch(vec![
         ("k", Arc::new((0..n).map(|n| Some(format!("key {n}"))).collect::<StringArray>())),
         ("x", Arc::new(Float64Array::from_iter_values((0..n).map(|n| f64::from(n) / 7.0)))),
@@ -421,16 +424,16 @@ async fn damage_anywhere_is_one_error() {
     let csv: String = std::iter::once("k,x\n".to_owned()).chain((0..n).map(|n| format!("key {n},{n}.5\n"))).collect();
     let files = [
         ("a.parquet", parquet_bytes(&rows)),
-        ("a.arrow", arrow_bytes(&[rows.slice(0, 500), rows.slice(500, 500)])),
+        ("a.arrow", arrow_bytes(&[rows.slice(0, 150), rows.slice(150, 150)])),
         ("a.csv.gz", gzip(csv.as_bytes())),
         ("a.csv.zst", zstd::encode_all(csv.as_bytes(), 3).unwrap()),
     ];
     for (name, whole) in files {
         let folder = Folder::new();
         folder.write(name, &whole);
-        assert_eq!(folder.rows(name, K_X).await.unwrap().len(), 1_000, "{name}");
-        for part in 1..40 {
-            let cut = whole.len() * part / 40;
+        assert_eq!(folder.rows(name, K_X).await.unwrap().len(), 300, "{name}");
+        for part in 1..24 {
+            let cut = whole.len() * part / 24;
             folder.write(name, &whole[..cut]);
             let wrong = folder.rows(name, K_X).await.unwrap_err();
             assert!(wrong.contains(name), "{name} cut at {cut}: {wrong}");
@@ -471,16 +474,16 @@ async fn times_are_what_the_file_means() {
 }
 
 #[tokio::test]
-async fn ten_thousand_files_are_looked_at_once() {
+async fn thousands_of_files_are_looked_at_once() {
     let folder = Folder::new();
     let bytes = parquet_bytes(&batch(vec![("x", Arc::new(Int64Array::from(vec![1, 2])))]));
-    for n in 0..10_000 {
+    for n in 0..2_000 {
         folder.write(&format!("many/day={}/{n}.parquet", n % 10), &bytes);
     }
     let first = std::time::Instant::now();
     let files = folder.sources.files("many").await.unwrap();
     let first = first.elapsed();
-    assert_eq!(files.files.len(), 10_000);
+    assert_eq!(files.files.len(), 2_000);
     let again = std::time::Instant::now();
     let files_again = folder.sources.files("many").await.unwrap();
     let again = again.elapsed();

@@ -183,27 +183,34 @@ impl Decoder {
         }
     }
 
-    /// Which line and column an error is about: decodes the chunk again, row by row.
+    /// Which line and column an error is about: halves the rows of the chunk until the first that fails is left.
     fn locate(&self, chunk: &Chunk, error: &ArrowError) -> SourceError {
         let text = without_mark(&chunk.bytes, chunk.line);
         let mut scanner = Scanner::new(self.format);
-        let mut line = chunk.line;
-        let mut is_header = chunk.has_header;
-        let mut rest = text;
-        while !rest.is_empty() {
-            let end = scanner.first_end(rest).unwrap_or(rest.len());
-            let (row, after) = rest.split_at(end);
-            rest = after;
-            let lines = row.iter().filter(|byte| **byte == b'\n').count() as u64;
-            if !row.trim_ascii().is_empty() {
-                if !is_header && self.rows(row, false, &self.schema, &self.projection).is_err() {
-                    return self.value(line, row);
-                }
-                is_header = false;
-            }
-            line += lines;
+        let mut starts = vec![0];
+        while let Some(end) = scanner.first_end(&text[starts[starts.len() - 1]..]) {
+            starts.push(starts[starts.len() - 1] + end);
         }
-        self.file.damaged(Damage::Text(error.to_string()))
+        if starts[starts.len() - 1] < text.len() {
+            starts.push(text.len());
+        }
+        let row = |index: usize| &text[starts[index]..starts[index + 1]];
+        let (mut first, mut end) = (0, starts.len() - 1);
+        if chunk.has_header {
+            first = (0..end).find(|index| !row(*index).trim_ascii().is_empty()).map_or(end, |index| index + 1);
+        }
+        let fails = |first: usize, end: usize| {
+            self.rows(&text[starts[first]..starts[end]], false, &self.schema, &self.projection).is_err()
+        };
+        if first >= end || !fails(first, end) {
+            return self.file.damaged(Damage::Text(error.to_string()));
+        }
+        while end - first > 1 {
+            let middle = first + (end - first) / 2;
+            if fails(first, middle) { end = middle } else { first = middle }
+        }
+        let lines = text[..starts[first]].iter().filter(|byte| **byte == b'\n').count() as u64;
+        self.value(chunk.line + lines, row(first))
     }
 
     fn value(&self, line: u64, row: &[u8]) -> SourceError {
