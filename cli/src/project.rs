@@ -236,12 +236,7 @@ async fn columns_read(sources: &Sources, catalog: &Catalog, plan: &Plan, diagnos
 }
 
 /// A history lacking a column that the stream declares would only be noticed when it is imported.
-fn history_columns(
-    source: &catalog::Source,
-    schema: &[(String, feature_defs::value::Type)],
-    span: Span,
-    diagnostics: &mut Vec<Diagnostic>,
-) {
+fn history_columns(source: &catalog::Source, schema: &[(String, Type)], span: Span, diagnostics: &mut Vec<Diagnostic>) {
     let has = |name: &str| schema.iter().any(|(column, _)| column == name);
     let declared = source.schema.iter().filter(|field| !field.nullable).map(|field| &field.name);
     for name in declared.chain(&source.event_time).filter(|name| !name.is_empty() && !has(name)) {

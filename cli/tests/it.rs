@@ -227,7 +227,7 @@ fn files_that_cannot_be_read() {
     let cut = customers("data/customers/", &[("a.csv", "customer,country\nann,\"NO\n")]).run(&["validate"]);
     assert!(cut.err.contains("data/customers/a.csv line 2 opens a quote that is never closed"), "{}", cut.err);
     let empty = customers("data/customers/", &[("a.parquet", "")]).run(&["plan"]);
-    assert!(empty.err.contains("data/customers/a.parquet has 0 bytes, which is no Parquet"), "{}", empty.err);
+    assert!(empty.err.contains("data/customers/a.parquet cannot be read as Parquet: it has 0 bytes"), "{}", empty.err);
     assert!(empty.err.contains("--> features/customer.yaml:8:12\n"), "{}", empty.err);
     let typed = customers("data/customers/", &[("a.jsonl", "{\"customer\": \"ann\", \"country\": 47}\n")]);
     let typed = typed.run(&["validate"]);

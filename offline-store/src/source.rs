@@ -69,7 +69,7 @@ pub enum SourceError {
     UnknownFormat { path: String },
     #[error("{path} is {format}, but {first} is {expected}; files of one source have one format")]
     MixedFormats { path: String, format: &'static str, first: String, expected: &'static str },
-    #[error("{path} has 0 bytes, which is no {format}; was it not written to its end? replace or remove it")]
+    #[error("{path} cannot be read as {format}: it has 0 bytes; was it not written to its end? replace or remove it")]
     ZeroBytes { path: String, format: &'static str },
     #[error("{path} cannot be read as {format}; replace or remove the file, then try again")]
     Unreadable { path: String, format: &'static str, source: Box<dyn std::error::Error + Send + Sync> },

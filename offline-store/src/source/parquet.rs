@@ -19,6 +19,8 @@ use super::{BATCH_ROWS, Damage, File, OwnedFile, SourceError, guarded};
 
 /// Magic and length.
 const FOOTER_BYTES: u64 = 8;
+/// No table has so many columns and row groups; whoever states more is damaged.
+const METADATA_BYTES_MAX: u64 = 1 << 30;
 /// What is read at once from the end of a file, in the hope that the whole footer is in it.
 const FOOTER_HINT_BYTES: usize = 64 << 10;
 
@@ -95,7 +97,7 @@ pub async fn metadata(file: &File<'_>) -> Result<ArrowReaderMetadata, SourceErro
         return Err(damaged("it does not end as a Parquet file does"));
     }
     let length = length.iter().rev().fold(0, |length, byte| length << 8 | u64::from(*byte));
-    if length > before_footer {
+    if length > before_footer.min(METADATA_BYTES_MAX) {
         return Err(damaged("its footer states more bytes than the file has"));
     }
     let mut reader = FileReader::new(file);

@@ -72,13 +72,17 @@ impl Place {
 
     /// What is wrong when a store does not give what it was asked for.
     pub fn failed(&self, path: &Path, error: object_store::Error) -> SourceError {
-        let shown = self.show(path);
-        match (&self.shown, error) {
-            (_, object_store::Error::NotFound { .. }) => SourceError::Gone { path: shown },
-            (Shown::Below(_), error) => SourceError::NotRead { path: shown, source: Box::new(error) },
-            (Shown::Bucket(url), error) => {
-                SourceError::Bucket { url: url.clone(), path: shown, source: Box::new(error) }
-            }
+        match error {
+            object_store::Error::NotFound { .. } => SourceError::Gone { path: self.show(path) },
+            error => self.unanswered(path, error),
+        }
+    }
+
+    fn unanswered(&self, path: &Path, error: object_store::Error) -> SourceError {
+        let (shown, source) = (self.show(path), Box::new(error));
+        match &self.shown {
+            Shown::Below(_) => SourceError::NotRead { path: shown, source },
+            Shown::Bucket(url) => SourceError::Bucket { url: url.clone(), path: shown, source },
         }
     }
 }
@@ -201,7 +205,8 @@ impl Pattern {
                 Err(object_store::Error::NotFound { .. }) if matches!(self.place.shown, Shown::Below(_)) => {
                     return Ok(Vec::new());
                 }
-                Err(error) => return Err(self.place.failed(&self.prefix, error)),
+                // There it is the bucket itself that is not found.
+                Err(error) => return Err(self.place.unanswered(&self.prefix, error)),
             }
             if files.len() > FILES_MAX {
                 let what = format!("it matches more than {FILES_MAX} files; name fewer");
