@@ -174,10 +174,10 @@ async fn long_text_is_cut_where_rows_end_and_read_in_order_of_nothing() {
     let filler = "quite a long line, ".repeat(25);
     let note = |n: i64| format!("line {n}\nand {filler}");
     let mut text = String::from("n,note\n");
-    for n in 0..20_000 {
+    for n in 0..2_000 {
         text.push_str(&format!("{n},\"{}\"\n", note(n)));
     }
-    assert!(text.len() > 2 * (4 << 20), "more than two chunks");
+    assert!(text.len() > 10 * (64 << 10), "more than ten chunks");
     folder.write("long.csv", &text);
     folder.write("long.csv.gz", gzip(text.as_bytes()));
     for pattern in ["long.csv", "long.csv.gz"] {
@@ -192,7 +192,7 @@ async fn long_text_is_cut_where_rows_end_and_read_in_order_of_nothing() {
                 assert_eq!(batch.column(1).as_string::<i32>().value(row), note(n));
             }
         }
-        assert_eq!(sum, 20_000 * 19_999 / 2, "{pattern}");
+        assert_eq!(sum, 2_000 * 1_999 / 2, "{pattern}");
     }
 }
 

@@ -16,8 +16,8 @@ use futures::stream::BoxStream;
 
 use super::{BATCH_ROWS, Compression, Damage, File, Format, OwnedFile, SourceError};
 
-/// What is read at a time: of plain text one chunk, of compressed text what becomes a few.
-const READ_BYTES: u64 = 4 << 20;
+/// What is read at a time: of plain text one chunk, of compressed text what becomes a few. Tests cut more often.
+const READ_BYTES: u64 = if cfg!(test) { 64 << 10 } else { 4 << 20 };
 const READ_COMPRESSED_BYTES: u64 = 256 << 10;
 /// Compressed bytes that are expanded at a time: a thousandfold of them still fits.
 const EXPAND_BYTES: usize = 16 << 10;
