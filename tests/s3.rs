@@ -28,8 +28,8 @@ pub struct S3Server {
 }
 
 impl S3Server {
-    /// Starts it with the Python of `COEVAL_PYTHON`, else with that of the environment that `make setup` makes. None if that
-    /// has no moto, which is said on stderr; with `COEVAL_REQUIRE_S3` set that is an error instead.
+    /// Starts it with the Python of `COEVAL_PYTHON`, else with that of the environment that `make setup` makes. None if
+    /// that has no moto, which is said on stderr; with `COEVAL_REQUIRE_S3` set that is an error instead.
     pub fn start() -> Option<S3Server> {
         let mut command = Command::new(python());
         command.args(["-c", PROGRAM, BUCKET]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -192,7 +192,8 @@ fn files_of(source: &catalog::Source) -> Option<(&Spanned<String>, bool)> {
     }
 }
 
-/// Types that the definitions give to columns of a source: declared, or said of the keys and features that are made of them.
+/// Types that the definitions give to columns of a source: declared, or said of the keys and features that are made of
+/// them.
 fn types_given(catalog: &Catalog, source: &catalog::Source) -> Vec<(String, Type)> {
     let declared = source.schema.iter().map(|field| (field.name.value.clone(), field.field_type.value.clone()));
     let mut given: Vec<(String, Type)> = declared.collect();
@@ -211,7 +212,8 @@ fn types_given(catalog: &Catalog, source: &catalog::Source) -> Vec<(String, Type
     given
 }
 
-/// The files of a source need only agree about the columns that something reads, and those must be what they are said to be.
+/// The files of a source need only agree about the columns that something reads, and those must be what they are said
+/// to be.
 async fn columns_read(sources: &Sources, catalog: &Catalog, plan: &Plan, diagnostics: &mut Vec<Diagnostic>) {
     for source in &plan.sources {
         if pattern_of(source).is_err() {

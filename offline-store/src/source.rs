@@ -1,12 +1,13 @@
 //! Files that somebody else owns: which there are, what columns they have, and how they are read.
 //!
-//! A pattern is a path relative to the project folder (or absolute, or `s3://bucket/...`): one file, a folder, or a glob. All
-//! files of a source have one format. Their schemas may differ where nothing is lost: columns in another order, narrower
-//! numbers, other units of time. A column that is missing in one file, or that is something else there, is an error that
-//! names both files as soon as somebody reads the column, not a column of nulls; columns that nobody reads do not matter.
+//! A pattern is a path relative to the project folder (or absolute, or `s3://bucket/...`): one file, a folder, or a
+//! glob. All files of a source have one format. Their schemas may differ where nothing is lost: columns in another
+//! order, narrower numbers, other units of time. A column that is missing in one file, or that is something else there,
+//! is an error that names both files as soon as somebody reads the column, not a column of nulls; columns that nobody
+//! reads do not matter.
 //!
-//! Each format has a reader of its own here rather than a scan of DataFusion's, so that an error names the file (and the line
-//! where there are lines), and so that what is cast is cast without loss.
+//! Each format has a reader of its own here rather than a scan of DataFusion's, so that an error names the file (and
+//! the line where there are lines), and so that what is cast is cast without loss.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -228,8 +229,8 @@ impl Sources {
         self.schema_with(pattern, &[]).await
     }
 
-    /// The same where some columns have been given a type by the definitions: columns of text files and of folders, whose
-    /// types are guesses else, are of that type.
+    /// The same where some columns have been given a type by the definitions: columns of text files and of folders,
+    /// whose types are guesses else, are of that type.
     pub async fn schema_with(
         &self,
         pattern: &str,
@@ -245,8 +246,8 @@ impl Sources {
         self.open(pattern, &[]).await
     }
 
-    /// The files of a source, whose common schema is the named columns (as far as the files have them) in the order of the
-    /// source's. An error if the files do not agree about one of them.
+    /// The files of a source, whose common schema is the named columns (as far as the files have them) in the order of
+    /// the source's. An error if the files do not agree about one of them.
     pub async fn files_of(&self, source: &SourcePlan, columns: &[String]) -> Result<SourceFiles, SourceError> {
         let files = self.open(pattern_of(source)?, &source.schema).await?;
         let wanted = source.schema.iter().map(|(name, _)| name).filter(|name| columns.contains(name));
@@ -471,8 +472,8 @@ impl SourceFiles {
         Ok(SourceFiles { files, schema, drifts: Arc::new(drifts), place, format })
     }
 
-    /// Only the named columns, in this order; those that no file has are left out. An error if the files do not agree about
-    /// one of them.
+    /// Only the named columns, in this order; those that no file has are left out. An error if the files do not agree
+    /// about one of them.
     pub fn select<'c>(&self, columns: impl IntoIterator<Item = &'c str>) -> Result<SourceFiles, SourceError> {
         let mut fields = Vec::new();
         for name in columns {
@@ -582,7 +583,8 @@ impl SourceFiles {
         Ok(batches.map(move |batch| files.unify(file, batch?)).boxed())
     }
 
-    /// Deals the files out; one large Parquet file is dealt out by its row groups, and text is decoded in parallel within.
+    /// Deals the files out; one large Parquet file is dealt out by its row groups, and text is decoded in parallel
+    /// within.
     async fn partitions(self: &Arc<Self>, wanted: usize) -> Result<Vec<Arc<dyn PartitionStream>>, SourceError> {
         let wanted = wanted.max(1);
         let mut parts: Vec<Part> = Vec::new();

@@ -1,12 +1,12 @@
 //! From the `store:` of a project to an object store.
 //!
-//! A folder is the store of a laptop and of every test. There the log promises what it does on a cloud store: a put that
-//! was acknowledged survives the machine's power, so each one is synced before it returns.
+//! A folder is the store of a laptop and of every test. There the log promises what it does on a cloud store: a put
+//! that was acknowledged survives the machine's power, so each one is synced before it returns.
 //!
 //! A bucket is S3's or that of any server that speaks its protocol. Who it is and who may is said by the variables that
-//! every such tool reads (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, ...), so that no
-//! secret is ever written into definitions. Every request has an end: a bucket that cannot be reached is an error within a
-//! minute, not a process that hangs.
+//! every such tool reads (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, ...), so that
+//! no secret is ever written into definitions. Every request has an end: a bucket that cannot be reached is an error
+//! within a minute, not a process that hangs.
 
 use std::fmt;
 use std::fs::File;
@@ -28,7 +28,8 @@ use object_store::{
 };
 use thiserror::Error;
 
-/// Where nothing answers, this long is waited for a connection; where something does, a request may last `REQUEST_TIMEOUT`.
+/// Where nothing answers, this long is waited for a connection; where something does, a request may last
+/// `REQUEST_TIMEOUT`.
 const CONNECT_TIMEOUT: &str = "3 seconds";
 /// Enough for the largest single request there is, 8 MiB, over a slow line.
 const REQUEST_TIMEOUT: &str = "30 seconds";
@@ -71,8 +72,9 @@ pub enum StoreError {
     },
 }
 
-/// Opens a store: a folder by path (a relative one is below the current folder) or `file://` URL, created when missing, or
-/// a bucket (`s3://bucket/prefix`), which must be there. The path is the prefix below which everything of Coeval lies.
+/// Opens a store: a folder by path (a relative one is below the current folder) or `file://` URL, created when missing,
+/// or a bucket (`s3://bucket/prefix`), which must be there. The path is the prefix below which everything of Coeval
+/// lies.
 pub fn open_store(url: &str) -> Result<(Arc<dyn ObjectStore>, Path), StoreError> {
     if is_bucket(url) {
         return open_bucket(url, &variables());
@@ -182,8 +184,8 @@ fn percent_decoded(text: &str) -> Option<String> {
     String::from_utf8(decoded).ok()
 }
 
-/// A folder whose single puts are durable when they return. Streams of parts (datasets) are left to the system: a manifest,
-/// put once they are complete, names them.
+/// A folder whose single puts are durable when they return. Streams of parts (datasets) are left to the system: a
+/// manifest, put once they are complete, names them.
 #[derive(Debug)]
 struct SyncedFolder {
     files: Arc<LocalFileSystem>,

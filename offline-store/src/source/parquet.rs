@@ -82,8 +82,8 @@ fn whole(bytes: Bytes, range: &Range<u64>) -> Result<Bytes, ParquetError> {
     Err(ParquetError::EOF(format!("{} of the bytes {range:?} are there", bytes.len())))
 }
 
-/// Reads a footer. The reader of Parquet takes the length that a footer states and subtracts it from the file's, unchecked:
-/// a damaged file would be a panic instead of an error. So both are looked at first.
+/// Reads a footer. The reader of Parquet takes the length that a footer states and subtracts it from the file's,
+/// unchecked: a damaged file would be a panic instead of an error. So both are looked at first.
 pub async fn metadata(file: &File<'_>) -> Result<ArrowReaderMetadata, SourceError> {
     let size = file.meta.size;
     let damaged = |what: &str| file.damaged(Damage::Text(format!("{what}; it was cut off, or is no Parquet file")));

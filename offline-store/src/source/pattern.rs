@@ -1,7 +1,8 @@
-//! From the pattern of a definition to the files it names: one file, a folder, or a glob; on this machine or in a bucket.
+//! From the pattern of a definition to the files it names: one file, a folder, or a glob; on this machine or in a
+//! bucket.
 //!
-//! Folders called `key=value` are entered and give a column; other folders are entered by a glob only (`**`). What begins
-//! with a point or an underscore is somebody's half-written or private file and is passed over.
+//! Folders called `key=value` are entered and give a column; other folders are entered by a glob only (`**`). What
+//! begins with a point or an underscore is somebody's half-written or private file and is passed over.
 
 use std::path::{Component, Path as FilePath, PathBuf};
 use std::sync::Arc;
@@ -240,7 +241,8 @@ fn local(folder: &FilePath, runtime: &RuntimeEnv) -> Result<Place, String> {
     Ok(Place { store, store_url, shown: Shown::Below(folder.to_path_buf()) })
 }
 
-/// A path whose segments are names as they are on disk: `Path` writes characters that some stores cannot hold as escapes.
+/// A path whose segments are names as they are on disk: `Path` writes characters that some stores cannot hold as
+/// escapes.
 fn raw_path(path: &str) -> Result<Path, String> {
     let segments = path.split('/').filter(|segment| !segment.is_empty() && *segment != ".");
     Path::parse(segments.collect::<Vec<_>>().join("/")).map_err(|error| error.to_string())

@@ -1,5 +1,6 @@
-//! Files of one source have one schema: what is common to the schemas of many files, and how a batch of one file is brought
-//! to it. Nothing is lost on the way, and nothing is made up: a column that cannot be common is an error for whoever reads it.
+//! Files of one source have one schema: what is common to the schemas of many files, and how a batch of one file is
+//! brought to it. Nothing is lost on the way, and nothing is made up: a column that cannot be common is an error for
+//! whoever reads it.
 
 use std::sync::Arc;
 
@@ -19,7 +20,8 @@ use super::Format;
 pub enum Width {
     /// Files that state their types: only what loses nothing.
     Stated,
-    /// Files whose types are guesses from their first rows: the wider guess is right for both, as the text is read anew.
+    /// Files whose types are guesses from their first rows: the wider guess is right for both, as the text is read
+    /// anew.
     Guessed,
 }
 
@@ -133,8 +135,8 @@ pub fn fits(found: &DataType, declared: &Type) -> bool {
     align_batch("", std::iter::once(("column", declared)), &empty, false).is_ok()
 }
 
-/// What a column of text is read as that looked like one type and was declared another. Where the text cannot become what was
-/// declared, it is left as it looks, so that the difference is told before anything is read.
+/// What a column of text is read as that looked like one type and was declared another. Where the text cannot become
+/// what was declared, it is left as it looks, so that the difference is told before anything is read.
 pub fn read_as(looks: &DataType, declared: &Type, format: Format) -> DataType {
     use DataType as D;
     let is_readable = match (looks, declared) {

@@ -1,7 +1,7 @@
 //! CSV and JSON lines, plain or compressed: cut into chunks of whole rows in order, decoded in parallel.
 //!
-//! A row ends at a line's end; in CSV not within quotes. Types that nobody declared are guessed from the beginning of a file,
-//! and the rest is held to the guess: a value that is of another type is an error that names its line.
+//! A row ends at a line's end; in CSV not within quotes. Types that nobody declared are guessed from the beginning of a
+//! file, and the rest is held to the guess: a value that is of another type is an error that names its line.
 
 use std::io::Write;
 use std::sync::Arc;
