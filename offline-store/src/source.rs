@@ -37,6 +37,8 @@ use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use registry::store::{StoreError, Variables};
 
+use crate::point_in_time::files::Location;
+
 use pattern::{Pattern, Place};
 use schema::Width;
 
@@ -256,8 +258,13 @@ impl Sources {
 
     /// Scans the named columns of a source's files as they are, in no particular order.
     pub async fn data_frame(&self, source: &SourcePlan, columns: &[String]) -> Result<DataFrame, SourceError> {
+        self.frame(source, &self.files_of(source, columns).await?).await
+    }
+
+    /// [`Sources::data_frame`] of files that are listed already.
+    pub async fn frame(&self, source: &SourcePlan, files: &SourceFiles) -> Result<DataFrame, SourceError> {
         let failed = |error: DataFusionError| SourceError::Scan { name: source.name.to_string(), source: error };
-        let files = Arc::new(self.files_of(source, columns).await?);
+        let files = Arc::new(files.clone());
         let partitions = files.partitions(self.context.state().config().target_partitions()).await?;
         let table = StreamingTable::try_new(files.schema.clone(), partitions).map_err(failed)?;
         self.context.read_table(Arc::new(table)).map_err(failed)
@@ -287,13 +294,12 @@ impl Sources {
 
     /// What a pattern's files are right now: path, size and time of change of each. Changes when the data changes.
     pub async fn fingerprint(&self, pattern: &str) -> Result<String, SourceError> {
-        let mut text = feature_defs::digest::Canonical::new("files");
-        for file in self.pattern(pattern)?.list().await? {
-            text.add("path", &file.location);
-            text.add("size", file.size);
-            text.add("modified", file.last_modified.timestamp_micros());
-        }
-        Ok(text.digest().to_string())
+        Ok(fingerprint(self.pattern(pattern)?.list().await?.iter()))
+    }
+
+    /// See [`Sources::fingerprint`].
+    pub fn fingerprint_of(&self, files: &SourceFiles) -> String {
+        fingerprint(files.files.iter().map(|file| &file.meta))
     }
 
     fn pattern(&self, pattern: &str) -> Result<Pattern, SourceError> {
@@ -362,6 +368,16 @@ impl fmt::Debug for Sources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sources").field("folder", &self.folder).finish_non_exhaustive()
     }
+}
+
+fn fingerprint<'f>(files: impl Iterator<Item = &'f ObjectMeta>) -> String {
+    let mut text = feature_defs::digest::Canonical::new("files");
+    for file in files {
+        text.add("path", &file.location);
+        text.add("size", file.size);
+        text.add("modified", file.last_modified.timestamp_micros());
+    }
+    text.digest().to_string()
 }
 
 /// The pattern of a source's files; for a stream, that of what happened before it began.
@@ -503,6 +519,24 @@ impl SourceFiles {
 
     pub fn format(&self) -> Format {
         self.format
+    }
+
+    /// Whether every column of the common schema is in the files themselves, so that whoever aligns batches one by one
+    /// needs no [`SourceFiles::unify`].
+    pub fn is_all_in_files(&self) -> bool {
+        let of_folder = |name: &String| self.files.iter().any(|file| file.partition_value(name).is_some());
+        !self.schema.fields().iter().any(|field| of_folder(field.name()))
+    }
+
+    /// Where the files are, for whoever reads them row group by row group.
+    pub fn locations(&self) -> Vec<Location> {
+        let location = |file: &SourceFile| Location {
+            store: self.place.store.clone(),
+            path: file.meta.location.clone(),
+            size: file.meta.size,
+            shown: self.place.show(&file.meta.location),
+        };
+        self.files.iter().map(location).collect()
     }
 
     /// The path of a file as the user wrote it.
