@@ -31,6 +31,8 @@ use registry::id::{Digest, ModelName, ProjectName, ServiceName, SourceName, View
 use registry::state::{Catalog, Change, ViewDigests};
 use tonic::transport::Channel;
 
+pub mod s3;
+
 /// A clock that stands still until a test moves it.
 #[derive(Clone)]
 pub struct ManualClock(Arc<AtomicI64>);

@@ -30,7 +30,7 @@ use crate::point_in_time::files::{Files, Location};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
 use crate::point_in_time::spill::Spill;
 use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, Read, SourceReport, Used, exec, position_columns};
-use crate::source::{SourceError, Sources, file_url, plain_parquet};
+use crate::source::{Format, SourceError, Sources, file_url, plain_parquet};
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -247,8 +247,8 @@ impl Engine {
         inputs: &mut Vec<LogicalPlan>,
     ) -> Result<(Read, String), EngineError> {
         let run = |error: DataFusionError| self.explain_failure(error);
-        let pattern = match &source.kind {
-            SourceKind::Files { pattern } | SourceKind::Static { pattern } => pattern,
+        match &source.kind {
+            SourceKind::Files { .. } | SourceKind::Static { .. } => {}
             SourceKind::Stream { .. } => {
                 let failed = |what: String| EngineError::History { stream: source.name.to_string(), what };
                 let history = History::open(self.options.store.clone(), self.project_path(), &source.name)
@@ -266,14 +266,14 @@ impl Engine {
                 let files = Files::open(locations).await.map_err(|error| failed(error.strip_backtrace()))?;
                 return Ok((Read::Files(Arc::new(files)), fingerprint.digest().to_string()));
             }
-        };
-        let files = self.sources.files(pattern).await?;
+        }
+        let files = self.sources.files_of(source, columns).await?;
         let fingerprint = self.sources.fingerprint_of(&files);
-        if files.is_parquet() {
-            let opened = Files::open(self.sources.locations(&files)?).await.map_err(run)?;
+        if files.format() == Format::Parquet && files.is_all_in_files() {
+            let opened = Files::open(files.locations()).await.map_err(run)?;
             return Ok((Read::Files(Arc::new(opened)), fingerprint));
         }
-        inputs.push(self.sources.frame(source, &files, columns)?.into_unoptimized_plan());
+        inputs.push(self.sources.frame(source, &files).await?.into_unoptimized_plan());
         Ok((Read::Plan(inputs.len() - 2), fingerprint))
     }
 
