@@ -11,11 +11,12 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, UInt32Array};
 use arrow::compute::filter_record_batch;
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef, UInt64Type};
-use feature_defs::plan::align_batch;
+use feature_defs::plan::{Plan, SourcePlan, align_batch};
 use feature_defs::time::{Micros, Position};
 use feature_defs::value::Type;
 use futures::StreamExt;
 use futures::stream;
+use object_store::ObjectStore;
 use object_store::path::Path;
 use tokio::time::Instant;
 
@@ -33,6 +34,8 @@ const SMALL_ROWS: u64 = 2_000_000;
 const BUCKETS_MAX: u64 = 1_024;
 /// A commit that lost is tried again while what was compacted is still there.
 const COMMIT_TRIES: u32 = 16;
+/// Compactions of one table by several processes meet once, seldom twice.
+const SOURCE_TRIES: u32 = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
@@ -51,6 +54,8 @@ pub struct Compacted {
     /// Of the whole table.
     pub files_before: usize,
     pub files_after: usize,
+    /// Of those before, how many were rewritten.
+    pub files_taken: usize,
     pub bytes_before: u64,
     pub bytes_after: u64,
     /// Rows that were written anew.
@@ -156,7 +161,7 @@ pub async fn compact(
                 folder.delete_retired(expired).await;
                 folder.tidy(table.manifest(), now).await;
                 let after = summary(table.manifest(), started);
-                done.changed = true;
+                (done.changed, done.files_taken) = (true, taken.len());
                 (done.files_after, done.bytes_after) = (after.files_after, after.bytes_after);
                 (done.buckets, done.seconds) = (after.buckets, after.seconds);
                 done.rows = files.iter().map(|file| file.rows).sum();
@@ -168,11 +173,42 @@ pub async fn compact(
     Err(TableError::Contended { source_name: source, tries: COMMIT_TRIES })
 }
 
-/// What a compaction would take, for `--dry-run`: the number of files and of rows.
-pub fn would_compact(table: &Table, wanted: &Clustering, extent: Extent, work: &Work) -> Option<(usize, u64)> {
-    let files = &table.manifest().files;
-    let choice = choose(table.manifest(), wanted, extent, work)?;
-    Some((files.len() - choice.from, files[choice.from..].iter().map(|file| file.rows).sum()))
+/// What [`compact`] would do; nothing is written.
+pub fn look(table: &Table, wanted: &Clustering, extent: Extent, work: &Work) -> Compacted {
+    let mut found = summary(table.manifest(), Instant::now());
+    if let Some(choice) = choose(table.manifest(), wanted, extent, work) {
+        let taken = &table.manifest().files[choice.from..];
+        found.changed = true;
+        found.files_taken = taken.len();
+        found.rows = taken.iter().map(|file| file.rows).sum();
+        found.buckets = choice.clustering.buckets;
+    }
+    found
+}
+
+/// Compacts the table of a source, whichever kind it is: sorted for the first view of the plan that reads it. A table
+/// that another process compacts at the same time is looked at again.
+#[expect(clippy::too_many_arguments, reason = "a place, a source, bounds and a listener")]
+pub async fn compact_source(
+    store: &Arc<dyn ObjectStore>,
+    project: &Path,
+    plan: &Plan,
+    source: &SourcePlan,
+    extent: Extent,
+    work: &Work,
+    now: Micros,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<Option<Compacted>, TableError> {
+    let mut tries = 0;
+    loop {
+        let Some(mut table) = Table::open(store.clone(), project, source).await? else { return Ok(None) };
+        let wanted = Clustering::choose(plan, source, table.clustering());
+        tries += 1;
+        match compact(&mut table, &wanted, extent, work, now, progress).await {
+            Err(TableError::Contended { .. }) if tries < SOURCE_TRIES => {}
+            done => return done.map(Some),
+        }
+    }
 }
 
 fn summary(manifest: &Manifest, started: Instant) -> Compacted {
@@ -182,6 +218,7 @@ fn summary(manifest: &Manifest, started: Instant) -> Compacted {
         changed: false,
         files_before: manifest.files.len(),
         files_after: manifest.files.len(),
+        files_taken: 0,
         bytes_before: bytes,
         bytes_after: bytes,
         rows: 0,

@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use datafusion::error::DataFusionError;
-use feature_defs::plan::{SourceKind, SourcePlan};
+use feature_defs::plan::{Plan, SourceKind, SourcePlan};
 use feature_defs::time::Micros;
 use futures::StreamExt;
+use object_store::ObjectStore;
+use object_store::path::Path;
 use tokio::time::Instant;
 
 use super::compact::{bucket_count, run_schema, write_run};
@@ -96,6 +98,23 @@ pub async fn import(
         }
     }
     Err(TableError::Contended { source_name: source_name(), tries: COMMIT_TRIES })
+}
+
+/// Imports the files of a source into the project's table of it: sorted for the first view of the plan that reads it.
+#[expect(clippy::too_many_arguments, reason = "a place, a source, bounds and a listener")]
+pub async fn import_source(
+    store: &Arc<dyn ObjectStore>,
+    project: &Path,
+    plan: &Plan,
+    source: &Arc<SourcePlan>,
+    sources: &Sources,
+    work: &Work,
+    now: Micros,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<FilesImported, TableError> {
+    let mut table = Table::of_files(store.clone(), project, &source.name).await?;
+    let wanted = Clustering::choose(plan, source, table.clustering());
+    import(&mut table, source, sources, &wanted, work, now, progress).await
 }
 
 /// Whether the table is what an import would make of it.
