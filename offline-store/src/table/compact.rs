@@ -138,6 +138,13 @@ pub async fn compact(
     let taken: Vec<TableFile> = table.manifest().files[choice.from..].to_vec();
     let source = table.manifest().source.clone();
     let files = write(table, &taken, &choice.clustering, work, progress).await?;
+    let rows = |files: &[TableFile]| files.iter().map(|file| file.rows).sum::<u64>();
+    if rows(&files) != rows(&taken) {
+        // What is replaced is deleted in an hour, so whatever the sort did, this is looked at once more.
+        table.discard(&files).await;
+        let what = format!("{} rows went in and {} came out; the table stays as it is", rows(&taken), rows(&files));
+        return Err(TableError::Sort { source_name: source, what });
+    }
     let late = || TableError::Sort {
         source_name: source.clone(),
         what: "it took more than half a day, after which its files may be taken for leavings; run it more often".into(),
@@ -164,7 +171,7 @@ pub async fn compact(
                 (done.changed, done.files_taken) = (true, taken.len());
                 (done.files_after, done.bytes_after) = (after.files_after, after.bytes_after);
                 (done.buckets, done.seconds) = (after.buckets, after.seconds);
-                done.rows = files.iter().map(|file| file.rows).sum();
+                done.rows = rows(&files);
                 return Ok(done);
             }
             Committed::Lost => table.reload().await?,
@@ -440,3 +447,6 @@ fn later(batch: &RecordBatch, after: Position) -> Result<RecordBatch, TableError
     }
     filter_record_batch(batch, &wanted).map_err(|error| corrupt(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

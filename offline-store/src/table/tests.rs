@@ -712,3 +712,18 @@ fn buckets_lie_where_they_always_lay() {
 
 /// Of the released hash. Tables on disk depend on it.
 const BUCKETS: [u32; 4] = [6, 11, 0, 11];
+
+#[test]
+fn a_table_is_sorted_for_the_first_view_and_stays_so() {
+    let plan = plan();
+    let source = plan.source("sales").unwrap();
+    let columns = |clustering: &Clustering| clustering.keys.iter().map(|key| key.column.clone()).collect::<Vec<_>>();
+    let first = Clustering::choose(&plan, source, None);
+    assert_eq!(columns(&first), ["shop", "till"]);
+    let region = vec![KeyColumn { column: "region".into(), key_type: Type::String }];
+    let other = Clustering { keys: region, buckets: 8, ..first.clone() };
+    assert_eq!(Clustering::choose(&plan, source, Some(&other)), other, "a view wants it");
+    let gone = vec![KeyColumn { column: "amount".into(), key_type: Type::Int64 }];
+    let gone = Clustering { keys: gone, ..other };
+    assert_eq!(columns(&Clustering::choose(&plan, source, Some(&gone))), ["shop", "till"], "nobody wants it any more");
+}
