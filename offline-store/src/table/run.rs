@@ -1,9 +1,9 @@
 //! Writing files of tables: how they are encoded, and how a sorted stream becomes the files of a run.
 //!
 //! Files are encoded for reading: whoever asks for a training set decodes every value of the columns it needs. So floats
-//! are plain (a dictionary of values that never repeat is one more copy), keys are dictionaries (sorted, they are runs of
-//! one number), and only keys, times and positions have statistics, by row group and by page. The numbers behind the
-//! choice are in the design note.
+//! and times are plain and not compressed (decoding is a copy; a dictionary of values that hardly repeat is a detour, and
+//! LZ4 finds nothing in them), everything else has a dictionary and LZ4 (sorted keys become runs of one number). Only keys,
+//! times and positions have statistics, by row group and by page. The numbers behind the choice are in the design note.
 
 use std::sync::Arc;
 
@@ -46,15 +46,15 @@ pub(crate) fn properties(
         .set_statistics_enabled(EnabledStatistics::None);
     for field in schema.fields() {
         let path = || ColumnPath::from(field.name().as_str());
-        if matches!(field.data_type(), DataType::Float32 | DataType::Float64) {
-            builder = builder.set_column_dictionary_enabled(path(), false);
-        }
         let is_position = field.name() == POSITION_TIME || field.name() == SEQUENCE;
         let is_event_time = event_time == Some(field.name().as_str());
         let is_key = clustering.is_some_and(|clustering| clustering.keys.iter().any(|key| key.column == *field.name()));
-        if is_position || is_event_time {
-            // Times hardly repeat: what a dictionary would save, its detour costs.
-            builder = builder.set_column_dictionary_enabled(path(), false).set_column_encoding(path(), Encoding::PLAIN);
+        let is_number = matches!(field.data_type(), DataType::Float32 | DataType::Float64 | DataType::Timestamp(_, _));
+        if is_number || is_position {
+            builder = builder
+                .set_column_dictionary_enabled(path(), false)
+                .set_column_encoding(path(), Encoding::PLAIN)
+                .set_column_compression(path(), Compression::UNCOMPRESSED);
         }
         if is_position || is_event_time || is_key {
             builder = builder.set_column_statistics_enabled(path(), EnabledStatistics::Page);

@@ -727,3 +727,43 @@ fn a_table_is_sorted_for_the_first_view_and_stays_so() {
     let gone = Clustering { keys: gone, ..other };
     assert_eq!(columns(&Clustering::choose(&plan, source, Some(&gone))), ["shop", "till"], "nobody wants it any more");
 }
+
+#[tokio::test]
+async fn an_import_that_fails_anywhere_leaves_the_old_copy_or_the_new_one() {
+    let plan = plan();
+    let source = plan.source("prices").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let sources = Sources::new(folder.path()).unwrap();
+    let project = Path::from("p");
+    let mut failed = 0;
+    for operation in 0.. {
+        let faulty =
+            Arc::new(Faulty { inner: InMemory::new(), left: AtomicI64::new(i64::MAX), after: operation % 2 == 0 });
+        let store: Arc<dyn ObjectStore> = faulty.clone();
+        let run = async || {
+            let mut table = Table::of_files(store.clone(), &project, "prices").await?;
+            let wanted = Clustering::choose(&plan, source, table.clustering());
+            import(&mut table, source, &sources, &wanted, &work(100), 0, &|_| {}).await
+        };
+        write_prices(&folder.path().join("data/a.parquet"), 0..300);
+        run().await.unwrap();
+        write_prices(&folder.path().join("data/a.parquet"), 0..400);
+        faulty.left.store(operation / 2, Ordering::SeqCst);
+        let done = run().await;
+        let was_reached = faulty.left.load(Ordering::SeqCst) < 0;
+        faulty.left.store(i64::MAX, Ordering::SeqCst);
+        failed += usize::from(done.is_err());
+        let table = Table::open(store.clone(), &project, source).await.unwrap().unwrap();
+        let rows = table.manifest().rows();
+        assert_eq!(rows, table.manifest().origin.as_ref().unwrap().rows);
+        assert!(rows == 400 || (rows == 300 && done.is_err()), "operation {operation}: {rows} rows");
+        for file in &table.manifest().files {
+            assert_eq!(store.head(&table.object_path(file)).await.unwrap().size, file.bytes);
+        }
+        assert_eq!(run().await.unwrap().rows, 400);
+        if !was_reached {
+            break;
+        }
+    }
+    assert!(failed > 10, "{failed}");
+}
