@@ -435,6 +435,22 @@ fn from_definitions_to_features_and_a_dataset() {
     let said = on(&["materialize", "--through", "now", "--json"]);
     assert_eq!(said.status, 0, "{}", said.err);
 
+    // Tables, by the server that runs.
+    let said = on(&["compact", "--dry-run"]);
+    assert!(said.out.contains("orders: 2 rows in 1 of 1 files would be rewritten\n"), "{}{}", said.out, said.err);
+    let said = on(&["compact", "orders", "--json"]);
+    let compacted: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((compacted["by"].as_str(), compacted["tables"][0]["rows"].as_u64()), (Some("server"), Some(2)));
+    let said = on(&["compact", "orders"]);
+    assert_eq!(said.out, "orders: nothing to do, 1 files\n", "{}", said.err);
+    let said = on(&["ingest", "customers", "--json"]);
+    assert_eq!(said.status, 0, "{}", said.err);
+    let imported: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((imported["changed"].as_bool(), imported["buckets"].as_u64()), (Some(true), Some(1)));
+    let said = on(&["ingest", "orders"]);
+    assert_eq!(said.status, 2);
+    assert!(said.err.contains("`orders` is a stream: name the files"), "{}", said.err);
+
     let said =
         on(&["features", "get", "buying", "--row", "customer=ann,total=3", "--row", "customer=zoe,total=1", "--json"]);
     assert_eq!(said.status, 0, "{}", said.err);
@@ -527,4 +543,33 @@ fn an_unreachable_redis() {
         let text = said.out + &said.err;
         assert!(text.contains(&address.to_string()), "{command}: {text}");
     }
+}
+
+#[test]
+fn tables_without_a_server() {
+    let project = Project::new();
+    project.free_ports();
+    assert_eq!(project.run(&["compact"]).out, "no source has a table\n");
+    let said = project.run(&["ingest", "customers"]);
+    assert!(said.out.starts_with("customers: ") && said.out.contains(" rows imported in "), "{}{}", said.out, said.err);
+    let said = project.run(&["ingest", "customers"]);
+    assert!(said.out.contains("its files have not changed since they were imported"), "{}{}", said.out, said.err);
+    let compacted = project.json(&["compact", "--json"]);
+    assert_eq!((compacted["by"].as_str(), compacted["tables"][0]["changed"].as_bool()), (Some("here"), Some(false)));
+
+    let customers = project.path("data/customers.csv");
+    let mut text = std::fs::read_to_string(&customers).unwrap();
+    text.push_str(text.lines().last().unwrap().to_owned().as_str());
+    std::fs::write(&customers, text).unwrap();
+    assert_eq!(project.json(&["ingest", "customers", "--json"])["changed"].as_bool(), Some(true));
+
+    for command in ["ingest", "compact"] {
+        let said = project.run(&[command, "custmers"]);
+        assert_eq!(said.status, 1);
+        assert!(said.err.contains("there is no source `custmers`; did you mean `customers`?"), "{}", said.err);
+    }
+    let said = project.run(&["ingest", "orders"]);
+    assert_eq!(said.status, 2);
+    let said = project.run(&["compact", "--server", "127.0.0.1:1"]);
+    assert!(said.err.contains("no server answers at 127.0.0.1:1"), "{}", said.err);
 }

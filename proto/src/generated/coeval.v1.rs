@@ -913,6 +913,62 @@ pub struct FlushResponse {
     #[prost(uint64, tag = "1")]
     pub events: u64,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CompactRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    /// Empty: every source that has a table.
+    #[prost(string, repeated, tag = "2")]
+    pub sources: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Say what would be done, and do nothing.
+    #[prost(bool, tag = "3")]
+    pub dry_run: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImportFilesRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub source: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TableProgress {
+    #[prost(string, tag = "1")]
+    pub source: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub rows_written: u64,
+    /// On the last message: what became of each table.
+    #[prost(message, repeated, tag = "3")]
+    pub tables: ::prost::alloc::vec::Vec<TableDone>,
+    #[prost(bool, tag = "4")]
+    pub done: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TableDone {
+    #[prost(string, tag = "1")]
+    pub source: ::prost::alloc::string::String,
+    /// False: there was nothing to do.
+    #[prost(bool, tag = "2")]
+    pub changed: bool,
+    #[prost(uint64, tag = "3")]
+    pub files_before: u64,
+    #[prost(uint64, tag = "4")]
+    pub files_after: u64,
+    /// Of those before, how many were (or would be) rewritten.
+    #[prost(uint64, tag = "5")]
+    pub files_taken: u64,
+    #[prost(uint64, tag = "6")]
+    pub bytes_before: u64,
+    #[prost(uint64, tag = "7")]
+    pub bytes_after: u64,
+    /// Rows written; of a table of files that was there already, its rows.
+    #[prost(uint64, tag = "8")]
+    pub rows: u64,
+    #[prost(uint32, tag = "9")]
+    pub buckets: u32,
+    #[prost(double, tag = "10")]
+    pub seconds: f64,
+}
 /// Generated client implementations.
 pub mod ingest_client {
     #![allow(
@@ -1059,6 +1115,53 @@ pub mod ingest_client {
             req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Ingest", "Flush"));
             self.inner.unary(req, path, codec).await
         }
+        /// Makes one sorted run of the managed table of each source.
+        pub async fn compact(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CompactRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::TableProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/coeval.v1.Ingest/Compact");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Ingest", "Compact"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Copies the files of a source into a managed table, unless that was done and they are the same.
+        pub async fn import_files(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ImportFilesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::TableProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Ingest/ImportFiles",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Ingest", "ImportFiles"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1104,6 +1207,31 @@ pub mod ingest_server {
             &self,
             request: tonic::Request<super::FlushRequest>,
         ) -> std::result::Result<tonic::Response<super::FlushResponse>, tonic::Status>;
+        /// Server streaming response type for the Compact method.
+        type CompactStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::TableProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Makes one sorted run of the managed table of each source.
+        async fn compact(
+            &self,
+            request: tonic::Request<super::CompactRequest>,
+        ) -> std::result::Result<tonic::Response<Self::CompactStream>, tonic::Status>;
+        /// Server streaming response type for the ImportFiles method.
+        type ImportFilesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::TableProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Copies the files of a source into a managed table, unless that was done and they are the same.
+        async fn import_files(
+            &self,
+            request: tonic::Request<super::ImportFilesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::ImportFilesStream>,
+            tonic::Status,
+        >;
     }
     #[derive(Debug)]
     pub struct IngestServer<T> {
@@ -1310,6 +1438,98 @@ pub mod ingest_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Ingest/Compact" => {
+                    #[allow(non_camel_case_types)]
+                    struct CompactSvc<T: Ingest>(pub Arc<T>);
+                    impl<
+                        T: Ingest,
+                    > tonic::server::ServerStreamingService<super::CompactRequest>
+                    for CompactSvc<T> {
+                        type Response = super::TableProgress;
+                        type ResponseStream = T::CompactStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CompactRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Ingest>::compact(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CompactSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Ingest/ImportFiles" => {
+                    #[allow(non_camel_case_types)]
+                    struct ImportFilesSvc<T: Ingest>(pub Arc<T>);
+                    impl<
+                        T: Ingest,
+                    > tonic::server::ServerStreamingService<super::ImportFilesRequest>
+                    for ImportFilesSvc<T> {
+                        type Response = super::TableProgress;
+                        type ResponseStream = T::ImportFilesStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ImportFilesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Ingest>::import_files(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ImportFilesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
