@@ -10,7 +10,7 @@ use datafusion::datasource::MemTable;
 use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig};
 use datafusion::error::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
-use datafusion::execution::memory_pool::GreedyMemoryPool;
+use datafusion::execution::memory_pool::{GreedyMemoryPool, MemoryPool};
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
@@ -24,7 +24,6 @@ use futures::StreamExt;
 use object_store::ObjectStore;
 use object_store::path::Path;
 
-use crate::dataset::Manifest;
 use crate::history::{History, POSITION_TIME, SEQUENCE};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
 use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, SourceReport, exec, position_columns};
@@ -199,31 +198,9 @@ impl Engine {
         Ok(TrainingSet { schema, stream, sources: fingerprints, explain, report: Arc::default() })
     }
 
-    /// Streams a stored dataset, in its order.
-    pub async fn stored(
-        &self,
-        manifest_path: &Path,
-        manifest: &Manifest,
-    ) -> Result<SendableRecordBatchStream, EngineError> {
-        let run = |error: DataFusionError| self.explain_failure(error);
-        let mut folder: Vec<_> = manifest_path.parts().collect();
-        folder.pop();
-        let folder: Path = folder.into_iter().collect();
-        let urls: Vec<_> = manifest
-            .files
-            .iter()
-            .map(|file| file_url(&self.store_url, &folder.clone().join(file.path.as_str())))
-            .collect::<Result<_, _>>()
-            .map_err(run)?;
-        // One partition, so that rows come in the order in which they lie.
-        let mut config = SessionConfig::new().with_target_partitions(1);
-        config.options_mut().execution.parquet.schema_force_view_types = false;
-        let context = SessionContext::new_with_config_rt(config, self.runtime.clone());
-        let options = ListingOptions::new(Arc::new(plain_parquet())).with_file_extension("");
-        let config = ListingTableConfig::new_with_multi_paths(urls).with_listing_options(options);
-        let config = config.infer_schema(&context.state()).await.map_err(run)?;
-        let table = ListingTable::try_new(config).map_err(run)?;
-        context.read_table(Arc::new(table)).map_err(run)?.execute_stream().await.map_err(run)
+    /// What all that the engine does takes its memory from.
+    pub(crate) fn memory_pool(&self) -> &Arc<dyn MemoryPool> {
+        &self.runtime.memory_pool
     }
 
     fn explain_failure(&self, error: DataFusionError) -> EngineError {
