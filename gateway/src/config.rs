@@ -102,12 +102,18 @@ pub fn place(project_dir: &Path, text: &str) -> String {
 
 /// The folder on this machine's disk for a project, beside what it keeps in the object store.
 pub fn local_folder(project_dir: &Path, store: &str, project: &str) -> Result<PathBuf, ServeError> {
-    let folder = match store.split_once("://") {
-        None => project_dir.join(store),
-        Some(("file", path)) => PathBuf::from(path.strip_prefix("localhost").unwrap_or(path)),
-        Some(_) => return Err(ServeError::NoLocalFolder { url: store.to_owned() }),
-    };
+    let folder = store_folder(project_dir, store);
+    let folder = folder.ok_or_else(|| ServeError::NoLocalFolder { url: store.to_owned() })?;
     Ok(folder.join("local").join(project))
+}
+
+/// The object store's root, where it is a folder on this machine.
+pub fn store_folder(project_dir: &Path, store: &str) -> Option<PathBuf> {
+    match store.split_once("://") {
+        None => Some(project_dir.join(store)),
+        Some(("file", path)) => Some(PathBuf::from(path.strip_prefix("localhost").unwrap_or(path))),
+        Some(_) => None,
+    }
 }
 
 /// What models run on in this build.

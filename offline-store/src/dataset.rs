@@ -269,4 +269,4 @@ pub fn manifest_digest(manifest: &Manifest) -> Digest {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
