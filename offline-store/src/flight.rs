@@ -199,7 +199,9 @@ fn dataset_status(error: &DatasetError) -> Status {
         DatasetError::Memory { .. } => Status::resource_exhausted(text),
         DatasetError::Damaged { .. } | DatasetError::Part(_) => Status::data_loss(text),
         DatasetError::Newer { .. } => Status::failed_precondition(text),
-        DatasetError::Store { source: object_store::Error::NotFound { .. }, verb: "read", .. } => Status::data_loss(text),
+        DatasetError::Store { source: object_store::Error::NotFound { .. }, verb: "read", .. } => {
+            Status::data_loss(text)
+        }
         DatasetError::Store { .. } => Status::unavailable(text),
         DatasetError::Write(_) => Status::internal(text),
     }

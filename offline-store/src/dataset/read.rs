@@ -186,18 +186,20 @@ impl StoredDataset {
     /// decoded twice; fewer where there are not so many blocks. 0: one per file.
     pub fn parts(&self, selection: &Selection, count: u32) -> Result<Vec<Part>, DatasetError> {
         let range = self.range(selection)?;
-        let rows = range.end - range.start;
-        let count = if count == 0 { self.manifest.files.len() as u64 } else { u64::from(count) };
+        let rows = u128::from(range.end - range.start);
+        let count = if count == 0 { self.manifest.files.len() } else { count as usize };
         let pools = self.pools(selection.shuffle_seed);
-        let inside = pools.iter().map(|pool| pool.rows.start).filter(|start| range.contains(start));
-        let cuts: Vec<u64> = inside.chain([range.start, range.end]).collect();
-        let mut bounds: Vec<u64> = (1..count.min(self.blocks.len() as u64).max(1))
-            .map(|part| {
-                let ideal = range.start + (u128::from(rows) * u128::from(part) / u128::from(count)) as u64;
-                cuts.iter().copied().min_by_key(|cut| cut.abs_diff(ideal)).unwrap_or(ideal)
-            })
-            .chain([range.start, range.end])
-            .collect();
+        let cuts: Vec<u64> = pools.iter().map(|pool| pool.rows.start).filter(|start| range.contains(start)).collect();
+        let mut bounds = if count > cuts.len() {
+            cuts
+        } else {
+            let near = |part: usize| {
+                let ideal = range.start + (rows * part as u128 / count as u128) as u64;
+                cuts.iter().copied().min_by_key(|cut| cut.abs_diff(ideal))
+            };
+            (1..count).filter_map(near).collect()
+        };
+        bounds.extend([range.start, range.end]);
         bounds.sort_unstable();
         bounds.dedup();
         if bounds.len() < 2 {
@@ -229,7 +231,8 @@ impl StoredDataset {
         batch_rows: u32,
     ) -> Result<Batches, DatasetError> {
         let range = self.range(selection)?;
-        let schema = Arc::new(self.schema.project(columns).map_err(|error| DatasetError::Selection(error.to_string()))?);
+        let schema =
+            Arc::new(self.schema.project(columns).map_err(|error| DatasetError::Selection(error.to_string()))?);
         let batch_rows = match batch_rows {
             0 => ((BATCH_BYTES / self.row_bytes().max(1)) as usize).clamp(BATCH_ROWS_MIN, BATCH_ROWS_MAX),
             rows => (rows as usize).min(BATCH_ROWS_MAX),
@@ -328,9 +331,9 @@ impl StoredDataset {
             let failed = |source| DatasetError::Store { path: path.to_string(), verb: "read", source };
             let before = bytes.checked_sub(8).ok_or_else(|| wrong("it is too short".into()))?;
             let end = self.store.get_range(&path, before..bytes).await.map_err(failed)?;
-            let length = end.get(..4).map_or(u64::MAX, |length| {
-                length.iter().rev().fold(0, |length, byte| length << 8 | u64::from(*byte))
-            });
+            let length = end
+                .get(..4)
+                .map_or(u64::MAX, |length| length.iter().rev().fold(0, |length, byte| length << 8 | u64::from(*byte)));
             if end.get(4..) != Some(b"PAR1") || length > before {
                 return Err(wrong("it does not end as a Parquet file does".into()));
             }

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, DictionaryArray, Float32Array, Float64Array, Int64Array, ListArray,
-    RecordBatch, StringArray, StructArray, TimestampMicrosecondArray,
+    ArrayRef, AsArray, BooleanArray, DictionaryArray, Float32Array, Float64Array, Int64Array, ListArray, RecordBatch,
+    StringArray, StructArray, TimestampMicrosecondArray,
 };
 use arrow::buffer::{Buffer, NullBuffer, ScalarBuffer};
 use arrow::compute::concat_batches;
-use arrow::datatypes::{DataType, Field, Float32Type, Int64Type, Int8Type};
+use arrow::datatypes::{DataType, Field, Int8Type, Int64Type};
 use async_trait::async_trait;
 use bytes::Bytes;
 use feature_defs::catalog::{Files, SourceFile};
@@ -57,7 +57,8 @@ models:
 
 pub(crate) fn plan() -> Plan {
     let files = Files::new(vec![SourceFile { path: "definitions.yaml".into(), text: DEFINITIONS.into() }]);
-    let columns = [("shop", Type::String), ("sold_at", Type::Timestamp), ("amount", Type::Float64), ("pieces", Type::Int64)];
+    let columns =
+        [("shop", Type::String), ("sold_at", Type::Timestamp), ("amount", Type::Float64), ("pieces", Type::Int64)];
     let columns = columns.into_iter().map(|(name, column_type)| (name.to_string(), column_type)).collect();
     let schemas = SourceSchemas::from([("sales".to_string(), columns)]);
     compile_definitions("test", &files, &schemas).unwrap()
@@ -78,7 +79,8 @@ fn recipe(spine: &str) -> Recipe {
 
 /// Rows numbered from `rows.start`, with a null here and there.
 pub(crate) fn rows(rows: Range<i64>) -> RecordBatch {
-    let shop: ArrayRef = Arc::new(rows.clone().map(|row| (row % 7 != 0).then(|| format!("s{row}"))).collect::<StringArray>());
+    let shop: ArrayRef =
+        Arc::new(rows.clone().map(|row| (row % 7 != 0).then(|| format!("s{row}"))).collect::<StringArray>());
     let row: ArrayRef = Arc::new(Int64Array::from_iter_values(rows.clone()));
     let amount: ArrayRef =
         Arc::new(rows.clone().map(|row| (row % 5 != 0).then_some(row as f64 / 4.0)).collect::<Float64Array>());
@@ -451,7 +453,8 @@ async fn datasets_of_format_1_are_read() {
     let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
     let folder = Path::from("test/datasets/old/0123456789abcdef");
     let mut part = Vec::new();
-    let properties = parquet::file::properties::WriterProperties::builder().set_max_row_group_row_count(Some(30)).build();
+    let properties =
+        parquet::file::properties::WriterProperties::builder().set_max_row_group_row_count(Some(30)).build();
     let mut parquet = ArrowWriter::try_new(&mut part, rows(0..1).schema(), Some(properties)).unwrap();
     parquet.write(&rows(0..100)).unwrap();
     parquet.close().unwrap();
@@ -482,7 +485,8 @@ fn columns(garbage: bool) -> RecordBatch {
     let hole = if garbage { 77 } else { 0 };
     let nulls = NullBuffer::from(vec![true, false, true, true, false, true]);
     let ints = Int64Array::new(ScalarBuffer::from(vec![1, hole, 3, 4, hole, 6]), Some(nulls.clone()));
-    let floats = Float64Array::new(ScalarBuffer::from(vec![0.5, hole as f64, 2.0, -0.0, 1.0, 9.0]), Some(nulls.clone()));
+    let floats =
+        Float64Array::new(ScalarBuffer::from(vec![0.5, hole as f64, 2.0, -0.0, 1.0, 9.0]), Some(nulls.clone()));
     let text = if garbage { "aXXbcdYef" } else { "abcdef" };
     let offsets: Vec<i32> = if garbage { vec![0, 1, 3, 4, 6, 7, 9] } else { vec![0, 1, 1, 2, 4, 4, 6] };
     let strings = StringArray::new(
@@ -490,9 +494,12 @@ fn columns(garbage: bool) -> RecordBatch {
         Buffer::from(text.as_bytes()),
         Some(nulls.clone()),
     );
-    let inside = Float32Array::from((0..*offsets.last().unwrap()).map(|i| text.as_bytes()[i as usize] as f32).collect::<Vec<_>>());
+    let inside = Float32Array::from(
+        (0..*offsets.last().unwrap()).map(|i| text.as_bytes()[i as usize] as f32).collect::<Vec<_>>(),
+    );
     let item = Arc::new(Field::new_list_field(DataType::Float32, true));
-    let lists = ListArray::new(item, arrow::buffer::OffsetBuffer::new(offsets.into()), Arc::new(inside), Some(nulls.clone()));
+    let lists =
+        ListArray::new(item, arrow::buffer::OffsetBuffer::new(offsets.into()), Arc::new(inside), Some(nulls.clone()));
     let bools = BooleanArray::from(vec![Some(true), None, Some(false), Some(true), None, Some(true)]);
     let names: DictionaryArray<Int8Type> = if garbage {
         let keys = arrow::array::Int8Array::from(vec![Some(2), None, Some(0), Some(2), None, Some(1)]);
@@ -545,6 +552,4 @@ fn digests_are_of_rows_alone() {
     };
     assert_ne!(of(vec![Some("ab"), Some("c")]), of(vec![Some("a"), Some("bc")]));
     assert_ne!(of(vec![Some(""), None]), of(vec![None, Some("")]));
-    let lists = table.column(3).as_list::<i32>().values().as_primitive::<Float32Type>().len();
-    assert_eq!(lists, 6);
 }

@@ -20,7 +20,9 @@ use uuid::Uuid;
 
 use super::profile::Profiler;
 use super::read::BLOCK_ROWS_MAX;
-use super::{Column, DatasetError, DatasetFile, FORMAT, MANIFEST, Manifest, Recipe, damaged, dataset_folder, open, sweep};
+use super::{
+    Column, DatasetError, DatasetFile, FORMAT, MANIFEST, Manifest, Recipe, damaged, dataset_folder, open, sweep,
+};
 use crate::point_in_time::SourceReport;
 
 /// Row groups of one part: about a million rows, so that parallel readers of a large dataset have files of their own.
@@ -203,7 +205,9 @@ impl DatasetWriter {
         if let Some((mut upload, file)) = self.part.take() {
             let path = self.folder.clone().join(self.attempt.as_str()).join(file.path.as_str());
             let shut = tokio::io::AsyncWriteExt::shutdown(&mut upload).await;
-            shut.map_err(|error| stored(&path, object_store::Error::Generic { store: "dataset", source: error.into() }))?;
+            shut.map_err(|error| {
+                stored(&path, object_store::Error::Generic { store: "dataset", source: error.into() })
+            })?;
             let path = format!("{}/{}", self.attempt, file.path);
             self.files.push(DatasetFile { path, ..file });
         }
@@ -336,6 +340,7 @@ fn stored(path: &Path, source: object_store::Error) -> DatasetError {
 
 /// What the rows of a batch take in memory, whatever they are a slice of.
 fn memory_bytes(batch: &RecordBatch) -> usize {
-    let of = |array: &dyn Array| array.to_data().get_slice_memory_size().unwrap_or_else(|_| array.get_array_memory_size());
+    let of =
+        |array: &dyn Array| array.to_data().get_slice_memory_size().unwrap_or_else(|_| array.get_array_memory_size());
     batch.columns().iter().map(|column| of(column.as_ref())).sum()
 }

@@ -247,7 +247,8 @@ impl Encode {
 
     fn encode(&mut self, batch: &RecordBatch) -> Result<Vec<Message>, Status> {
         let buffers = self.encoder.encode(batch).map_err(failed)?;
-        let mut buffers: VecDeque<Bytes> = buffers.into_iter().map(bytes_of).filter(|bytes| !bytes.is_empty()).collect();
+        let mut buffers: VecDeque<Bytes> =
+            buffers.into_iter().map(bytes_of).filter(|bytes| !bytes.is_empty()).collect();
         let mut messages = Vec::with_capacity(2);
         if !std::mem::replace(&mut self.begun, true) {
             // Schemas have no body.
@@ -335,10 +336,7 @@ impl http_body::Body for Body {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         loop {
             if self.ended {
                 return Poll::Ready(None);

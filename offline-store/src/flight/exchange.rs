@@ -140,10 +140,7 @@ impl Flight {
         Ok(Asked { command, service, visibility, order, compression })
     }
 
-    async fn receive(
-        &self,
-        incoming: stream::Peekable<Streaming<FlightData>>,
-    ) -> Result<Spine, Status> {
+    async fn receive(&self, incoming: stream::Peekable<Streaming<FlightData>>) -> Result<Spine, Status> {
         // Clients of the C++ library send the descriptor in a message of its own, which holds nothing to decode.
         let mut bytes = 0;
         let bytes_max = self.spine_bytes_max;
@@ -255,7 +252,8 @@ impl Flight {
         }
         if !asked.command.encode_for.is_empty() {
             let model = self.surroundings.model(&asked.command.project, &asked.command.encode_for)?;
-            if !Arc::ptr_eq(&model.service, &asked.service) && model.service.semantic_digest != asked.service.semantic_digest
+            if !Arc::ptr_eq(&model.service, &asked.service)
+                && model.service.semantic_digest != asked.service.semantic_digest
             {
                 let text = format!(
                     "model `{}` reads feature service `{}`, not `{}`",

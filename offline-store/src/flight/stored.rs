@@ -170,8 +170,7 @@ impl Flight {
         let passes = |name: &str| all.schema().column_with_name(name).is_some();
         let needed = |name: &str| outputs.iter().any(|output| output.name == name) || passes(name);
         let fields = dataset.schema.fields().iter().enumerate();
-        let columns: Vec<usize> =
-            fields.filter(|(_, field)| needed(field.name())).map(|(index, _)| index).collect();
+        let columns: Vec<usize> = fields.filter(|(_, field)| needed(field.name())).map(|(index, _)| index).collect();
         let projected = dataset.schema.project(&columns).map_err(|error| Status::internal(error.to_string()))?;
         let encoder = TensorEncoder::new(model, &projected, passed.as_deref())?;
         Ok(View { columns, schema: encoder.schema().clone(), change: Some(encoder.into_change()) })

@@ -79,7 +79,8 @@ impl TensorEncoder {
         let mut names: Vec<&str> = fields.iter().map(|field| field.name().as_str()).collect();
         names.sort_unstable();
         if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            let text = format!("`{}` is both an input of model `{}` and a column; rename the column", twice[0], model.name);
+            let text =
+                format!("`{}` is both an input of model `{}` and a column; rename the column", twice[0], model.name);
             return Err(Status::invalid_argument(text));
         }
         Ok(TensorEncoder { model, features, passed, schema: Arc::new(Schema::new(fields)) })

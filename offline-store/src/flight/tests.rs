@@ -189,7 +189,8 @@ async fn the_same_inputs_are_computed_once() {
 async fn endpoints_shares_and_the_rest_of_a_stream() {
     let world = world(64 * MIB).await;
     let (whole, _) = world.exchange(command("kept"), spine(1_000)).await.unwrap();
-    let labels = |batch: &RecordBatch| batch.column_by_name("label").unwrap().as_primitive::<Int64Type>().values().to_vec();
+    let labels =
+        |batch: &RecordBatch| batch.column_by_name("label").unwrap().as_primitive::<Int64Type>().values().to_vec();
     for shuffle_seed in [None, Some(5)] {
         let asked = DatasetTicket { shuffle_seed, endpoints: 4, ..ticket() };
         let (all, _) = world.get(asked.clone()).await.unwrap();
