@@ -3,6 +3,7 @@
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::datatypes::{ArrowPrimitiveType, Float32Type, Float64Type, Int32Type, Int64Type, Schema};
 use feature_defs::aggregate::{Aggregate, Function, State};
+use feature_defs::as_of::Times;
 use feature_defs::plan::ServicePlan;
 use feature_defs::value::{Type, Value};
 
@@ -103,7 +104,7 @@ impl Feature {
             profile.min = Some(profile.min.map_or(number, |min| min.min(number)));
             profile.max = Some(profile.max.map_or(number, |max| max.max(number)));
             if let Some((aggregate, state)) = &mut self.mean {
-                aggregate.push(state, &value);
+                aggregate.push(state, &value, &Times::NONE);
             }
         }
     }
