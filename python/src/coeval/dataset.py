@@ -10,6 +10,7 @@ anywhere, and go on where a broken stream ended.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -119,7 +120,8 @@ class Dataset:
         reports = self._manifest.get("known_at")
         if reports is None and self._compute is None and self._stream is None and self._is_kept():
             reports = self.describe()["known_at"]
-        return [SourceReport(**report) for report in reports or []]
+        known = [field.name for field in dataclasses.fields(SourceReport)]
+        return [SourceReport(**{name: report[name] for name in known}) for report in reports or []]
 
     @property
     def manifest(self) -> dict[str, Any]:
