@@ -82,6 +82,7 @@ enum VisibilityChoice {
 #[derive(Debug, serde::Deserialize)]
 struct Stored {
     id: String,
+    #[serde(default)]
     existed: bool,
 }
 

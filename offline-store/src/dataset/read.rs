@@ -212,8 +212,10 @@ impl StoredDataset {
     pub fn stream_bytes(&self, selection: &Selection) -> u64 {
         let rows = self.blocks.iter().map(|block| block.rows).max().unwrap_or(0);
         let block = rows * self.row_bytes();
+        let all = self.manifest.rows * self.row_bytes();
         let pool = if selection.shuffle_seed.is_some() { block.max(POOL_BYTES_MAX) } else { 0 };
-        pool + 3 * block + 6 * BATCH_BYTES
+        // A dataset that is smaller than that is held once, and fetched once.
+        (pool + 3 * block).min(2 * all) + 6 * BATCH_BYTES
     }
 
     fn row_bytes(&self) -> u64 {
