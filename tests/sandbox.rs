@@ -228,6 +228,8 @@ impl Server {
             .filter_map(|data| async move { data.ok() });
         let mut client = FlightServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20);
         let answer = client.do_exchange(encoded).await?.into_inner();
+        // The last message says how it ended and holds no batch.
+        let answer = answer.try_filter(|message| std::future::ready(!message.data_header.is_empty()));
         let answer = answer.map_err(|status| FlightError::Tonic(Box::new(status)));
         let mut batches = FlightRecordBatchStream::new_from_flight_data(answer);
         let mut collected = Vec::new();

@@ -101,12 +101,17 @@ pub fn place(project_dir: &Path, text: &str) -> String {
 /// The folder on this machine's disk for a project: beside what it keeps in the object store, or in the project's folder
 /// where that is a bucket.
 pub fn local_folder(project_dir: &Path, store: &str, project: &str) -> PathBuf {
-    let folder = match store.split_once("://") {
-        None => project_dir.join(store),
-        Some(("file", path)) => PathBuf::from(path.strip_prefix("localhost").unwrap_or(path)),
-        Some(_) => project_dir.join(".coeval"),
-    };
+    let folder = store_folder(project_dir, store).unwrap_or_else(|| project_dir.join(".coeval"));
     folder.join("local").join(project)
+}
+
+/// The object store's root, where it is a folder on this machine.
+pub fn store_folder(project_dir: &Path, store: &str) -> Option<PathBuf> {
+    match store.split_once("://") {
+        None => Some(project_dir.join(store)),
+        Some(("file", path)) => Some(PathBuf::from(path.strip_prefix("localhost").unwrap_or(path))),
+        Some(_) => None,
+    }
 }
 
 /// What models run on in this build.

@@ -2,12 +2,13 @@
 //! offline engine as a service on the gRPC port.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use chrono::{DateTime, SecondsFormat};
-use feature_defs::plan::{Plan, ServicePlan, ViewPlan};
+use feature_defs::plan::{ModelPlan, Plan, ServicePlan, ViewPlan};
 use feature_defs::time::Micros;
 use ingest::log::LogError;
 use ingest::{Ingest, IngestError, IngestOptions, Phase};
@@ -24,7 +25,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::answer::Gateway;
-use crate::config::{ServeError, ServeOptions};
+use crate::config::{ServeError, ServeOptions, store_folder};
 use crate::events::{Events, EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
 use crate::run::Mount;
 use crate::status::{Failure, Kind};
@@ -234,6 +235,7 @@ impl From<IngestError> for EventsError {
 pub(crate) struct Offline {
     pub engine: Arc<Engine>,
     memory_bytes: u64,
+    store_folder: Option<PathBuf>,
 }
 
 pub(crate) fn open_engine(
@@ -252,15 +254,16 @@ pub(crate) fn open_engine(
         memory_bytes,
         spill_folder: offline.spill.as_ref().map(|folder| options.project_dir.join(folder)),
     })?;
-    Ok(Offline { engine: Arc::new(engine), memory_bytes })
+    let store_folder = store_folder(&options.project_dir, &options.settings.store);
+    Ok(Offline { engine: Arc::new(engine), memory_bytes, store_folder })
 }
 
 impl Offline {
     /// Adds the Flight service to the gRPC port.
     pub fn mount(self) -> Mount {
-        let Offline { engine, memory_bytes } = self;
+        let Offline { engine, memory_bytes, store_folder } = self;
         Box::new(move |routes, gateway| {
-            let process = Arc::new(Process { gateway: gateway.clone() });
+            let process = Arc::new(Process { gateway: gateway.clone(), store_folder });
             routes.add_service(offline_store::flight::service(engine, process, memory_bytes))
         })
     }
@@ -270,6 +273,7 @@ impl Offline {
 /// datasets into.
 struct Process {
     gateway: Arc<Gateway>,
+    store_folder: Option<PathBuf>,
 }
 
 impl Process {
@@ -302,6 +306,16 @@ impl Surroundings for Process {
         Ok(plan.service(service).cloned().ok_or_else(|| Failure::unknown("feature service", service, known()))?)
     }
 
+    fn model(&self, project: &str, model: &str) -> Result<Arc<ModelPlan>, Status> {
+        self.gateway.check_serving()?;
+        self.gateway.check_project(project)?;
+        let served = self.gateway.served();
+        let plan = served.plan()?;
+        let known = || plan.models.iter().map(|model| &*model.name);
+        let found = plan.models.iter().find(|known| &*known.name == model).cloned();
+        Ok(found.ok_or_else(|| Failure::unknown("model", model, known()))?)
+    }
+
     async fn before_read(&self) -> Result<(), Status> {
         if let Some(events) = &self.gateway.events {
             events.flush().await.map_err(Failure::from)?;
@@ -332,6 +346,10 @@ impl Surroundings for Process {
         }
         let path = Path::parse(&record.dataset.manifest);
         Ok(path.map_err(|error| Failure::internal("the place of the dataset cannot be read", &error))?)
+    }
+
+    fn store_folder(&self) -> Option<PathBuf> {
+        self.store_folder.clone()
     }
 
     fn now(&self) -> String {

@@ -2474,7 +2474,8 @@ pub mod control_server {
     }
 }
 /// DoExchange: the client sends the spine as record batches under a descriptor whose `cmd` is this message; the server
-/// answers with the training set's batches, in the spine's order.
+/// answers with the training set's batches. The last message holds no batch; its `app_metadata` is JSON that says what
+/// known-at rules hid and, with a dataset name, what was kept.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TrainingSetCommand {
     #[prost(string, tag = "1")]
@@ -2482,6 +2483,7 @@ pub struct TrainingSetCommand {
     #[prost(string, tag = "2")]
     pub service: ::prost::alloc::string::String,
     /// Keep the result as a dataset of this name. Empty: do not keep it.
+    /// The same inputs under the same name are one dataset: when it is there, it is streamed and nothing is computed.
     #[prost(string, tag = "3")]
     pub dataset: ::prost::alloc::string::String,
     /// Add `<feature>__status` columns.
@@ -2492,8 +2494,23 @@ pub struct TrainingSetCommand {
     pub visibility: ::prost::alloc::string::String,
     #[prost(uint64, tag = "6")]
     pub seed: u64,
+    /// `spine` (default): rows come in the spine's order. `any`: as they are ready, each with its place in the spine in the
+    /// UInt64 column `__ordinal`. What is kept is in the spine's order either way.
+    #[prost(string, tag = "7")]
+    pub order: ::prost::alloc::string::String,
+    /// A model that reads this service: features come as its input tensors (see DatasetTicket.encode_for).
+    #[prost(string, tag = "8")]
+    pub encode_for: ::prost::alloc::string::String,
+    /// Of the buffers of the answer: `none` (default), `lz4` or `zstd`.
+    #[prost(string, tag = "9")]
+    pub compression: ::prost::alloc::string::String,
 }
-/// DoGet ticket: the batches of a stored dataset, in order.
+/// DoGet ticket: the batches of a stored dataset. GetFlightInfo takes the same message as the `cmd` of a descriptor and
+/// answers with endpoints, whose tickets one after the other give the same rows; its `app_metadata` is the manifest.
+///
+/// Which rows, in this order of precedence: the dataset's rows as stored, or shuffled by `shuffle_seed`, are one sequence.
+/// Of `n` rows, rank r of w reads those from floor(r*n/w) to floor((r+1)*n/w). Of these, `offset` are left out and at most
+/// `limit` are sent.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DatasetTicket {
     #[prost(string, tag = "1")]
@@ -2503,4 +2520,38 @@ pub struct DatasetTicket {
     /// Empty: the newest of that name.
     #[prost(string, tag = "3")]
     pub id: ::prost::alloc::string::String,
+    /// Which of `world_size` readers this is, from 0. A world size of 0 is one reader.
+    #[prost(uint32, tag = "4")]
+    pub rank: u32,
+    #[prost(uint32, tag = "5")]
+    pub world_size: u32,
+    /// Rows come in an order that depends on the dataset and this seed alone.
+    #[prost(uint64, optional, tag = "6")]
+    pub shuffle_seed: ::core::option::Option<u64>,
+    /// Rows of this reader's share that are not sent: those that were received before a stream broke off.
+    #[prost(uint64, tag = "7")]
+    pub offset: u64,
+    /// Rows that are sent at most.
+    #[prost(uint64, optional, tag = "8")]
+    pub limit: ::core::option::Option<u64>,
+    /// Columns, in this order; none named: all. With `encode_for`: which of the columns beside the features.
+    #[prost(string, repeated, tag = "9")]
+    pub columns: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// A model that reads the dataset's service. Instead of the features come the model's inputs, one fixed-size list per
+    /// row and input, made by the encoder that serving runs (booleans as bytes of 0 and 1); with `missing: refuse` also
+    /// `__refused`: true where serving would refuse the row.
+    #[prost(string, tag = "10")]
+    pub encode_for: ::prost::alloc::string::String,
+    /// Of the buffers that are sent: `none` (default), `lz4` or `zstd`.
+    #[prost(string, tag = "11")]
+    pub compression: ::prost::alloc::string::String,
+    /// Rows per batch at most; 0 lets the server choose.
+    #[prost(uint32, tag = "12")]
+    pub batch_rows: u32,
+    /// GetFlightInfo only: how many endpoints to deal this reader's rows to; 0: one per stored part.
+    #[prost(uint32, tag = "13")]
+    pub endpoints: u32,
+    /// With `encode_for`: send no columns beside the inputs (an empty `columns` would mean all).
+    #[prost(bool, tag = "14")]
+    pub inputs_only: bool,
 }
