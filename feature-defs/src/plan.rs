@@ -113,6 +113,15 @@ pub struct ViewAggregate {
     /// None counts rows.
     pub of: Option<Expression>,
     pub filter: Option<Expression>,
+    /// What tells the parts apart when the aggregate is split.
+    pub by: Option<Expression>,
+}
+
+impl ViewAggregate {
+    /// What is evaluated over the source's rows.
+    pub fn expressions(&self) -> impl Iterator<Item = &Expression> {
+        self.of.iter().chain(&self.filter).chain(&self.by)
+    }
 }
 
 /// One feature of a windowed view.
@@ -324,8 +333,7 @@ impl ViewPlan {
                 expressions.extend(features.iter().map(|feature| &feature.expression))
             }
             ViewPlanKind::Windowed { aggregates, .. } => {
-                expressions
-                    .extend(aggregates.iter().flat_map(|aggregate| aggregate.of.iter().chain(&aggregate.filter)));
+                expressions.extend(aggregates.iter().flat_map(ViewAggregate::expressions));
             }
         }
         names.extend(expressions.iter().flat_map(|expression| expression.columns()).map(|column| column.name.as_str()));
