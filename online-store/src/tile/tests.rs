@@ -198,11 +198,11 @@ fn any_value(random: &mut Random, value_type: &Type) -> Value {
 
 #[test]
 fn every_function_agrees_with_the_reference() {
-    for seed in 1..=4 {
+    for seed in 1..=2 {
         let layout = Layout { aggregates: every_function(), ..layout(&[HOUR, 24 * HOUR]) };
         let types = layout.input_types();
         let mut random = Random(seed * 0x9e37_79b9);
-        let mut all = events(&mut random, 150, 20 * MINUTE);
+        let mut all = events(&mut random, 100, 20 * MINUTE);
         for event in &mut all {
             // Ties of event time are decided by the created time, then by the sequence.
             event.times.created_time = (random.below(2) == 0).then_some(event.times.known_time);
@@ -225,7 +225,7 @@ fn every_function_agrees_with_the_reference() {
                 }
             }
         }
-        assert!(exact > 50 && present > 5_000, "{exact} exact in the past, {present} values");
+        assert!(exact > 30 && present > 5_000, "{exact} exact in the past, {present} values");
     }
 }
 
