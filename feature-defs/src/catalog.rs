@@ -157,15 +157,27 @@ pub struct WindowLength {
     pub text: String,
 }
 
-/// Parameters of particular aggregate functions; which apply is checked with the function.
+/// Parameters of particular aggregate functions, and `by`; which apply is checked with the function.
 #[derive(Debug, Clone, Default)]
 pub struct AggregateParameters {
     pub q: Option<Spanned<f64>>,
     pub clamp: Option<Spanned<(f64, f64)>>,
     pub n: Option<Spanned<u32>>,
+    pub k: Option<Spanned<u32>>,
     pub edges: Option<Spanned<Vec<f64>>>,
     pub values: Option<Spanned<Vec<Literal>>>,
-    pub by: Option<Spanned<String>>,
+    pub by: Option<By>,
+}
+
+/// An aggregate for each part of the events: `{of: carrier, values: [AA, UA]}`.
+#[derive(Debug, Clone)]
+pub struct By {
+    /// Where to point when something is missing.
+    pub span: Span,
+    /// What tells the parts apart. Empty where it was missing and reported.
+    pub of: Spanned<String>,
+    pub edges: Option<Spanned<Vec<f64>>>,
+    pub values: Option<Spanned<Vec<Literal>>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

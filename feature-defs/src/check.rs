@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 pub use self::literal::LiteralError;
+use crate::aggregate::{BUCKETS_MAX, CLAMP_MAX, Clamp, FUNCTION_NAMES, Quantile, nearest_name};
 use crate::catalog::*;
 use crate::diagnose::{Diagnostic, Span, Spanned, article, nearest, shown};
 use crate::value::Type;
@@ -38,23 +39,16 @@ const EVENT_TIMESTAMP: &str = "event_timestamp";
 /// A feature's status is a column of this name.
 const STATUS_SUFFIX: &str = "__status";
 
-/// The aggregate functions, and the parameters that each takes beside `of` and `where`.
-const FUNCTIONS: [(&str, &[&str]); 14] = [
-    ("count", &["by", "values", "edges"]),
-    ("sum", &["by", "values", "edges"]),
-    ("mean", &["by", "values", "edges"]),
-    ("min", &[]),
-    ("max", &[]),
-    ("stddev", &[]),
-    ("variance", &[]),
-    ("first", &[]),
-    ("last", &[]),
-    ("last_n", &["n"]),
-    ("distinct_count", &[]),
-    ("percentile", &["q", "clamp"]),
-    ("top_k", &["n"]),
-    ("histogram", &["edges", "values"]),
-];
+/// The parameters that an aggregate function takes beside `of`, `where` and `by`.
+fn parameters_of(function: &str) -> &'static [&'static str] {
+    match function {
+        "last_n" => &["n"],
+        "top_k" => &["k"],
+        "percentile" => &["q", "clamp"],
+        "histogram" => &["edges", "values"],
+        _ => &[],
+    }
+}
 
 struct Checker<'a> {
     catalog: &'a Catalog,
@@ -399,56 +393,126 @@ impl<'a> Checker<'a> {
         if function.is_empty() {
             return;
         }
-        let Some((_, takes)) = FUNCTIONS.iter().find(|(name, _)| *name == function.as_str()) else {
+        if !FUNCTION_NAMES.contains(&function.as_str()) {
             let message = format!("there is no aggregate function `{}`", shown(function));
-            let names = FUNCTIONS.iter().map(|(name, _)| *name);
-            self.report(Diagnostic::error(message, function.span).nearest(function, names));
+            let diagnostic = Diagnostic::error(message, function.span);
+            self.report(match nearest_name(function) {
+                Some(near) => diagnostic.help(format!("did you mean `{near}`?")),
+                None => diagnostic.nearest(function, FUNCTION_NAMES),
+            });
             return;
-        };
-        if aggregate.of.is_none() && **function != "count" {
-            let diagnostic =
-                Diagnostic::error(format!("`{}` needs `of`: what to aggregate", **function), function.span);
-            self.report(diagnostic.help("write `of: column`, or an expression over the source's columns"));
         }
-        let AggregateParameters { q, clamp, n, edges, values, by } = &aggregate.parameters;
+        let AggregateParameters { q, clamp, n, k, edges, values, by } = &aggregate.parameters;
         let given = [
             ("q", q.as_ref().map(|q| q.span)),
             ("clamp", clamp.as_ref().map(|clamp| clamp.span)),
             ("n", n.as_ref().map(|n| n.span)),
+            ("k", k.as_ref().map(|k| k.span)),
             ("edges", edges.as_ref().map(|edges| edges.span)),
             ("values", values.as_ref().map(|values| values.span)),
-            ("by", by.as_ref().map(|by| by.span)),
         ];
-        for (parameter, span) in given {
-            match span {
-                Some(span) if !takes.contains(&parameter) => {
-                    self.error(format!("`{}` does not take `{parameter}`", **function), span);
+        let takes = parameters_of(function);
+        let wrong: Vec<(&str, Span, Option<&str>)> = given
+            .iter()
+            .filter(|(parameter, _)| !takes.contains(parameter))
+            .filter_map(|(parameter, span)| {
+                let instead = match (*parameter, takes) {
+                    ("n" | "k", [instead @ ("n" | "k")]) => Some(*instead),
+                    _ => None,
+                };
+                Some((*parameter, (*span)?, instead))
+            })
+            .collect();
+        // A number under the wrong name is not missing too.
+        let misnamed = wrong.iter().any(|(_, _, instead)| instead.is_some());
+        let mut missing: Vec<&str> = Vec::new();
+        if aggregate.of.is_none() && **function != "count" {
+            missing.push("`of`");
+        }
+        let is_given = |parameter: &str| given.iter().any(|(name, span)| *name == parameter && span.is_some());
+        match function.as_str() {
+            "percentile" => missing.extend(
+                [("q", "`q`"), ("clamp", "`clamp`")].iter().filter(|(name, _)| !is_given(name)).map(|(_, shown)| shown),
+            ),
+            "last_n" if !misnamed && !is_given("n") => missing.push("`n`"),
+            "top_k" if !misnamed && !is_given("k") => missing.push("`k`"),
+            _ => {}
+        }
+        if let Some((last, others)) = missing.split_last() {
+            let all = if others.is_empty() { last.to_string() } else { format!("{} and {last}", others.join(", ")) };
+            let (what, help) = match (function.as_str(), &missing[..]) {
+                (_, ["`of`"]) => {
+                    (": what to aggregate", "write `of: column`, or an expression over the source's columns")
                 }
-                None if matches!(
-                    (function.as_str(), parameter),
-                    ("last_n" | "top_k", "n") | ("percentile", "q" | "clamp")
-                ) =>
-                {
-                    self.error(format!("`{}` needs `{parameter}`", **function), function.span);
+                ("percentile", _) => (
+                    "",
+                    "write like `of: delay, q: 0.9, clamp: [0, 1000]`: 90 % of the values, which lie in this range",
+                ),
+                ("last_n", _) => ("", "write like `of: price, n: 3`: how many values to keep"),
+                _ => ("", "write like `of: price, k: 3`: how many values to keep"),
+            };
+            self.report(Diagnostic::error(format!("`{}` needs {all}{what}", **function), function.span).help(help));
+        }
+        for (parameter, span, instead) in wrong {
+            let diagnostic = Diagnostic::error(format!("`{}` does not take `{parameter}`", **function), span);
+            self.report(match instead {
+                Some(instead) => diagnostic.help(format!("write `{instead}`")),
+                None => diagnostic,
+            });
+        }
+        if let Some(q) = q {
+            if !(q.value > 0.0 && q.value < 1.0) {
+                self.error("`q` must lie between 0 and 1", q.span);
+            } else if Quantile::new(q.value).is_none() {
+                self.error("`q` has more than nine decimals", q.span);
+            }
+        }
+        if let Some(clamp) = clamp {
+            let (low, high) = clamp.value;
+            if low >= high {
+                self.error("the lower end of `clamp` must be below the upper", clamp.span);
+            } else if Clamp::new(low, high).is_none() {
+                let diagnostic = Diagnostic::error(format!("`clamp` must lie within ±{CLAMP_MAX:e}"), clamp.span);
+                self.report(diagnostic.help("a narrow range keeps tiles small: name what values can really be"));
+            }
+        }
+        if **function == "histogram" {
+            self.buckets("histogram", function.span, edges.as_ref(), values.as_ref());
+        }
+        if let Some(by) = by {
+            self.buckets("by", by.span, by.edges.as_ref(), by.values.as_ref());
+        }
+    }
+
+    /// Buckets are declared in one of two ways. Whether they fit what is put into them is checked with its type.
+    fn buckets(
+        &mut self,
+        what: &str,
+        span: Span,
+        edges: Option<&Spanned<Vec<f64>>>,
+        values: Option<&Spanned<Vec<Literal>>>,
+    ) {
+        if edges.is_some() == values.is_some() {
+            let diagnostic = Diagnostic::error(format!("`{what}` needs either `edges` or `values`"), span);
+            self.report(diagnostic.help("write `edges: [0, 15, 60]`, or `values: [AA, UA]`; what is in none is OTHER"));
+        }
+        let sizes = [
+            ("edges", edges.map(|edges| (edges.len(), edges.span))),
+            ("values", values.map(|values| (values.len(), values.span))),
+        ];
+        for (name, size) in sizes {
+            match size {
+                Some((0, span)) => self.error(format!("`{name}` is empty"), span),
+                Some((size, span)) if size > BUCKETS_MAX => {
+                    self.error(format!("`{name}` are {size}, and {BUCKETS_MAX} is the most"), span);
                 }
                 _ => {}
             }
         }
-        if let Some(q) = q.as_ref().filter(|q| !(q.value > 0.0 && q.value < 1.0)) {
-            self.error("`q` must lie between 0 and 1", q.span);
-        }
-        if let Some(clamp) = clamp.as_ref().filter(|clamp| clamp.value.0 >= clamp.value.1) {
-            self.error("the lower end of `clamp` must be below the upper", clamp.span);
-        }
         if let Some(edges) = edges
-            && (edges.is_empty() || edges.windows(2).any(|pair| pair[0] >= pair[1]))
+            && edges.windows(2).any(|pair| pair[0] >= pair[1])
         {
             self.error("`edges` must ascend", edges.span);
-        }
-        let buckets = edges.is_some() as u8 + values.is_some() as u8;
-        if (**function == "histogram" || by.is_some()) && buckets != 1 {
-            let what = if by.is_some() { "by" } else { "histogram" };
-            self.error(format!("`{what}` needs either `edges` or `values`"), function.span);
         }
     }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use self::reader::{ABOUT, Object, Reader};
 pub use self::settings::parse_settings;
+use crate::aggregate::KEPT_MAX;
 use crate::catalog::*;
 use crate::diagnose::{Diagnostic, Span, Spanned};
 use crate::value::Type;
@@ -353,27 +354,30 @@ impl Reader<'_> {
         let object = self.object(
             node,
             "aggregate",
-            keys!["name", "function", "of", "where", "windows", "default", "q", "clamp", "n", "edges", "values", "by"],
+            keys![
+                "name", "function", "of", "where", "windows", "default", "q", "clamp", "n", "k", "edges", "values",
+                "by"
+            ],
         )?;
         let name = self.required(&object, "name", Self::string)?;
         self.refuse_empty(&object, "windows");
         let parameters = AggregateParameters {
-            q: self.optional(&object, "q", |reader, node| Some(Spanned::new(reader.number(node)?, node.span))),
-            clamp: self.optional(&object, "clamp", |reader, node| match reader.list(node, Reader::number)?[..] {
-                [low, high] => Some(Spanned::new((low, high), node.span)),
-                _ => reader.mismatch(node, "a pair of numbers such as `[0, 100]`"),
+            q: self.optional(&object, "q", |reader, node| {
+                Some(Spanned::new(reader.number(node).unwrap_or(0.5), node.span))
             }),
-            n: self.optional(&object, "n", |reader, node| {
-                Some(Spanned::new(reader.integer(node, 1..=10_000)? as u32, node.span))
+            clamp: self.optional(&object, "clamp", |reader, node| {
+                let range = match reader.list(node, Reader::number).as_deref() {
+                    Some([low, high]) => (*low, *high),
+                    Some(_) => reader.mismatch(node, "a pair of numbers such as `[0, 100]`").unwrap_or((0.0, 1.0)),
+                    None => (0.0, 1.0),
+                };
+                Some(Spanned::new(range, node.span))
             }),
-            edges: self.optional(&object, "edges", |reader, node| {
-                Some(Spanned::new(reader.list(node, Reader::number)?, node.span))
-            }),
-            values: self.optional(&object, "values", |reader, node| {
-                let values = reader.list(node, Reader::literal)?;
-                Some(Spanned::new(values.into_iter().map(|value| value.value).collect(), node.span))
-            }),
-            by: self.optional(&object, "by", Self::string),
+            n: self.optional(&object, "n", Self::kept),
+            k: self.optional(&object, "k", Self::kept),
+            edges: self.optional(&object, "edges", Self::edges),
+            values: self.optional(&object, "values", Self::literals),
+            by: self.optional(&object, "by", Self::by),
         };
         Some(AggregateDef {
             name,
@@ -384,6 +388,38 @@ impl Reader<'_> {
             windows: self.optional(&object, "windows", |reader, node| reader.list(node, Self::window)),
             default: self.optional(&object, "default", Self::literal),
             parameters,
+        })
+    }
+
+    /// How many values a state keeps. Here and below: what is wrong was reported, and something stands for it, so that
+    /// the check does not say that it is missing too.
+    fn kept(&mut self, node: &Node) -> Option<Spanned<u32>> {
+        Some(Spanned::new(self.integer(node, 1..=i64::from(KEPT_MAX)).unwrap_or(1) as u32, node.span))
+    }
+
+    fn edges(&mut self, node: &Node) -> Option<Spanned<Vec<f64>>> {
+        Some(Spanned::new(self.list(node, Self::number).unwrap_or(vec![0.0]), node.span))
+    }
+
+    fn literals(&mut self, node: &Node) -> Option<Spanned<Vec<Literal>>> {
+        let values = self.list(node, |_, node| Some(reader::literal(node))).unwrap_or(vec![Literal::Null]);
+        Some(Spanned::new(values, node.span))
+    }
+
+    fn by(&mut self, node: &Node) -> Option<By> {
+        if let Kind::String(text) = &node.kind {
+            let message = "`by` needs its buckets: all values there may be, or the edges between them";
+            let shown = crate::diagnose::shown(text);
+            let help = format!("write `by: {{of: {shown}, values: [...]}}` or `by: {{of: {shown}, edges: [...]}}`");
+            self.report(Diagnostic::error(message, node.span).help(help));
+            return None;
+        }
+        let object = self.object(node, "`by`", &["of", "edges", "values"])?;
+        Some(By {
+            span: object.span,
+            of: self.name(&object, "of"),
+            edges: self.optional(&object, "edges", Self::edges),
+            values: self.optional(&object, "values", Self::literals),
         })
     }
 

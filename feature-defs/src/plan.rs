@@ -113,6 +113,15 @@ pub struct ViewAggregate {
     /// None counts rows.
     pub of: Option<Expression>,
     pub filter: Option<Expression>,
+    /// What tells the parts apart when the aggregate is split.
+    pub by: Option<Expression>,
+}
+
+impl ViewAggregate {
+    /// What is evaluated over the source's rows.
+    pub fn expressions(&self) -> impl Iterator<Item = &Expression> {
+        self.of.iter().chain(&self.filter).chain(&self.by)
+    }
 }
 
 /// One feature of a windowed view.
@@ -343,7 +352,7 @@ impl ViewPlan {
         match &self.kind {
             ViewPlanKind::AsOf { features, .. } => features.iter().any(|feature| reads(&feature.expression)),
             ViewPlanKind::Windowed { aggregates, .. } => {
-                aggregates.iter().any(|aggregate| aggregate.of.iter().chain(&aggregate.filter).any(reads))
+                aggregates.iter().flat_map(ViewAggregate::expressions).any(reads)
             }
         }
     }

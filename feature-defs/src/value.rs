@@ -633,6 +633,16 @@ pub fn encode_nullable(value: &Value, out: &mut Vec<u8>) {
     }
 }
 
+/// FNV-1a of 64 bits, finished by murmur3's 64-bit mixer: the one hash of canonical encodings. Fixed for ever, since
+/// stored states and expressions depend on it.
+pub fn hash(bytes: &[u8]) -> u64 {
+    let mut h =
+        bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, byte| (h ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    h = (h ^ (h >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    h = (h ^ (h >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    h ^ (h >> 33)
+}
+
 /// An i64 as eight bytes that sort like the number.
 pub fn encode_i64(x: i64) -> [u8; 8] {
     ((x as u64) ^ (1 << 63)).to_be_bytes()

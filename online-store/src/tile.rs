@@ -4,10 +4,10 @@
 //! boundary of the finest level before t, and the rest, the *raw head*, event by event: the two newest tiles of the finest
 //! level also keep their events, so that the head is exact to the last event, and at a past `at` within them.
 //!
-//! A tile of version 1:
+//! A tile:
 //!
 //! ```text
-//! 1 byte    format version
+//! 1 byte    format version, 1 or 2
 //! 1 byte    1 if raw events follow
 //! 8 bytes   latest event time in the tile      8 bytes   latest known time in the tile
 //! states    one per aggregate of the view, self-delimiting, over all events of the tile
@@ -16,6 +16,9 @@
 //!           states    over the folded events
 //!           varint    number of raw events, then for each: event time, known time (8 bytes each), inputs (varint length + row)
 //! ```
+//!
+//! Version 2 is written where an aggregate of the view orders its values: in front of a raw event's inputs it has what
+//! decides ties, the sequence (varint) and the created time (1 byte, 0 for none, else 1 and 8 bytes).
 
 use std::collections::BTreeMap;
 
@@ -27,7 +30,14 @@ use feature_defs::time::{Micros, Position, floor_to};
 use feature_defs::value::{DecodeError, Type, Value, decode_i64, decode_row, encode_i64, encode_row, take};
 use feature_defs::window::{Levels, TileId, Window, WindowEvent};
 
-pub const VERSION: u8 = 1;
+/// The newest version.
+pub const VERSION: u8 = 2;
+
+/// Of tiles whose raw events have only the times that windows ask for.
+const VERSION_UNORDERED: u8 = 1;
+
+/// Of the field beside the tiles.
+const BOUNDS_VERSION: u8 = 1;
 
 /// Raw events kept in one tile before the older half is folded into states: about 100 KB for a view of a few inputs.
 pub const RAW_EVENTS_MAX: usize = 1_024;
@@ -65,13 +75,17 @@ pub struct Raw {
 pub struct RawEvent {
     pub event_time: Micros,
     pub known_time: Micros,
+    /// This and the sequence are kept only where an aggregate orders its values.
+    pub created_time: Option<Micros>,
+    pub sequence: u64,
     pub inputs: Vec<Value>,
 }
 
 impl RawEvent {
     fn times(&self) -> Times {
-        let position = Position { time: self.known_time, sequence: 0 };
-        Times { event_time: self.event_time, created_time: None, known_time: self.known_time, position }
+        // The position's time is not kept: it has decided when the event was applied, and decides no order of values.
+        let position = Position { time: self.known_time, sequence: self.sequence };
+        Times { event_time: self.event_time, created_time: self.created_time, known_time: self.known_time, position }
     }
 }
 
@@ -109,6 +123,23 @@ impl Layout {
     /// How raw inputs are typed: what each aggregate takes; `count(*)` counts a true marker.
     fn input_types(&self) -> Vec<Type> {
         self.aggregates.iter().map(|aggregate| aggregate.input().cloned().unwrap_or(Type::Bool)).collect()
+    }
+
+    /// Whether raw events must keep what decides ties.
+    fn is_ordered(&self) -> bool {
+        self.aggregates.iter().any(Aggregate::is_ordered)
+    }
+
+    fn raw_event(&self, event: &WindowEvent) -> RawEvent {
+        let Times { event_time, known_time, created_time, position } = event.times;
+        let is_ordered = self.is_ordered();
+        RawEvent {
+            event_time,
+            known_time,
+            created_time: created_time.filter(|_| is_ordered),
+            sequence: if is_ordered { position.sequence } else { 0 },
+            inputs: event.inputs.clone(),
+        }
     }
 
     fn zero(&self) -> Vec<State> {
@@ -251,7 +282,7 @@ impl Layout {
                     raw.folded_known_time_max = raw.folded_known_time_max.max(known_time);
                     self.push(&mut raw.folded, &event.inputs, &event.times);
                 } else {
-                    raw.events.push(RawEvent { event_time, known_time, inputs: event.inputs.clone() });
+                    raw.events.push(self.raw_event(event));
                     if raw.events.len() > RAW_EVENTS_MAX {
                         self.fold(raw);
                     }
@@ -367,7 +398,9 @@ impl Layout {
     }
 
     pub fn encode(&self, tile: &Tile) -> Bytes {
-        let mut bytes = vec![VERSION, u8::from(tile.raw.is_some())];
+        let is_ordered = self.is_ordered();
+        let version = if is_ordered { VERSION } else { VERSION_UNORDERED };
+        let mut bytes = vec![version, u8::from(tile.raw.is_some())];
         bytes.extend_from_slice(&encode_i64(tile.event_time_max));
         bytes.extend_from_slice(&encode_i64(tile.known_time_max));
         self.encode_states(&tile.states, &mut bytes);
@@ -380,6 +413,11 @@ impl Layout {
             for event in &raw.events {
                 bytes.extend_from_slice(&encode_i64(event.event_time));
                 bytes.extend_from_slice(&encode_i64(event.known_time));
+                if is_ordered {
+                    encode_varint(event.sequence, &mut bytes);
+                    bytes.push(u8::from(event.created_time.is_some()));
+                    bytes.extend(event.created_time.map(encode_i64).into_iter().flatten());
+                }
                 row.clear();
                 encode_row(&event.inputs, &mut row);
                 encode_varint(row.len() as u64, &mut bytes);
@@ -398,20 +436,20 @@ impl Layout {
     pub fn decode(&self, bytes: &[u8]) -> Result<Tile, DecodeError> {
         let bytes = &mut &*bytes;
         let [version, has_raw] = take::<2>(bytes)?;
-        if version != VERSION {
+        if ![VERSION_UNORDERED, VERSION].contains(&version) {
             return Err(DecodeError::Version { found: version, newest: VERSION });
         }
         let event_time_max = decode_i64(take(bytes)?);
         let known_time_max = decode_i64(take(bytes)?);
         let states = self.decode_states(bytes)?;
-        let raw = if has_raw == 1 { Some(self.decode_raw(bytes)?) } else { None };
+        let raw = if has_raw == 1 { Some(self.decode_raw(bytes, version)?) } else { None };
         if !bytes.is_empty() {
             return Err(DecodeError::Trailing(bytes.len()));
         }
         Ok(Tile { event_time_max, known_time_max, states, raw })
     }
 
-    fn decode_raw(&self, bytes: &mut &[u8]) -> Result<Raw, DecodeError> {
+    fn decode_raw(&self, bytes: &mut &[u8], version: u8) -> Result<Raw, DecodeError> {
         let from = decode_i64(take(bytes)?);
         let folded_known_time_max = decode_i64(take(bytes)?);
         let folded = self.decode_states(bytes)?;
@@ -421,10 +459,15 @@ impl Layout {
         for _ in 0..count {
             let event_time = decode_i64(take(bytes)?);
             let known_time = decode_i64(take(bytes)?);
+            let (sequence, created_time) = match version {
+                VERSION_UNORDERED => (0, None),
+                _ => (decode_varint(bytes)?, decode_created_time(bytes)?),
+            };
             let length = decode_varint(bytes)? as usize;
             let (row, rest) = bytes.split_at_checked(length).ok_or(DecodeError::Truncated)?;
             *bytes = rest;
-            events.push(RawEvent { event_time, known_time, inputs: decode_row(row, &types)? });
+            let inputs = decode_row(row, &types)?;
+            events.push(RawEvent { event_time, known_time, created_time, sequence, inputs });
         }
         Ok(Raw { from, folded_known_time_max, folded, events })
     }
@@ -434,16 +477,24 @@ impl Layout {
     }
 }
 
+fn decode_created_time(bytes: &mut &[u8]) -> Result<Option<Micros>, DecodeError> {
+    match take(bytes)? {
+        [0] => Ok(None),
+        [1] => Ok(Some(decode_i64(take(bytes)?))),
+        _ => Err(DecodeError::Invalid("a null mark is neither 0 nor 1")),
+    }
+}
+
 fn encode_bounds(exact_from: Micros) -> Bytes {
-    let mut bytes = vec![VERSION];
+    let mut bytes = vec![BOUNDS_VERSION];
     bytes.extend_from_slice(&encode_i64(exact_from));
     bytes.into()
 }
 
 fn decode_bounds(mut bytes: &[u8]) -> Result<Micros, DecodeError> {
     let [version] = take::<1>(&mut bytes)?;
-    if version != VERSION {
-        return Err(DecodeError::Version { found: version, newest: VERSION });
+    if version != BOUNDS_VERSION {
+        return Err(DecodeError::Version { found: version, newest: BOUNDS_VERSION });
     }
     Ok(decode_i64(take(&mut bytes)?))
 }

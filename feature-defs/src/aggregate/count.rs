@@ -10,7 +10,10 @@ pub struct Count;
 
 impl Aggregator for Count {
     type State = i64;
-    const LAWS: Laws = Laws { invertible: true, idempotent: false };
+
+    fn laws(&self) -> Laws {
+        Laws { invertible: true, idempotent: false }
+    }
 
     fn zero(&self) -> i64 {
         0

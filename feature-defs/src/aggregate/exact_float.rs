@@ -109,6 +109,17 @@ impl ExactFloat {
         }
     }
 
+    /// The magnitude, lowest limb first, and the position of its lowest bit.
+    pub fn magnitude(&self) -> (Vec<u64>, u32) {
+        match self {
+            ExactFloat::Short { sum, base } => {
+                let magnitude = sum.unsigned_abs();
+                (vec![magnitude as u64, (magnitude >> 64) as u64], u32::from(*base))
+            }
+            ExactFloat::Long(chunks) => (chunks.magnitude().1.to_vec(), 0),
+        }
+    }
+
     /// Adds to a short sum.
     #[inline]
     fn add_term(&mut self, term: i128, position: u32) {

@@ -50,7 +50,10 @@ impl<T> ExactSum<T> {
 
 impl<T: Total> Aggregator for ExactSum<T> {
     type State = T;
-    const LAWS: Laws = Laws { invertible: true, idempotent: false };
+
+    fn laws(&self) -> Laws {
+        Laws { invertible: true, idempotent: false }
+    }
 
     fn zero(&self) -> T {
         T::default()
@@ -98,6 +101,10 @@ pub struct IntegerTotal {
 }
 
 impl IntegerTotal {
+    pub(super) fn sum_i128(&self) -> i128 {
+        self.sum
+    }
+
     /// Adds a value, for engines that have columns of them.
     #[inline]
     pub fn push_i64(&mut self, x: i64) {
@@ -171,7 +178,7 @@ impl DecimalTotal {
         self.merge(&DecimalTotal { count: 1, high: (x >> 127) as i64, low: x as u128 });
     }
 
-    fn magnitude(&self) -> (bool, u64, u128) {
+    pub(super) fn magnitude(&self) -> (bool, u64, u128) {
         let negative = self.high < 0;
         let (low, borrow) = if negative { 0_u128.overflowing_sub(self.low) } else { (self.low, false) };
         let high = if negative { self.high.wrapping_neg().wrapping_sub(i64::from(borrow)) } else { self.high };
@@ -211,11 +218,8 @@ impl Total for DecimalTotal {
     }
 
     fn mean(&self, count: u64, scale: i8) -> f64 {
-        // 10^19 is the largest power of ten in 64 bits; a scale is at most 127 either way.
-        let powers = (0..7).map_while(|i| {
-            let digits = u32::from(scale.unsigned_abs()).saturating_sub(19 * i).min(19);
-            (digits > 0).then(|| 10_u64.pow(digits))
-        });
+        // A scale is at most 127 either way: seven powers.
+        let powers = rounding::powers_of_ten(u32::from(scale.unsigned_abs()));
         let (negative, high, low) = self.magnitude();
         let mut limbs = [0; 3 + 7];
         limbs[..3].copy_from_slice(&[low as u64, (low >> 64) as u64, high]);
@@ -320,6 +324,15 @@ impl FloatTotal {
         } else {
             self.push_apart(x);
         }
+    }
+
+    pub(super) fn finite(&self) -> &ExactFloat {
+        &self.finite
+    }
+
+    /// Whether NaN or an infinity is among the values.
+    pub(super) fn has_apart(&self) -> bool {
+        self.apart.as_deref().is_some_and(|apart| *apart != Apart::default())
     }
 
     fn apart(&self) -> Apart {

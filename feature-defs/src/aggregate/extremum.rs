@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use crate::as_of::Times;
 use crate::value::{self, DecodeError, Type, Value, canonical_f32, canonical_f64, take};
 
-use super::{Aggregator, Laws};
+use super::{Aggregator, Laws, canonical};
 
 /// The state is the value, null before the first.
 #[derive(Debug, Clone)]
@@ -18,7 +18,10 @@ pub struct Extremum {
 
 impl Aggregator for Extremum {
     type State = Value;
-    const LAWS: Laws = Laws { invertible: false, idempotent: true };
+
+    fn laws(&self) -> Laws {
+        Laws { invertible: false, idempotent: true }
+    }
 
     fn zero(&self) -> Value {
         Value::Null
@@ -26,11 +29,7 @@ impl Aggregator for Extremum {
 
     fn push(&self, state: &mut Value, value: &Value, _times: &Times) {
         if state.is_null() || value.compare(state) == self.replaces {
-            *state = match value {
-                Value::Float32(x) => Value::Float32(canonical_f32(*x)),
-                Value::Float64(x) => Value::Float64(canonical_f64(*x)),
-                value => value.clone(),
-            };
+            *state = canonical(value);
         }
     }
 

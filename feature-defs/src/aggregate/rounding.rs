@@ -6,6 +6,8 @@
 
 use crate::value::canonical_f64;
 
+use super::wide;
+
 /// Bit 0 of a float64's significand, at the smallest exponent there is, weighs 2^-1074.
 pub const LOWEST_EXPONENT: i32 = -1074;
 
@@ -14,6 +16,12 @@ pub const LIMBS_MAX: usize = 35;
 
 /// The most divisors any caller has: a count, and a power of ten in pieces that fit 64 bits.
 pub const DIVISORS_MAX: usize = 8;
+
+/// 10^`digits`, as factors of 64 bits.
+pub fn powers_of_ten(digits: u32) -> impl Iterator<Item = u64> {
+    // 10^19 is the largest power of ten in 64 bits.
+    (0..digits.div_ceil(19)).map(move |i| 10_u64.pow((digits - 19 * i).min(19)))
+}
 
 /// The float64 nearest to ±`limbs` · 2^`exponent` / (the product of `divisors`), none of which is zero.
 pub fn nearest(negative: bool, limbs: &[u64], exponent: i32, divisors: &[u64]) -> f64 {
@@ -38,6 +46,50 @@ pub fn nearest(negative: bool, limbs: &[u64], exponent: i32, divisors: &[u64]) -
         inexact |= divide(quotient, *divisor) != 0;
     }
     round(negative, quotient, exponent - 64 * zeros as i32, inexact)
+}
+
+/// The float64 nearest to `unscaled` · 10^-`scale`.
+pub fn decimal(unscaled: i128, scale: i8) -> f64 {
+    let magnitude = unscaled.unsigned_abs();
+    let mut limbs = vec![magnitude as u64, (magnitude >> 64) as u64];
+    let powers: Vec<u64> = powers_of_ten(u32::from(scale.unsigned_abs())).collect();
+    if scale > 0 {
+        return nearest(unscaled < 0, &limbs, 0, &powers);
+    }
+    powers.iter().for_each(|power| limbs = wide::multiply(&limbs, &[*power]));
+    nearest(unscaled < 0, &limbs, 0, &[])
+}
+
+/// [`nearest`] of a number that is not negative, with any number of limbs and divisors.
+pub fn nearest_of_any(limbs: &[u64], exponent: i32, divisors: &[u64]) -> f64 {
+    let (quotient, exponent, inexact) = quotient(limbs, exponent, divisors);
+    round(false, &quotient, exponent, inexact)
+}
+
+/// The float64 nearest to the square root of `limbs` · 2^`exponent` / (the product of `divisors`), rounded once.
+pub fn nearest_root(limbs: &[u64], exponent: i32, divisors: &[u64]) -> f64 {
+    let (quotient, exponent, inexact) = quotient(limbs, exponent, divisors);
+    let Some(top_limb) = quotient.iter().rposition(|limb| *limb != 0) else { return 0.0 };
+    let bits = 64 * top_limb as i32 + 64 - quotient[top_limb].leading_zeros() as i32;
+
+    // The root of the 127 or 128 highest bits has 64; the exponent below them must be even to have a half. What follows
+    // cannot carry into the root: ⌊√(x + a little)⌋ is ⌊√x⌋.
+    let dropped = (bits - 128) + (bits - 128 + exponent).rem_euclid(2);
+    let from = dropped as usize;
+    let highest = u128::from(bits_from(&quotient, from)) | u128::from(bits_from(&quotient, from + 64)) << 64;
+    let root = highest.isqrt();
+    let inexact = inexact || root * root != highest || any_below(&quotient, from);
+    round(false, &[root as u64], (exponent + dropped) / 2, inexact)
+}
+
+/// A quotient of at least 129 bits, its exponent, and whether it is less than it should be.
+fn quotient(limbs: &[u64], exponent: i32, divisors: &[u64]) -> (Vec<u64>, i32, bool) {
+    // See `nearest`; a root needs twice the bits of its result.
+    let zeros = divisors.len() + 3;
+    let mut quotient = vec![0; zeros];
+    quotient.extend_from_slice(limbs);
+    let inexact = divisors.iter().fold(false, |inexact, divisor| divide(&mut quotient, *divisor) != 0 || inexact);
+    (quotient, exponent - 64 * zeros as i32, inexact)
 }
 
 /// Divides in place and returns the remainder.

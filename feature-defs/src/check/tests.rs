@@ -247,7 +247,81 @@ fn windows_and_hops_fit() {
     check_edit(
         "q: 0.9, of: dep_delay, clamp: [-120, 2880]",
         "of: dep_delay",
-        &["53:41 `percentile` needs `q`", "53:41 `percentile` needs `clamp`"],
+        &[
+            "53:41 `percentile` needs `q` and `clamp`; write like `of: delay, q: 0.9, clamp: [0, 1000]`: 90 % of the values, which lie in this range",
+        ],
+    );
+}
+
+/// The problems of the example's percentile after its parameters are replaced: `function: ` stands at column 31.
+#[track_caller]
+fn check_aggregate(parameters: &str, expected: &[&str]) {
+    let percentile = "function: percentile, q: 0.9, of: dep_delay, clamp: [-120, 2880], windows: [24h]";
+    check_edit(percentile, &format!("windows: [24h], {parameters}"), expected);
+}
+
+#[test]
+fn functions_have_their_arguments() {
+    for sound in [
+        "function: stddev, of: dep_delay",
+        "function: variance, of: dep_delay",
+        "function: first, of: tailnum",
+        "function: last, of: tailnum",
+        "function: last_n, of: tailnum, n: 5",
+        "function: distinct_count, of: tailnum",
+        "function: top_k, of: dep_delay, k: 5",
+        "function: histogram, of: dep_delay, edges: [0, 15.5, 60]",
+        "function: histogram, of: tailnum, values: [N1, N2]",
+        "function: count, by: {of: tailnum, values: [N1, N2]}",
+        "function: histogram, of: tailnum, values: [N1], by: {of: dep_delay, edges: [0]}",
+    ] {
+        check_aggregate(sound, &[]);
+    }
+    check_aggregate(
+        "function: percentile",
+        &[
+            "53:57 `percentile` needs `of`, `q` and `clamp`; write like `of: delay, q: 0.9, clamp: [0, 1000]`: 90 % of the values, which lie in this range",
+        ],
+    );
+    check_aggregate(
+        "function: last_n, of: tailnum",
+        &["53:57 `last_n` needs `n`; write like `of: price, n: 3`: how many values to keep"],
+    );
+    check_aggregate("function: top_k, of: dep_delay, n: 5", &["53:82 `top_k` does not take `n`; write `k`"]);
+    check_aggregate(
+        "function: top_k, of: dep_delay, k: 1001",
+        &["53:82 expected an integer from 1 to 1000, got the integer 1001"],
+    );
+    let buckets = "write `edges: [0, 15, 60]`, or `values: [AA, UA]`; what is in none is OTHER";
+    check_aggregate(
+        "function: histogram, of: dep_delay",
+        &[&format!("53:57 `histogram` needs either `edges` or `values`; {buckets}")],
+    );
+    check_aggregate(
+        "function: count, by: {of: tailnum, values: [N1], edges: [0]}",
+        &[&format!("53:69 `by` needs either `edges` or `values`; {buckets}")],
+    );
+    check_aggregate(
+        "function: count, by: tailnum",
+        &[
+            "53:68 `by` needs its buckets: all values there may be, or the edges between them; write `by: {of: tailnum, values: [...]}` or `by: {of: tailnum, edges: [...]}`",
+        ],
+    );
+    check_aggregate(
+        "function: count, by: {off: tailnum, values: []}",
+        &["53:69 unknown key `off` in `by`; did you mean `of`?", "53:69 `by` has no `of`", "53:91 `values` is empty"],
+    );
+    check_aggregate("function: histogram, of: dep_delay, edges: [5, 5]", &["53:90 `edges` must ascend"]);
+    check_aggregate(
+        "function: percentile, of: dep_delay, q: 0.12345678901, clamp: [0, 1e19]",
+        &[
+            "53:87 `q` has more than nine decimals",
+            "53:109 `clamp` must lie within ±1e18; a narrow range keeps tiles small: name what values can really be",
+        ],
+    );
+    check_aggregate(
+        "function: quantile, of: dep_delay",
+        &["53:57 there is no aggregate function `quantile`; did you mean `percentile`?"],
     );
 }
 

@@ -17,7 +17,7 @@ use super::call::{Argument, Body};
 use super::lower::{Lowered, Lowering, Typed, join, list, name_of, nearest, quote_text, utc};
 use super::lower::{is_integer, is_number};
 use super::{AT_COLUMN, EVENT_TIME_COLUMN, ErrorKind, ExpressionError, text, time, vector};
-use crate::value::{Type, Value, encode};
+use crate::value::{Type, Value, encode, hash};
 
 /// Name, usage, and the least and greatest number of arguments.
 type Entry = (&'static str, &'static str, usize, usize);
@@ -549,8 +549,8 @@ impl Lowering<'_> {
         self.call("bucketize", body, &[x], ArrowType::Int64, span, text)
     }
 
-    /// FNV-1a of 64 bits over the canonical encoding of the value, finished by murmur3's 64-bit mixer, modulo n. Integers
-    /// hash as int64 and floats as float64, so that the column's width does not matter.
+    /// [`hash`] of the canonical encoding of the value, modulo n. Integers hash as int64 and floats as float64, so that the
+    /// column's width does not matter.
     fn hash_bucket(&mut self, arguments: Vec<Typed>, span: (usize, usize), text: String) -> Lowered {
         let [x, n] = pair(arguments);
         let buckets = match n.literal {
@@ -665,14 +665,6 @@ fn pair(arguments: Vec<Typed>) -> [Typed; 2] {
         Ok(pair) => pair,
         Err(arguments) => unreachable!("the table of functions admitted {} arguments", arguments.len()),
     }
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    let mut h =
-        bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, byte| (h ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
-    h = (h ^ (h >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-    h = (h ^ (h >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    h ^ (h >> 33)
 }
 
 /// The names of all functions, for tests and documentation.

@@ -333,7 +333,7 @@ impl Reader<'_> {
     }
 }
 
-fn literal(node: &Node) -> Literal {
+pub(super) fn literal(node: &Node) -> Literal {
     match &node.kind {
         Kind::Null => Literal::Null,
         Kind::Bool(x) => Literal::Bool(*x),

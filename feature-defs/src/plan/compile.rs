@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use crate::aggregate::Function;
+use crate::aggregate::{Arguments, Buckets, Clamp, Function, Quantile};
 use crate::catalog::{Catalog, Feature, FeatureView, Files, Head, Hop, Input, Literal, ViewInput, ViewKind};
 use crate::diagnose::{Diagnostic, Severity, Span, Spanned};
 use crate::digest::Canonical;
@@ -333,8 +333,10 @@ impl Compiler<'_> {
                     storage.maybe("of", aggregate.of.as_ref().map(Expression::canonical_text));
                     storage.maybe("input", aggregate.aggregate.input());
                     storage.maybe("where", aggregate.filter.as_ref().map(Expression::canonical_text));
-                    let reads = aggregate.of.iter().chain(&aggregate.filter);
-                    reads.for_each(|expression| self.add_vocabularies(&mut storage, expression));
+                    storage.maybe("arguments", aggregate.aggregate.function().state_arguments());
+                    storage.maybe("by", aggregate.by.as_ref().map(Expression::canonical_text));
+                    storage.maybe("buckets", aggregate.aggregate.split().map(|(buckets, _)| buckets.canonical_text()));
+                    aggregate.expressions().for_each(|expression| self.add_vocabularies(&mut storage, expression));
                 }
                 // Windows decide which tiles are kept, and with them what can be read.
                 windows.iter().for_each(|window| storage.add("window", format!("{}/{:?}", window.length, window.hop)));
@@ -357,14 +359,16 @@ impl Compiler<'_> {
                     semantic.maybe("default", feature.default.as_ref().map(|default| format!("{default:?}")));
                 }
             }
-            ViewPlanKind::Windowed { outputs, .. } => {
+            ViewPlanKind::Windowed { aggregates, outputs, .. } => {
                 for output in outputs {
+                    let function = aggregates[output.aggregate].aggregate.function();
                     semantic.add("feature", &output.name);
                     semantic.add(
                         "window",
                         format!("{}/{:?}/{:?}", output.window.length, output.window.hop, output.window.head),
                     );
                     semantic.add("aggregate", output.aggregate);
+                    semantic.maybe("arguments", function.answer_arguments());
                     semantic.maybe("default", output.default.as_ref().map(|default| format!("{default:?}")));
                 }
             }
@@ -441,18 +445,6 @@ impl Compiler<'_> {
         let mut outputs = Vec::new();
         let mut windows: Vec<Window> = Vec::new();
         for definition in definitions {
-            let function = match Function::parse(&definition.function) {
-                Ok(function) => function,
-                Err(error) => {
-                    let diagnostic = Diagnostic::error(error.to_string(), definition.function.span);
-                    let diagnostic = match error.nearest {
-                        Some(near) => diagnostic.help(format!("did you mean `{near}`?")),
-                        None => diagnostic,
-                    };
-                    self.report::<()>(diagnostic);
-                    continue;
-                }
-            };
             let of = match &definition.of {
                 Some(of) => match self.expression(of, environment, None) {
                     Some(of) => Some(of),
@@ -460,20 +452,20 @@ impl Compiler<'_> {
                 },
                 None => None,
             };
-            let aggregate = match Aggregate::new(function, of.as_ref().map(|of| of.value_type().clone())) {
-                Ok(aggregate) => aggregate,
-                Err(error) => {
-                    let span = definition.of.as_ref().map_or(definition.function.span, |of| of.span);
-                    self.report::<()>(Diagnostic::error(error.to_string(), span));
-                    continue;
-                }
-            };
+            let Some(aggregate) = self.aggregate(definition, of.as_ref()) else { continue };
             let filter = match &definition.filter {
                 Some(filter) => match self.expression(filter, environment, Some(&Type::Bool)) {
                     Some(filter) => Some(filter),
                     None => continue,
                 },
                 None => None,
+            };
+            let (aggregate, by) = match &definition.parameters.by {
+                Some(by) => match self.split(aggregate, by, environment) {
+                    Some((aggregate, by)) => (aggregate, Some(by)),
+                    None => continue,
+                },
+                None => (aggregate, None),
             };
             let feature_type = aggregate.output();
             let Some(default) = self.default(definition.default.as_ref(), &feature_type) else { continue };
@@ -496,7 +488,7 @@ impl Compiler<'_> {
                     default: default.clone(),
                 });
             }
-            aggregates.push(ViewAggregate { name: definition.name.value.clone(), aggregate, of, filter });
+            aggregates.push(ViewAggregate { name: definition.name.value.clone(), aggregate, of, filter, by });
         }
         let hops: Option<Vec<Micros>> = windows.iter().map(|window| window.hop).collect();
         let levels = match hops {
@@ -510,6 +502,82 @@ impl Compiler<'_> {
             },
         };
         Some(ViewPlanKind::Windowed { aggregates, outputs, windows, levels })
+    }
+
+    /// The function with its arguments over what it aggregates.
+    fn aggregate(&mut self, definition: &catalog::AggregateDef, of: Option<&Expression>) -> Option<Aggregate> {
+        let catalog::AggregateParameters { q, clamp, n, k, edges, values, by: _ } = &definition.parameters;
+        let buckets = match of {
+            Some(of) if edges.is_some() || values.is_some() => {
+                Some(self.buckets(of.value_type(), edges.as_ref(), values.as_ref())?)
+            }
+            _ => None,
+        };
+        let arguments = Arguments {
+            q: q.as_ref().and_then(|q| Quantile::new(q.value)),
+            clamp: clamp.as_ref().and_then(|clamp| Clamp::new(clamp.value.0, clamp.value.1)),
+            n: n.as_ref().map(|n| n.value),
+            k: k.as_ref().map(|k| k.value),
+            buckets,
+        };
+        let function = match Function::new(&definition.function, arguments) {
+            Ok(function) => function,
+            Err(error) => return self.report(Diagnostic::error(error.to_string(), definition.function.span)),
+        };
+        match Aggregate::new(function, of.map(|of| of.value_type().clone())) {
+            Ok(aggregate) => Some(aggregate),
+            Err(error) => {
+                let span = definition.of.as_ref().map_or(definition.function.span, |of| of.span);
+                self.report(Diagnostic::error(error.to_string(), span))
+            }
+        }
+    }
+
+    /// The aggregate of each part, and what tells the parts apart.
+    fn split(
+        &mut self,
+        aggregate: Aggregate,
+        by: &catalog::By,
+        environment: &Environment,
+    ) -> Option<(Aggregate, Expression)> {
+        let expression = self.expression(&by.of, environment, None)?;
+        let buckets = self.buckets(expression.value_type(), by.edges.as_ref(), by.values.as_ref())?;
+        match aggregate.by(buckets) {
+            Ok(split) => Some((split, expression)),
+            Err(error) => self.report(Diagnostic::error(error.to_string(), by.span)),
+        }
+    }
+
+    fn buckets(
+        &mut self,
+        input: &Type,
+        edges: Option<&Spanned<Vec<f64>>>,
+        values: Option<&Spanned<Vec<Literal>>>,
+    ) -> Option<Buckets> {
+        let (made, span) = match (edges, values) {
+            (Some(edges), _) => (Buckets::edges(input.clone(), edges.value.clone()), edges.span),
+            (None, Some(literals)) => {
+                let mut values = Vec::with_capacity(literals.len());
+                for literal in literals.iter() {
+                    // What the buckets cannot be of is said below, once.
+                    match literal.to_value(input) {
+                        Ok(value) => values.push(value),
+                        Err(error) if !input.is_float() => {
+                            let message = format!("a value of `values` does not fit: {error}");
+                            return self.report(Diagnostic::error(message, literals.span));
+                        }
+                        Err(_) => {}
+                    }
+                }
+                (Buckets::values(input.clone(), values), literals.span)
+            }
+            // Reported by the check.
+            (None, None) => return None,
+        };
+        match made {
+            Ok(buckets) => Some(buckets),
+            Err(error) => self.report(Diagnostic::error(error.to_string(), span)),
+        }
     }
 
     fn service(&mut self, service: &catalog::FeatureService, views: &[Arc<ViewPlan>]) -> Option<ServicePlan> {

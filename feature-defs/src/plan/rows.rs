@@ -5,12 +5,14 @@
 use std::sync::Arc;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions, UInt32Array, new_null_array,
+    Array, ArrayRef, AsArray, BooleanArray, Int32Array, RecordBatch, RecordBatchOptions, StructArray, UInt32Array,
+    new_null_array,
 };
 use arrow::compute::{CastOptions, cast_with_options, take};
-use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, Field, Fields, Int64Type, Schema, TimeUnit, TimestampMicrosecondType};
 
 use super::{SourcePlan, ViewPlan, ViewPlanKind};
+use crate::aggregate::Buckets;
 use crate::as_of::Times;
 use crate::expression::{EvaluateError, Expression};
 use crate::time::{Position, STATIC};
@@ -81,7 +83,7 @@ pub struct ViewRows {
     pub keys: EntityKeys,
     pub deleted: Vec<bool>,
     /// For as-of views one column per feature, for windowed views one per aggregate: its input, null where its `where`
-    /// excluded the row.
+    /// excluded the row. Of one that is split: a struct of the bucket's number and the input.
     pub columns: Vec<ArrayRef>,
     /// Row of the source batch each row came from.
     pub source_rows: Vec<u32>,
@@ -239,6 +241,18 @@ fn cast_lossless(column: &ArrayRef, wanted: &Type) -> Option<ArrayRef> {
     (*cast.data_type() == target).then_some(cast)
 }
 
+/// The input of a split aggregate: the bucket of each row beside its value, and null where that is.
+fn split(buckets: &Buckets, by: &Expression, apart: &ArrayRef, input: ArrayRef) -> Result<ArrayRef, RowsError> {
+    let bucket = |row: usize| buckets.find(&Value::from_array(apart, row, by.value_type())) as i32;
+    let numbers: Int32Array = (0..apart.len()).map(|row| Some(bucket(row))).collect();
+    let fields = Fields::from(vec![
+        Field::new("bucket", DataType::Int32, true),
+        Field::new("of", input.data_type().clone(), true),
+    ]);
+    let nulls = input.logical_nulls();
+    Ok(Arc::new(StructArray::try_new(fields, vec![Arc::new(numbers), input], nulls)?))
+}
+
 /// One NaN, no -0.0: at sources as at expression outputs.
 fn canonical(column: ArrayRef) -> ArrayRef {
     use arrow::datatypes::{Float32Type, Float64Type};
@@ -338,12 +352,21 @@ impl ViewPlan {
                         Some(of) => self.source.evaluate(of, batch)?,
                         None => Arc::new(BooleanArray::from(vec![true; batch.num_rows()])),
                     };
-                    let Some(filter) = &aggregate.filter else { return Ok(input) };
-                    let included = self.source.evaluate(filter, batch)?;
-                    let included = included.as_boolean();
-                    let included: BooleanArray =
-                        (0..included.len()).map(|row| Some(!(included.is_valid(row) && included.value(row)))).collect();
-                    arrow::compute::nullif(&input, &included).map_err(RowsError::from)
+                    let input = match &aggregate.filter {
+                        None => input,
+                        Some(filter) => {
+                            let included = self.source.evaluate(filter, batch)?;
+                            let included = included.as_boolean();
+                            let excluded: BooleanArray = (0..included.len())
+                                .map(|row| Some(!(included.is_valid(row) && included.value(row))))
+                                .collect();
+                            arrow::compute::nullif(&input, &excluded)?
+                        }
+                    };
+                    match (&aggregate.by, aggregate.aggregate.split()) {
+                        (Some(by), Some((buckets, _))) => split(buckets, by, &self.source.evaluate(by, batch)?, input),
+                        _ => Ok(input),
+                    }
                 })
                 .collect(),
         }

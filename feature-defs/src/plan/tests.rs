@@ -96,8 +96,28 @@ fn errors_point_at_the_place_and_name_the_nearest() {
     check_error("function: sum, of: amount", "function: sum, of: shop", &["`sum` takes", "string"]);
     check_error(
         "function: count",
-        "function: percentile, of: amount, q: 0.5, clamp: [0, 1]",
-        &["not available in this version"],
+        "function: percentile, of: shop, q: 0.5, clamp: [0, 1]",
+        &["`percentile` takes a number", "not string", "defs.yaml:19"],
+    );
+    check_error(
+        "function: count",
+        "function: histogram, of: items, values: [1, two]",
+        &["a value of `values` does not fit: the string `two` is not a `int64`"],
+    );
+    check_error(
+        "function: count",
+        "function: histogram, of: amount, values: [1, 2]",
+        &["`values` are strings, integers or bools, not float64; divide them with `edges`"],
+    );
+    check_error(
+        "function: count",
+        "function: count, by: {of: shap, values: [a]}",
+        &["no column `shap`", "did you mean `shop`?"],
+    );
+    check_error(
+        "function: count",
+        "function: count, by: {of: shop, edges: [1]}",
+        &["`edges` divide numbers, not string; name single ones with `values`"],
     );
     check_error("\"load:n_1h\"", "\"load:n_2h\"", &["`load` has no feature `n_2h`", "did you mean `n_1h`?"]);
     check_error("\"t:*\"", "\"tt:*\"", &["tt", "did you mean `t`?"]);
@@ -174,11 +194,40 @@ fn storage_digests_cover_stored_bytes_and_semantic_digests_values() {
     for (from, to, view) in [
         ("    ttl: 1h\n", "    ttl: 1h\n    where: \"vocab(shop, 'kinds') > 0\"\n", "last"),
         ("where: \"items > 1\"", "where: \"vocab(shop, 'kinds') > 0\"", "load"),
+        (
+            "function: sum, of: amount",
+            "function: sum, of: amount, by: {of: \"vocab(shop, 'kinds')\", values: [1, 2]}",
+            "load",
+        ),
     ] {
         assert!(BASE.contains(from));
         let short = BASE.replacen(from, to, 1);
         let long = short.replacen("values: [a, b]", "values: [a, b, c]", 1);
         assert_ne!(digests(&short, view).0, digests(&long, view).0, "{to}");
+    }
+    // Arguments of functions change what is stored; the rank of a percentile only what is answered.
+    let of_total = |to: &str| digests(&BASE.replacen("function: sum, of: amount", to, 1), "load");
+    let median = of_total("function: percentile, of: amount, q: 0.5, clamp: [0, 10]");
+    let upper = of_total("function: percentile, of: amount, q: 0.9, clamp: [0, 10]");
+    assert_eq!(median.0, upper.0);
+    assert!(median.1 != upper.1 && median.2 != upper.2);
+    let stored = [
+        "function: percentile, of: amount, q: 0.5, clamp: [0, 11]",
+        "function: last_n, of: amount, n: 3",
+        "function: last_n, of: amount, n: 4",
+        "function: top_k, of: amount, k: 3",
+        "function: top_k, of: amount, k: 4",
+        "function: histogram, of: amount, edges: [1, 2]",
+        "function: histogram, of: amount, edges: [1, 3]",
+        "function: histogram, of: items, values: [1, 2]",
+        "function: histogram, of: items, values: [2, 1]",
+        "function: count, by: {of: shop, values: [a, b]}",
+        "function: count, by: {of: shop, values: [a, c]}",
+        "function: count, by: {of: \"lower(shop)\", values: [a, c]}",
+    ];
+    let mut seen = std::collections::BTreeSet::from([median.0]);
+    for to in stored {
+        assert!(seen.insert(of_total(to).0), "{to}");
     }
     // Other files are other rows.
     assert_ne!(same("files: sales.parquet", "files: sales_v2.parquet").0, base.0);
@@ -310,6 +359,26 @@ fn rows_are_filtered_evaluated_and_keyed() {
     let types = load.row_types();
     assert_eq!(rows.values(0, &types), [Value::Bool(true), Value::Null], "`where` leaves the row out of one aggregate");
     assert_eq!(rows.values(1, &types), [Value::Bool(true), Value::Null], "a null is skipped");
+
+    // The parts of an aggregate are told from the row, whatever its value.
+    let text = "{name: total, function: last, of: amount, where: \"items > 1\", by: {of: shop, values: [b, x]}}";
+    let split =
+        compiled(&BASE.replacen("{name: total, function: sum, of: amount, where: \"items > 1\"}", text, 1)).unwrap();
+    let load = split.view("load").unwrap();
+    assert_eq!(load.source_columns(), ["shop", "amount", "items", "sold_at"]);
+    let full = RecordBatch::try_from_iter_with_nullable([
+        ("shop", Arc::new(StringArray::from(vec!["a", "b", "b", "x"])) as ArrayRef, true),
+        ("amount", Arc::new(Float64Array::from(vec![Some(1.0), Some(2.0), None, Some(4.0)])), true),
+        ("items", Arc::new(Int64Array::from(vec![2, 2, 2, 1])), true),
+        ("sold_at", Arc::new(TimestampMicrosecondArray::from(vec![5; 4]).with_timezone("UTC")), true),
+    ])
+    .unwrap();
+    let aligned_full = source.align(&full, None).unwrap();
+    let rows = load.rows(&aligned_full, &source.times(&aligned_full, None).unwrap()).unwrap();
+    let part = |bucket: i32, x: f64| Value::Struct(vec![Value::Int32(bucket), Value::Float64(x)]);
+    let inputs: Vec<Value> = (0..4).map(|row| rows.values(row, &load.row_types())[1].clone()).collect();
+    assert_eq!(inputs, [part(2, 1.0), part(0, 2.0), Value::Null, Value::Null]);
+
     let missing = RecordBatch::try_from_iter([("shop", batch.column(0).clone())]).unwrap();
     let error = source.align(&missing, None).unwrap_err().to_string();
     assert_eq!(error, "source `sales` has no column `amount`; it has: shop");

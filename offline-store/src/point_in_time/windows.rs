@@ -16,6 +16,7 @@ use datafusion::error::Result;
 use datafusion::execution::memory_pool::MemoryReservation;
 use feature_defs::aggregate::Aggregate;
 use feature_defs::as_of::Times;
+use feature_defs::expression::Expression;
 use feature_defs::plan::{ViewAggregate, ViewAnswer, ViewPlan, ViewPlanKind, WindowOutput};
 use feature_defs::time::{Micros, Status};
 use feature_defs::value::{Type, Value};
@@ -61,14 +62,16 @@ impl<'p> WindowsPlan<'p> {
     pub fn of(view: &'p ViewPlan) -> Option<WindowsPlan<'p>> {
         let ViewPlanKind::Windowed { aggregates, outputs, windows, .. } = &view.kind else { return None };
         let text = |aggregate: &ViewAggregate| {
-            let of = aggregate.of.as_ref().map(|of| of.canonical_text());
-            (of, aggregate.filter.as_ref().map(|filter| filter.canonical_text()))
+            let text = |expression: &Option<Expression>| expression.as_ref().map(Expression::canonical_text);
+            // With `by`, the input is dealt into the buckets of that very aggregate.
+            let own = aggregate.by.is_some().then(|| aggregate.name.clone());
+            (text(&aggregate.of), text(&aggregate.filter), own)
         };
         let mut texts = Vec::new();
         let mut kinds: Vec<Kind> = Vec::new();
         let mut columns = Vec::with_capacity(aggregates.len());
-        for aggregate in aggregates {
-            let kind = kernel::kind_of(aggregate);
+        for (aggregate, input) in aggregates.iter().zip(view.row_types()) {
+            let kind = kernel::kind_of(aggregate, &input);
             let text = text(aggregate);
             match texts.iter().position(|other| *other == text) {
                 Some(column) => {
@@ -85,7 +88,7 @@ impl<'p> WindowsPlan<'p> {
                 }
             }
         }
-        let ordered = aggregates.iter().any(|aggregate| kernel::looks_at_times(&aggregate.aggregate));
+        let ordered = aggregates.iter().any(|aggregate| aggregate.aggregate.is_ordered());
         Some(WindowsPlan { aggregates, outputs, windows, columns: columns.into(), kinds: kinds.into(), ordered })
     }
 
