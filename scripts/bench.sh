@@ -4,7 +4,7 @@
 #
 #     scripts/bench.sh pit|windows|flight [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
 #
-# Generated files (about 17 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's cache.
+# Generated files (about 12 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's cache.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
