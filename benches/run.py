@@ -2,9 +2,9 @@
 
     run.py pit|windows|flight [--runs N] [--rows SPINE VIEW] [--only NAME...]
 
-Started by scripts/bench.sh, which builds the program and installs the peers. Every measured run is a process of its own on
-two cores; the contenders take turns, and medians are compared. Wrong or differing answers are an error; a missed target is
-reported. The table goes to standard output, and all numbers to target/bench/<name>.json.
+Started by scripts/bench.sh, which builds the program and installs the peers. Every measured run is a process of its own
+on two cores; the contenders take turns, and medians are compared. Wrong or differing answers are an error; a missed
+target is reported. The table goes to standard output, and all numbers to target/bench/<name>.json.
 """
 
 from __future__ import annotations
