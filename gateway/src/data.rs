@@ -15,6 +15,7 @@ use object_store::ObjectStore;
 use object_store::path::Path;
 use offline_store::dataset::Manifest;
 use offline_store::flight::Surroundings;
+use offline_store::table::TableError;
 use offline_store::{Engine, EngineOptions};
 use registry::dataset::NewDataset;
 use registry::id::{DatasetId, DatasetName, Digest, NameError, ServiceName, SourceName};
@@ -24,7 +25,7 @@ use tonic::Status;
 
 use crate::answer::Gateway;
 use crate::config::{ServeError, ServeOptions};
-use crate::events::{Events, EventsError, Mode, Progress, Pushed, Wait};
+use crate::events::{Events, EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
 use crate::run::Mount;
 use crate::status::{Failure, Kind};
 
@@ -132,6 +133,53 @@ impl Events for Live {
         Ok(done?)
     }
 
+    async fn compact(
+        &self,
+        sources: &[String],
+        mode: Mode,
+        progress: mpsc::Sender<TableProgress>,
+    ) -> Result<Vec<TableDone>, EventsError> {
+        let mode = match mode {
+            Mode::Apply => ingest::Mode::Apply,
+            Mode::DryRun => ingest::Mode::DryRun,
+        };
+        let (sender, reports) = mpsc::channel(PROGRESS_MAX);
+        let (done, ()) = tokio::join!(self.ingest.compact(sources, mode, sender), tell(reports, progress));
+        let tables = done?.into_iter().map(|done| TableDone {
+            source: done.source,
+            changed: done.changed,
+            files_before: done.files_before as u64,
+            files_after: done.files_after as u64,
+            files_taken: done.files_taken as u64,
+            bytes_before: done.bytes_before,
+            bytes_after: done.bytes_after,
+            rows: done.rows,
+            buckets: done.buckets,
+            seconds: done.seconds,
+        });
+        Ok(tables.collect())
+    }
+
+    async fn import_files(
+        &self,
+        source: &str,
+        progress: mpsc::Sender<TableProgress>,
+    ) -> Result<TableDone, EventsError> {
+        let (sender, reports) = mpsc::channel(PROGRESS_MAX);
+        let (done, ()) = tokio::join!(self.ingest.import_files(source, sender), tell(reports, progress));
+        let done = done?;
+        Ok(TableDone {
+            source: done.source,
+            changed: done.changed,
+            files_after: done.files as u64,
+            bytes_after: done.bytes,
+            rows: done.rows,
+            buckets: done.buckets,
+            seconds: done.seconds,
+            ..TableDone::default()
+        })
+    }
+
     async fn flush(&self) -> Result<u64, EventsError> {
         Ok(self.ingest.flush().await?)
     }
@@ -141,13 +189,23 @@ impl Events for Live {
     }
 }
 
+/// Passes reports on; somebody who no longer listens does not stop what others will read.
+async fn tell(mut reports: mpsc::Receiver<ingest::TableProgress>, progress: mpsc::Sender<TableProgress>) {
+    while let Some(report) = reports.recv().await {
+        let _ = progress.send((report.source.to_string(), report.rows_written)).await;
+    }
+}
+
 impl From<IngestError> for EventsError {
     fn from(error: IngestError) -> EventsError {
         use IngestError as E;
         match &error {
-            E::UnknownSource { .. } | E::UnknownFiles { .. } => EventsError::Unknown(error.to_string()),
+            E::UnknownSource { .. } | E::UnknownFiles { .. } | E::UnknownTable { .. } => {
+                EventsError::Unknown(error.to_string())
+            }
             E::NotAStream { .. }
             | E::NotFiles { .. }
+            | E::NoFilesToImport { .. }
             | E::UnknownColumn { .. }
             | E::NoEventTime { .. }
             | E::HistoryAfterLive { .. }
@@ -157,8 +215,12 @@ impl From<IngestError> for EventsError {
             | E::Rows(_)
             | E::Log(LogError::TooLarge { .. }) => EventsError::Invalid(error.to_string()),
             // What files hold is their owner's to mend, and the text says which.
-            E::Source(_) | E::Scan { .. } => EventsError::Invalid(crate::status::chain(&error)),
-            E::Importing { .. } | E::TooManyEarly { .. } | E::Log(LogError::Full { .. }) => {
+            E::Source(_)
+            | E::Scan { .. }
+            | E::History(TableError::Source(_) | TableError::Files { .. } | TableError::FilesChanged { .. }) => {
+                EventsError::Invalid(crate::status::chain(&error))
+            }
+            E::Importing { .. } | E::TooManyEarly { .. } | E::TableInUse { .. } | E::Log(LogError::Full { .. }) => {
                 EventsError::Full(error.to_string())
             }
             E::Stopping => EventsError::Stopping,
