@@ -19,10 +19,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::as_of::Times;
 use crate::value::{DecodeError, Type, Value};
 
+pub use exact_sum::{DecimalTotal, FloatTotal, IntegerTotal, Total};
+
 use count::Count;
-use exact_sum::{Answer, DecimalTotal, ExactSum, FloatTotal, IntegerTotal};
+use exact_sum::{Answer, ExactSum};
 use extremum::Extremum;
 
 /// What engines may do with an aggregator beyond what every one promises.
@@ -46,8 +49,8 @@ pub trait Aggregator: Send + Sync + fmt::Debug {
 
     fn zero(&self) -> Self::State;
 
-    /// Adds a value, which is not null and of the input type.
-    fn push(&self, state: &mut Self::State, value: &Value);
+    /// Adds a value, which is not null and of the input type, of a row with these times.
+    fn push(&self, state: &mut Self::State, value: &Value, times: &Times);
 
     fn merge(&self, into: &mut Self::State, other: &Self::State);
 
@@ -277,11 +280,11 @@ impl Aggregate {
         }
     }
 
-    /// Adds a value of the input type; a null adds nothing.
+    /// Adds a value of the input type, of a row with these times; a null adds nothing.
     #[inline]
-    pub fn push(&self, state: &mut State, value: &Value) {
+    pub fn push(&self, state: &mut State, value: &Value, times: &Times) {
         if !value.is_null() {
-            dispatch!(self, state, |aggregator, state| aggregator.push(state, value));
+            dispatch!(self, state, |aggregator, state| aggregator.push(state, value, times));
         }
     }
 

@@ -19,6 +19,12 @@ pub struct Times {
     pub position: Position,
 }
 
+impl Times {
+    /// Of values that were never rows of a source: a profile's, a literal's.
+    pub const NONE: Times =
+        Times { event_time: Micros::MIN, created_time: None, known_time: Micros::MIN, position: Position::START };
+}
+
 /// Which rows a reader at t may see, besides the bound on event time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Visibility {

@@ -72,7 +72,7 @@ pub fn window_value(
     let mut state = aggregate.zero();
     for event in events {
         if window.contains(event.times.event_time, t) && visibility.admits(&event.times, t) {
-            aggregate.push(&mut state, &event.inputs[input]);
+            aggregate.push(&mut state, &event.inputs[input], &event.times);
         }
     }
     aggregate.finish(&state)

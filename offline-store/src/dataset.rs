@@ -8,6 +8,7 @@ use std::sync::Arc;
 use arrow::array::{Array, RecordBatch};
 use arrow::datatypes::{Schema, SchemaRef};
 use feature_defs::aggregate::{Aggregate, Function, State};
+use feature_defs::as_of::Times;
 use feature_defs::digest::{Canonical, Digest};
 use feature_defs::plan::ServicePlan;
 use feature_defs::value::{Type, Value, encode_nullable};
@@ -297,7 +298,7 @@ impl Profiler {
                 Value::Float32(x) if x.is_nan() => self.profile.nans += 1,
                 Value::Float64(x) if x.is_infinite() => self.profile.infinities += 1,
                 Value::Float32(x) if x.is_infinite() => self.profile.infinities += 1,
-                value => numeric.iter_mut().for_each(|(aggregate, state)| aggregate.push(state, &value)),
+                value => numeric.iter_mut().for_each(|(aggregate, state)| aggregate.push(state, &value, &Times::NONE)),
             }
         }
     }

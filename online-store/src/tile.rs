@@ -68,6 +68,13 @@ pub struct RawEvent {
     pub inputs: Vec<Value>,
 }
 
+impl RawEvent {
+    fn times(&self) -> Times {
+        let position = Position { time: self.known_time, sequence: 0 };
+        Times { event_time: self.event_time, created_time: None, known_time: self.known_time, position }
+    }
+}
+
 /// The tiles of one entity, all of them for a writer, those of one read for a reader.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tiles {
@@ -108,9 +115,9 @@ impl Layout {
         self.aggregates.iter().map(Aggregate::zero).collect()
     }
 
-    fn push(&self, states: &mut [State], inputs: &[Value]) {
+    fn push(&self, states: &mut [State], inputs: &[Value], times: &Times) {
         for ((aggregate, state), input) in self.aggregates.iter().zip(states).zip(inputs) {
-            aggregate.push(state, input);
+            aggregate.push(state, input, times);
         }
     }
 
@@ -211,7 +218,7 @@ impl Layout {
         }
         for event in &raw.events {
             if inside(event.event_time) && event.known_time <= t {
-                self.push(states, &event.inputs);
+                self.push(states, &event.inputs, &event.times());
             }
         }
         Ok(())
@@ -238,11 +245,11 @@ impl Layout {
             });
             tile.event_time_max = tile.event_time_max.max(event_time);
             tile.known_time_max = tile.known_time_max.max(known_time);
-            self.push(&mut tile.states, &event.inputs);
+            self.push(&mut tile.states, &event.inputs, &event.times);
             if let Some(raw) = &mut tile.raw {
                 if event_time < raw.from {
                     raw.folded_known_time_max = raw.folded_known_time_max.max(known_time);
-                    self.push(&mut raw.folded, &event.inputs);
+                    self.push(&mut raw.folded, &event.inputs, &event.times);
                 } else {
                     raw.events.push(RawEvent { event_time, known_time, inputs: event.inputs.clone() });
                     if raw.events.len() > RAW_EVENTS_MAX {
@@ -270,9 +277,7 @@ impl Layout {
         let kept = raw.events.partition_point(|event| event.event_time < from);
         for event in raw.events.drain(..kept) {
             raw.folded_known_time_max = raw.folded_known_time_max.max(event.known_time);
-            for ((aggregate, state), input) in self.aggregates.iter().zip(&mut raw.folded).zip(&event.inputs) {
-                aggregate.push(state, input);
-            }
+            self.push(&mut raw.folded, &event.inputs, &event.times());
         }
         raw.from = from;
     }

@@ -1,5 +1,6 @@
 //! How many values there are.
 
+use crate::as_of::Times;
 use crate::value::{DecodeError, Value};
 
 use super::{Aggregator, Laws, varint};
@@ -15,7 +16,7 @@ impl Aggregator for Count {
         0
     }
 
-    fn push(&self, state: &mut i64, _value: &Value) {
+    fn push(&self, state: &mut i64, _value: &Value, _times: &Times) {
         *state = state.wrapping_add(1);
     }
 

@@ -4,16 +4,18 @@
 //! the order of values means nothing and a total that was added can be taken out again, even before it was added: then
 //! counts are negative for a while.
 
+use crate::as_of::Times;
 use crate::value::{DecodeError, Value, take};
 
 use super::exact_float::ExactFloat;
 use super::{Aggregator, Laws, rounding, varint};
 
-/// The exact total of some values.
+/// The exact total of some values: a group, so what was merged can be taken out again.
 pub trait Total: Clone + Default + PartialEq + Send + Sync + std::fmt::Debug + 'static {
     fn push(&mut self, value: &Value);
     fn merge(&mut self, other: &Self);
     fn unmerge(&mut self, other: &Self);
+    /// How many values; negative while more were taken out than merged.
     fn count(&self) -> i64;
     /// The sum of one value or more.
     fn sum(&self) -> Value;
@@ -55,7 +57,7 @@ impl<T: Total> Aggregator for ExactSum<T> {
     }
 
     #[inline]
-    fn push(&self, state: &mut T, value: &Value) {
+    fn push(&self, state: &mut T, value: &Value, _times: &Times) {
         state.push(value);
     }
 
@@ -88,21 +90,30 @@ impl<T: Total> Aggregator for ExactSum<T> {
 
 // Integers: 2^64 values of 64 bits fit 128.
 
+/// The exact total of int32s or int64s.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IntegerTotal {
     count: i64,
     sum: i128,
 }
 
-impl Total for IntegerTotal {
-    fn push(&mut self, value: &Value) {
-        let x = match value {
-            Value::Int32(x) => i128::from(*x),
-            Value::Int64(x) => i128::from(*x),
-            other => unreachable!("a total of integers was given {other:?}"),
-        };
+impl IntegerTotal {
+    /// Adds a value, for engines that have columns of them.
+    #[inline]
+    pub fn push_i64(&mut self, x: i64) {
         self.count = self.count.wrapping_add(1);
-        self.sum = self.sum.wrapping_add(x);
+        self.sum = self.sum.wrapping_add(i128::from(x));
+    }
+}
+
+impl Total for IntegerTotal {
+    #[inline]
+    fn push(&mut self, value: &Value) {
+        match value {
+            Value::Int32(x) => self.push_i64(i64::from(*x)),
+            Value::Int64(x) => self.push_i64(*x),
+            other => unreachable!("a total of integers was given {other:?}"),
+        }
     }
 
     fn merge(&mut self, other: &IntegerTotal) {
@@ -141,7 +152,7 @@ impl Total for IntegerTotal {
 
 // Decimals: two of 38 digits no longer fit 128 bits.
 
-/// Counts in units of the last digit.
+/// The exact total of decimals, in units of the last digit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DecimalTotal {
     count: i64,
@@ -154,6 +165,12 @@ pub struct DecimalTotal {
 const DECIMAL_END: u128 = 10_u128.pow(38);
 
 impl DecimalTotal {
+    /// Adds a value in units of the last digit, for engines that have columns of them.
+    #[inline]
+    pub fn push_i128(&mut self, x: i128) {
+        self.merge(&DecimalTotal { count: 1, high: (x >> 127) as i64, low: x as u128 });
+    }
+
     fn magnitude(&self) -> (bool, u64, u128) {
         let negative = self.high < 0;
         let (low, borrow) = if negative { 0_u128.overflowing_sub(self.low) } else { (self.low, false) };
@@ -165,7 +182,7 @@ impl DecimalTotal {
 impl Total for DecimalTotal {
     fn push(&mut self, value: &Value) {
         let Value::Decimal(x) = value else { unreachable!("a total of decimals was given {value:?}") };
-        self.merge(&DecimalTotal { count: 1, high: (x >> 127) as i64, low: *x as u128 });
+        self.push_i128(*x);
     }
 
     fn merge(&mut self, other: &DecimalTotal) {
@@ -275,6 +292,7 @@ fn sign_extension(bytes: &[u8]) -> u8 {
 
 // Floats.
 
+/// The exact total of float32s or float64s.
 #[derive(Debug, Clone, Default)]
 pub struct FloatTotal {
     /// All values, those apart included.
@@ -293,6 +311,17 @@ struct Apart {
 }
 
 impl FloatTotal {
+    /// Adds a value, for engines that have columns of them.
+    #[inline]
+    pub fn push_f64(&mut self, x: f64) {
+        self.count = self.count.wrapping_add(1);
+        if x.is_finite() {
+            self.finite.push(x);
+        } else {
+            self.push_apart(x);
+        }
+    }
+
     fn apart(&self) -> Apart {
         self.apart.as_deref().cloned().unwrap_or_default()
     }
@@ -337,16 +366,10 @@ impl Eq for FloatTotal {}
 impl Total for FloatTotal {
     #[inline]
     fn push(&mut self, value: &Value) {
-        let x = match value {
-            Value::Float64(x) => *x,
-            Value::Float32(x) => f64::from(*x),
+        match value {
+            Value::Float64(x) => self.push_f64(*x),
+            Value::Float32(x) => self.push_f64(f64::from(*x)),
             other => unreachable!("a total of floats was given {other:?}"),
-        };
-        self.count = self.count.wrapping_add(1);
-        if x.is_finite() {
-            self.finite.push(x);
-        } else {
-            self.push_apart(x);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 
+use crate::as_of::Times;
 use crate::value::{self, DecodeError, Type, Value, canonical_f32, canonical_f64, take};
 
 use super::{Aggregator, Laws};
@@ -23,7 +24,7 @@ impl Aggregator for Extremum {
         Value::Null
     }
 
-    fn push(&self, state: &mut Value, value: &Value) {
+    fn push(&self, state: &mut Value, value: &Value, _times: &Times) {
         if state.is_null() || value.compare(state) == self.replaces {
             *state = match value {
                 Value::Float32(x) => Value::Float32(canonical_f32(*x)),
@@ -35,7 +36,7 @@ impl Aggregator for Extremum {
 
     fn merge(&self, into: &mut Value, other: &Value) {
         if !other.is_null() {
-            self.push(into, other);
+            self.push(into, other, &Times::NONE);
         }
     }
 

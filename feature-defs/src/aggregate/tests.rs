@@ -10,7 +10,7 @@ fn aggregate(function: Function, input: Type) -> Aggregate {
 
 fn state_of(aggregate: &Aggregate, values: &[Value]) -> State {
     let mut state = aggregate.zero();
-    values.iter().for_each(|value| aggregate.push(&mut state, value));
+    values.iter().for_each(|value| aggregate.push(&mut state, value, &Times::NONE));
     state
 }
 

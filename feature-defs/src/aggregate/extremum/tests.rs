@@ -5,7 +5,7 @@ fn check(input: Type, values: &[Value], least: Value, greatest: Value) {
     for (replaces, expected) in [(Ordering::Less, least), (Ordering::Greater, greatest)] {
         let extremum = Extremum { replaces, input: input.clone() };
         let mut state = extremum.zero();
-        values.iter().for_each(|value| extremum.push(&mut state, value));
+        values.iter().for_each(|value| extremum.push(&mut state, value, &Times::NONE));
         assert_eq!(extremum.finish(&state), expected);
         assert!(!extremum.unmerge(&mut state, &expected), "an extremum forgets what a removal would need");
         assert_eq!(state, expected);
@@ -39,7 +39,7 @@ fn nan_is_the_greatest_float_and_zero_has_no_sign() {
     check(Type::Float32, &[2.0, -0.5].map(Value::Float32), Value::Float32(-0.5), Value::Float32(2.0));
     let minimum = Extremum { replaces: Ordering::Less, input: Type::Float64 };
     let mut state = minimum.zero();
-    minimum.push(&mut state, &Value::Float64(-0.0));
+    minimum.push(&mut state, &Value::Float64(-0.0), &Times::NONE);
     assert!(matches!(state, Value::Float64(x) if x.to_bits() == 0), "-0.0 is stored as 0.0");
 }
 
