@@ -32,6 +32,8 @@ CORES = 2
 KEYS = 100_000
 # Small tables have fewer keys, but rows so seldom that some are older than 7 days when they are asked for.
 ROWS_PER_KEY_MIN = 10
+# What the engine calls its way through managed tables.
+MERGE = "sorted storage"
 # What sums of the same numbers in another order may differ by.
 CHECKSUM_TOLERANCE = 1e-9
 
@@ -193,6 +195,31 @@ def pit(report: Report, place: Place, args: argparse.Namespace) -> None:
 
         return run
 
+    def managed() -> None:
+        folder = generate(place, spine, view, 5)
+        store = place.data / f"{folder.name}-tables"
+        made_by = store / "made-by"
+        program = digest_of(place.bench)
+        if not made_by.exists() or made_by.read_text() != program:
+            shutil.rmtree(store, ignore_errors=True)
+            imported = measured([place.bench, "import", folder, 5, "--store", store])
+            say(f"   imported {imported['rows']} rows in {imported['seconds']:.1f} s")
+            made_by.write_text(program)
+        plain = [place.bench, "run", folder, 5]
+        contenders = {
+            "floor": [place.bench, "floor", folder, 5],
+            "ours, plain files": plain,
+            "ours": [*plain, "--store", store],
+        }
+        for file in store.rglob("*.parquet"):
+            file.read_bytes()
+        measured(contenders["floor"])
+        in_turn(report, "managed", contenders, args.runs)
+        agree(report, "managed", ["ours, plain files", "ours"], ["rows"], ["checksum"])
+        if MERGE not in report.runs["managed"]["ours"][0]["explain"]:
+            raise Wrong(f"the managed tables were not read as such: the engine does not say `{MERGE}`")
+        against_floor(report, "managed", "ours", at_most=1.2)
+
     def late() -> None:
         folder = generate(place, spine, view, 5, "late")
         without = [place.bench, "run", folder, 5]
@@ -236,6 +263,7 @@ def pit(report: Report, place: Place, args: argparse.Namespace) -> None:
     wanted.run("as-of-1", as_of(1, ["duckdb", "polars", "pandas"]))
     # pandas takes a minute and the memory of a small machine here, and is the slowest at one view.
     wanted.run("as-of-5", as_of(5, ["duckdb", "polars"]))
+    wanted.run("managed", managed)
     wanted.run("late", late)
     wanted.run("hot", hot)
     wanted.run("large", large)
@@ -274,7 +302,7 @@ def flight(report: Report, place: Place, args: argparse.Namespace) -> None:
     rows = generate(place, 5 * spine, 5 * view, 1) / "spine.parquet"
     dataset = "stored"
     # What the program writes may change with it.
-    program = hashlib.sha256(place.bench.read_bytes()).hexdigest()
+    program = digest_of(place.bench)
     store = place.data / f"flight-{5 * spine}"
     made_by = store / "made-by"
     serve: list[str | Path] = [place.bench, "serve", tables, str(views), "--store", store]
@@ -318,6 +346,10 @@ def flight(report: Report, place: Place, args: argparse.Namespace) -> None:
         report.compare("flight: server memory, second half", late, "bytes", "first half", early, late / early, "<= 1.1")
 
     Workloads(report, args.only).run("flight", run)
+
+
+def digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def by_number(path: Path) -> list:

@@ -111,6 +111,13 @@ pub struct Setup {
 
 /// An engine, and the service that the definitions declare.
 pub async fn open(setup: &Setup, workload: Workload, known: Known) -> anyhow::Result<(Engine, Arc<ServicePlan>)> {
+    let (engine, plan) = open_plan(setup, workload, known).await?;
+    let service = plan.service(SERVICE).cloned().context("the definitions declare no service")?;
+    Ok((engine, service))
+}
+
+/// An engine, and all that the definitions declare.
+pub async fn open_plan(setup: &Setup, workload: Workload, known: Known) -> anyhow::Result<(Engine, Plan)> {
     for folder in [&setup.store, &setup.spill] {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
@@ -128,8 +135,7 @@ pub async fn open(setup: &Setup, workload: Workload, known: Known) -> anyhow::Re
         schemas.insert(format!("source{view}"), schema);
     }
     let files = Files::new(vec![SourceFile { path: "bench.yaml".into(), text: workload.definitions(known) }]);
-    let plan: Plan = compile_definitions(PROJECT, &files, &schemas)
+    let plan = compile_definitions(PROJECT, &files, &schemas)
         .map_err(|found| anyhow::anyhow!("{}", feature_defs::diagnose::render(&found, &files, false)))?;
-    let service = plan.service(SERVICE).cloned().context("the definitions declare no service")?;
-    Ok((engine, service))
+    Ok((engine, plan))
 }

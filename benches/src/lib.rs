@@ -7,6 +7,8 @@ pub mod definitions;
 
 pub mod training_set;
 
+pub mod managed;
+
 pub mod floor;
 
 pub mod serve;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use benches::definitions::{Known, Setup, Tails, Workload};
-use benches::{floor, process, serve, training_set};
+use benches::{floor, managed, process, serve, training_set};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use offline_store::point_in_time::Order;
 use serde_json::{Value, json};
@@ -49,6 +49,13 @@ enum Command {
         /// Print how the engine went about it, as text, to standard error
         #[arg(long)]
         explain: bool,
+    },
+    /// Import the tables into managed tables in the store; `run` with the same store then reads those
+    Import {
+        #[command(flatten)]
+        workload: Asked,
+        #[command(flatten)]
+        limits: Limits,
     },
     /// The Flight service over the as-of workload; prints its address and serves until it is ended
     Serve {
@@ -135,6 +142,11 @@ fn main() -> anyhow::Result<()> {
             if explain {
                 eprintln!("{}", found.explain);
             }
+            say(serde_json::to_value(found)?)
+        }
+        Command::Import { workload, limits } => {
+            let setup = limits.setup(workload.folder.clone());
+            let found = runtime.block_on(managed::import(&setup, workload.workload()?, workload.known()))?;
             say(serde_json::to_value(found)?)
         }
         Command::Serve { folder, views, limits } => {

@@ -23,7 +23,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::definitions::{FEATURES, Known, PROJECT, SERVICE, Setup, Tails, WINDOWS, Workload};
 use crate::training_set::{Options, Outcome};
-use crate::{floor, serve, training_set};
+use crate::{floor, managed, serve, training_set};
 
 const SECOND: i64 = 1_000_000;
 const HOUR: i64 = 3600 * SECOND;
@@ -216,6 +216,18 @@ async fn a_digest_tells_answers_apart_and_a_bound_on_memory_does_not_change_it()
     assert_eq!(first.digest, bounded.digest);
     let late = files.run(workload, &Options { known: Known::Created, ..options }).await;
     assert_ne!(first.digest, late.digest);
+}
+
+#[tokio::test]
+async fn managed_tables_answer_what_their_files_answer() {
+    let files = files();
+    let workload = Workload::AsOf { views: VIEWS };
+    let options = Options { known: Known::Created, digest: true, ..Options::default() };
+    let from_files = files.run(workload, &options).await;
+    let imported = managed::import(&files.setup(), workload, Known::Created).await.unwrap();
+    assert_eq!(imported.rows, (VIEWS * VIEW_ROWS) as u64);
+    let from_tables = files.run(workload, &options).await;
+    assert_eq!(from_tables.digest, from_files.digest);
 }
 
 #[tokio::test]
