@@ -4,7 +4,7 @@
 ONLINE ?= embedded
 export ONLINE
 
-.PHONY: setup demo test lint fmt clean
+.PHONY: setup demo test lint fmt clean bench-pit bench-windows bench-flight
 
 setup: ## what `demo` needs: compilers, a Python environment, libtorch
 	@scripts/setup.sh
@@ -20,6 +20,9 @@ lint: ## formatting and clippy only
 
 fmt: ## format the Rust code
 	@cargo fmt --all
+
+bench-pit bench-windows bench-flight: bench-%: ## ours and what users would pick instead, in turn on the same files
+	@scripts/bench.sh $*
 
 clean: ## remove what was built (the Python environment stays)
 	@scripts/clean.sh

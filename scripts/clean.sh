@@ -3,5 +3,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-rm -rf target/demo target/test
+rm -rf target/demo target/test target/bench
 cargo clean

@@ -51,14 +51,7 @@ for extra in "$@"; do
     fi
 done
 
-# Clones share one folder of builds, and cargo tells their files apart by age alone: after another clone was built there, its
-# newer binaries would pass for this one's. So this clone's sources are made newer than anything built elsewhere.
-built_from=$CARGO_TARGET_DIR/.coeval-root
-if [ "$(cat "$built_from" 2>/dev/null)" != "$root" ]; then
-    find . \( -name .git -o -name target \) -prune -o -type f \( -name '*.rs' -o -name '*.bin' \) -exec touch {} +
-    mkdir -p "$CARGO_TARGET_DIR"
-    printf '%s\n' "$root" >"$built_from"
-fi
+claim_builds
 
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$(python3 --version) is older than 3.10"
 

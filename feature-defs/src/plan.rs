@@ -326,21 +326,39 @@ impl ViewPlan {
 
     /// The source columns that rows of this view are made of, in the source's order.
     pub fn source_columns(&self) -> Vec<String> {
-        let mut names: Vec<&str> = self.keys.iter().map(|key| key.column.as_str()).collect();
-        let mut expressions: Vec<&Expression> = self.filter.iter().chain(&self.source.deleted).collect();
+        self.in_source_order(|name| self.decides(name) || self.says(name))
+    }
+
+    /// Those of [`ViewPlan::source_columns`] that decide which rows there are and when: keys, times, filter, tombstones.
+    pub fn deciding_columns(&self) -> Vec<String> {
+        self.in_source_order(|name| self.decides(name))
+    }
+
+    /// Those of [`ViewPlan::source_columns`] that values are computed from: features, or inputs of aggregates.
+    pub fn value_columns(&self) -> Vec<String> {
+        self.in_source_order(|name| self.says(name))
+    }
+
+    fn decides(&self, name: &str) -> bool {
+        let reads = |expression: &Expression| expression.columns().iter().any(|column| column.name == name);
+        self.keys.iter().any(|key| key.column == name)
+            || self.filter.iter().chain(&self.source.deleted).any(reads)
+            || self.source.event_time.as_deref() == Some(name)
+            || self.source.created_time.as_deref() == Some(name)
+    }
+
+    fn says(&self, name: &str) -> bool {
+        let reads = |expression: &Expression| expression.columns().iter().any(|column| column.name == name);
         match &self.kind {
-            ViewPlanKind::AsOf { features, .. } => {
-                expressions.extend(features.iter().map(|feature| &feature.expression))
-            }
+            ViewPlanKind::AsOf { features, .. } => features.iter().any(|feature| reads(&feature.expression)),
             ViewPlanKind::Windowed { aggregates, .. } => {
-                expressions.extend(aggregates.iter().flat_map(ViewAggregate::expressions));
+                aggregates.iter().any(|aggregate| aggregate.expressions().any(reads))
             }
         }
-        names.extend(expressions.iter().flat_map(|expression| expression.columns()).map(|column| column.name.as_str()));
-        names.extend(self.source.event_time.as_deref());
-        names.extend(self.source.created_time.as_deref());
-        let in_order = self.source.schema.iter().map(|(name, _)| name).filter(|name| names.contains(&name.as_str()));
-        in_order.cloned().collect()
+    }
+
+    fn in_source_order(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+        self.source.schema.iter().map(|(name, _)| name).filter(|name| wanted(name)).cloned().collect()
     }
 }
 

@@ -16,18 +16,20 @@ use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
 use datafusion::logical_expr::{Extension, LogicalPlan};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
-use datafusion::prelude::{SessionConfig, SessionContext, ident};
+use datafusion::prelude::{SessionConfig, SessionContext};
 use feature_defs::catalog::Visibility;
-use feature_defs::plan::{RequestColumn, ServicePlan, SourcePlan, align_batch};
+use feature_defs::plan::{RequestColumn, ServicePlan, SourceKind, SourcePlan, align_batch};
 use feature_defs::value::Type;
 use futures::StreamExt;
 use object_store::ObjectStore;
 use object_store::path::Path;
 
 use crate::dataset::Manifest;
-use crate::history::{History, POSITION_TIME, SEQUENCE};
+use crate::history::History;
+use crate::point_in_time::files::{Files, Location};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
-use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, SourceReport, exec, position_columns};
+use crate::point_in_time::spill::Spill;
+use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, Read, SourceReport, Used, exec, position_columns};
 use crate::source::{SourceError, Sources, file_url, plain_parquet};
 
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +149,6 @@ impl Engine {
                 sources.push(input.view.source.clone());
             }
         }
-        let join = Arc::new(PitJoin { service: service.clone(), sources, visibility, as_known });
 
         let mut config = SessionConfig::new();
         config.options_mut().execution.parquet.schema_force_view_types = false;
@@ -165,22 +166,29 @@ impl Engine {
         let mut inputs: Vec<LogicalPlan> =
             vec![context.read_table(Arc::new(table)).map_err(run)?.into_unoptimized_plan()];
         let mut fingerprints = Vec::new();
-        for source in &join.sources {
-            let columns: Vec<String> = source
-                .schema
-                .iter()
-                .map(|(name, _)| name.clone())
-                .filter(|name| {
-                    let reads = |input: &feature_defs::plan::ServiceInput| {
-                        Arc::ptr_eq(&input.view.source, source) && input.view.source_columns().contains(name)
-                    };
-                    service.inputs.iter().any(reads)
-                })
-                .collect();
-            let (plan, fingerprint) = self.source_plan(&context, source, &columns).await?;
-            inputs.push(plan);
+        let mut reads = Vec::new();
+        for source in &sources {
+            let mut columns: Vec<String> = Vec::new();
+            for input in service.inputs.iter().filter(|input| Arc::ptr_eq(&input.view.source, source)) {
+                columns.extend(input.view.source_columns());
+            }
+            let (read, fingerprint) = self.source_read(source, &columns, &mut inputs).await?;
+            reads.push(read);
             fingerprints.push((source.name.to_string(), fingerprint));
         }
+        let report = Arc::default();
+        let join = Arc::new(PitJoin {
+            service: service.clone(),
+            sources,
+            reads,
+            used: Used::by(&service),
+            threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            memory_bytes: usize::try_from(self.options.memory_bytes).unwrap_or(usize::MAX),
+            spill: Spill { folder: self.options.spill_folder.clone().unwrap_or_else(std::env::temp_dir) },
+            report: Arc::clone(&report),
+            visibility,
+            as_known,
+        });
         let node = PitJoinNode::try_new(join.clone(), inputs).map_err(run)?;
         let plan = LogicalPlan::Extension(Extension { node: Arc::new(node) });
         let physical = context.state().create_physical_plan(&plan).await.map_err(run)?;
@@ -196,7 +204,7 @@ impl Engine {
             finish_batch(&join, &batch, &spine_schema, &stream_schema, statuses)
         });
         let stream: SendableRecordBatchStream = Box::pin(RecordBatchStreamAdapter::new(schema.clone(), stream));
-        Ok(TrainingSet { schema, stream, sources: fingerprints, explain, report: Arc::default() })
+        Ok(TrainingSet { schema, stream, sources: fingerprints, explain, report })
     }
 
     /// Streams a stored dataset, in its order.
@@ -230,57 +238,43 @@ impl Engine {
         memory_or_run(error, self.options.memory_bytes >> 20)
     }
 
-    async fn source_plan(
+    /// How a source is read, and a fingerprint of what is there to read. Sources of other formats than Parquet add a
+    /// plan to `inputs`.
+    async fn source_read(
         &self,
-        context: &SessionContext,
         source: &SourcePlan,
         columns: &[String],
-    ) -> Result<(LogicalPlan, String), EngineError> {
+        inputs: &mut Vec<LogicalPlan>,
+    ) -> Result<(Read, String), EngineError> {
         let run = |error: DataFusionError| self.explain_failure(error);
-        if !source.is_stream() {
-            let frame = self.sources.data_frame(source, columns).await?;
-            let fingerprint = match &source.kind {
-                feature_defs::plan::SourceKind::Files { pattern }
-                | feature_defs::plan::SourceKind::Static { pattern } => self.sources.fingerprint(pattern).await?,
-                feature_defs::plan::SourceKind::Stream { .. } => String::new(),
-            };
-            return Ok((frame.into_unoptimized_plan(), fingerprint));
-        }
-        let failed = |what: String| EngineError::History { stream: source.name.to_string(), what };
-        let history = History::open(self.options.store.clone(), self.project_path(), &source.name)
-            .await
-            .map_err(|error| failed(error.to_string()))?;
-        let manifest = history.manifest();
-        let mut fields: Vec<Field> = source
-            .schema
-            .iter()
-            .filter(|(name, _)| columns.contains(name))
-            .map(|(name, column_type)| Field::new(name, column_type.arrow(), true))
-            .collect();
-        fields.push(Field::new(POSITION_TIME, DataType::Int64, false));
-        fields.push(Field::new(SEQUENCE, DataType::UInt64, false));
-        let schema = Arc::new(Schema::new(fields));
-        let mut fingerprint = feature_defs::digest::Canonical::new("history");
-        let mut urls = Vec::new();
-        for file in &manifest.files {
-            fingerprint.add("file", &file.path);
-            fingerprint.add("rows", file.rows);
-            urls.push(file_url(&self.store_url, &history.object_path(file)).map_err(run)?);
-        }
-        let fingerprint = fingerprint.digest().to_string();
-        let frame = if urls.is_empty() {
-            let empty = MemTable::try_new(schema.clone(), vec![vec![]]).map_err(run)?;
-            context.read_table(Arc::new(empty)).map_err(run)?
-        } else {
-            let options = ListingOptions::new(Arc::new(plain_parquet())).with_file_extension("");
-            let config = ListingTableConfig::new_with_multi_paths(urls)
-                .with_listing_options(options)
-                .with_schema(schema.clone());
-            let table = ListingTable::try_new(config).map_err(run)?;
-            context.read_table(Arc::new(table)).map_err(run)?
+        let pattern = match &source.kind {
+            SourceKind::Files { pattern } | SourceKind::Static { pattern } => pattern,
+            SourceKind::Stream { .. } => {
+                let failed = |what: String| EngineError::History { stream: source.name.to_string(), what };
+                let history = History::open(self.options.store.clone(), self.project_path(), &source.name)
+                    .await
+                    .map_err(|error| failed(error.to_string()))?;
+                let mut fingerprint = feature_defs::digest::Canonical::new("history");
+                let mut locations = Vec::new();
+                for file in &history.manifest().files {
+                    fingerprint.add("file", &file.path);
+                    fingerprint.add("rows", file.rows);
+                    let path = history.object_path(file);
+                    let shown = path.to_string();
+                    locations.push(Location { store: self.options.store.clone(), path, size: file.bytes, shown });
+                }
+                let files = Files::open(locations).await.map_err(|error| failed(error.strip_backtrace()))?;
+                return Ok((Read::Files(Arc::new(files)), fingerprint.digest().to_string()));
+            }
         };
-        let all: Vec<_> = schema.fields().iter().map(|field| ident(field.name().as_str())).collect();
-        Ok((frame.select(all).map_err(run)?.into_unoptimized_plan(), fingerprint))
+        let files = self.sources.files(pattern).await?;
+        let fingerprint = self.sources.fingerprint_of(&files);
+        if files.is_parquet() {
+            let opened = Files::open(self.sources.locations(&files)?).await.map_err(run)?;
+            return Ok((Read::Files(Arc::new(opened)), fingerprint));
+        }
+        inputs.push(self.sources.frame(source, &files, columns)?.into_unoptimized_plan());
+        Ok((Read::Plan(inputs.len() - 2), fingerprint))
     }
 
     /// One batch of the spine: all its columns, those that the service reads in their declared types.

@@ -24,6 +24,8 @@ use feature_defs::value::Type;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectMeta, ObjectStoreExt};
 
+use crate::point_in_time::files::Location;
+
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     #[error(
@@ -65,6 +67,12 @@ pub struct SourceFiles {
     pub schema: SchemaRef,
     store: ObjectStoreUrl,
     format: Format,
+}
+
+impl SourceFiles {
+    pub fn is_parquet(&self) -> bool {
+        self.format == Format::Parquet
+    }
 }
 
 impl Format {
@@ -187,6 +195,30 @@ impl Sources {
         self.listing(source, &files, columns)
     }
 
+    /// [`Sources::data_frame`] of files that are listed already.
+    pub fn frame(
+        &self,
+        source: &SourcePlan,
+        files: &SourceFiles,
+        columns: &[String],
+    ) -> Result<DataFrame, SourceError> {
+        self.listing(source, files, columns)
+    }
+
+    /// Where the files of a source are, for whoever reads them row group by row group.
+    pub fn locations(&self, files: &SourceFiles) -> Result<Vec<Location>, SourceError> {
+        let store = self.context.runtime_env().object_store(&files.store);
+        let store =
+            store.map_err(|source| SourceError::Scan { name: files.store.as_str().to_owned(), source })?;
+        let location = |file: &ObjectMeta| Location {
+            store: store.clone(),
+            path: file.location.clone(),
+            size: file.size,
+            shown: self.shown(&file.location),
+        };
+        Ok(files.files.iter().map(location).collect())
+    }
+
     fn listing(&self, source: &SourcePlan, files: &SourceFiles, columns: &[String]) -> Result<DataFrame, SourceError> {
         let failed = |error: DataFusionError| SourceError::Scan { name: source.name.to_string(), source: error };
         // Text formats have no types of their own: where the definitions declare one, it is read as that.
@@ -243,14 +275,18 @@ impl Sources {
 
     /// What a pattern's files are right now: path, size and time of change of each. Changes when the data changes.
     pub async fn fingerprint(&self, pattern: &str) -> Result<String, SourceError> {
-        let files = self.files(pattern).await?;
+        Ok(self.fingerprint_of(&self.files(pattern).await?))
+    }
+
+    /// See [`Sources::fingerprint`].
+    pub fn fingerprint_of(&self, files: &SourceFiles) -> String {
         let mut text = feature_defs::digest::Canonical::new("files");
         for file in &files.files {
             text.add("path", &file.location);
             text.add("size", file.size);
             text.add("modified", file.last_modified.timestamp_micros());
         }
-        Ok(text.digest().to_string())
+        text.digest().to_string()
     }
 
     fn url(&self, pattern: &str) -> Result<ListingTableUrl, SourceError> {

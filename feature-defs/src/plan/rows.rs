@@ -130,6 +130,18 @@ impl SourcePlan {
         Ok(times.collect())
     }
 
+    /// Which rows of an aligned batch are tombstones; None where none can be.
+    pub fn tombstones(&self, batch: &RecordBatch) -> Result<Option<BooleanArray>, RowsError> {
+        let deleted = self.deleted.as_ref().map(|deleted| self.evaluate(deleted, batch)).transpose()?;
+        Ok(deleted.map(|deleted| deleted.as_boolean().clone()))
+    }
+
+    fn evaluate(&self, expression: &Expression, batch: &RecordBatch) -> Result<ArrayRef, RowsError> {
+        let columns: Vec<ArrayRef> =
+            expression.columns().iter().map(|column| self.column(batch, &column.name)).collect::<Result<_, _>>()?;
+        Ok(expression.evaluate(&columns, batch.num_rows())?)
+    }
+
     fn time_column(&self, batch: &RecordBatch, name: Option<&str>) -> Result<Option<ArrayRef>, RowsError> {
         name.map(|name| self.column(batch, name)).transpose()
     }
@@ -265,37 +277,12 @@ impl ViewPlan {
     /// The rows of this view in an aligned batch of its source (at least [`ViewPlan::source_columns`]).
     pub fn rows(&self, batch: &RecordBatch, times: &[Option<Times>]) -> Result<ViewRows, RowsError> {
         let rows = batch.num_rows();
-        let evaluate = |expression: &Expression, batch: &RecordBatch| -> Result<ArrayRef, RowsError> {
-            let columns: Vec<ArrayRef> = expression
-                .columns()
-                .iter()
-                .map(|column| self.source.column(batch, &column.name))
-                .collect::<Result<_, _>>()?;
-            Ok(expression.evaluate(&columns, batch.num_rows())?)
+        let filter = self.included(batch)?;
+        let deleted = self.source.tombstones(batch)?;
+        let is_true = |column: &Option<BooleanArray>, row: usize| {
+            column.as_ref().map(|column| column.is_valid(row) && column.value(row))
         };
-        let filter = self.filter.as_ref().map(|filter| evaluate(filter, batch)).transpose()?;
-        let deleted = self.source.deleted.as_ref().map(|deleted| evaluate(deleted, batch)).transpose()?;
-        let is_true = |column: &Option<ArrayRef>, row: usize| {
-            column.as_ref().map(|column| {
-                let column: &BooleanArray = column.as_boolean();
-                column.is_valid(row) && column.value(row)
-            })
-        };
-        let key_columns: Vec<(ArrayRef, &Type)> = self
-            .keys
-            .iter()
-            .map(|key| {
-                let column = self.source.column(batch, &key.column)?;
-                let aligned = cast_lossless(&column, &key.key_type).ok_or_else(|| RowsError::WrongType {
-                    source_name: self.source.name.to_string(),
-                    column: key.column.clone(),
-                    found: column.data_type().to_string(),
-                    wanted: key.key_type.to_string(),
-                })?;
-                Ok((aligned, &key.key_type))
-            })
-            .collect::<Result<_, RowsError>>()?;
-        let keys = encode_entity_keys(&key_columns, rows);
+        let keys = encode_entity_keys(&self.key_columns(batch)?, rows);
 
         // A tombstone is not an event: it is in no window, and it takes back no earlier event.
         let keep: Vec<u32> = (0..rows)
@@ -309,35 +296,7 @@ impl ViewPlan {
             .collect();
         let kept = if keep.len() == rows { batch.clone() } else { take_rows(batch, &keep)? };
 
-        let columns: Vec<ArrayRef> = match &self.kind {
-            ViewPlanKind::AsOf { features, .. } => {
-                features.iter().map(|feature| evaluate(&feature.expression, &kept)).collect::<Result<_, _>>()?
-            }
-            ViewPlanKind::Windowed { aggregates, .. } => aggregates
-                .iter()
-                .map(|aggregate| {
-                    let input = match &aggregate.of {
-                        Some(of) => evaluate(of, &kept)?,
-                        None => Arc::new(BooleanArray::from(vec![true; kept.num_rows()])),
-                    };
-                    let input = match &aggregate.filter {
-                        None => input,
-                        Some(filter) => {
-                            let included = evaluate(filter, &kept)?;
-                            let included = included.as_boolean();
-                            let excluded: BooleanArray = (0..included.len())
-                                .map(|row| Some(!(included.is_valid(row) && included.value(row))))
-                                .collect();
-                            arrow::compute::nullif(&input, &excluded)?
-                        }
-                    };
-                    match (&aggregate.by, aggregate.aggregate.split()) {
-                        (Some(by), Some((buckets, _))) => split(buckets, by, &evaluate(by, &kept)?, input),
-                        _ => Ok(input),
-                    }
-                })
-                .collect::<Result<_, RowsError>>()?,
-        };
+        let columns = self.values(&kept)?;
         let mut kept_keys = EntityKeys::default();
         let mut kept_times = Vec::with_capacity(keep.len());
         let mut kept_deleted = Vec::with_capacity(keep.len());
@@ -355,6 +314,62 @@ impl ViewPlan {
             ViewRows { times: kept_times, keys: kept_keys, deleted: kept_deleted, columns, source_rows: keep };
         view_rows.clear_tombstones()?;
         Ok(view_rows)
+    }
+
+    /// What `where` says of each row of an aligned batch; a null excludes. None where every row is included.
+    pub fn included(&self, batch: &RecordBatch) -> Result<Option<BooleanArray>, RowsError> {
+        let filter = self.filter.as_ref().map(|filter| self.source.evaluate(filter, batch)).transpose()?;
+        Ok(filter.map(|filter| filter.as_boolean().clone()))
+    }
+
+    /// The columns of the entity's keys in an aligned batch, in the types of the keys.
+    pub fn key_columns(&self, batch: &RecordBatch) -> Result<Vec<(ArrayRef, &Type)>, RowsError> {
+        let aligned = self.keys.iter().map(|key| {
+            let column = self.source.column(batch, &key.column)?;
+            let aligned = cast_lossless(&column, &key.key_type).ok_or_else(|| RowsError::WrongType {
+                source_name: self.source.name.to_string(),
+                column: key.column.clone(),
+                found: column.data_type().to_string(),
+                wanted: key.key_type.to_string(),
+            })?;
+            Ok((aligned, &key.key_type))
+        });
+        aligned.collect()
+    }
+
+    /// What each row of an aligned batch says: the features of an as-of view, or the inputs of a windowed view's
+    /// aggregates, null where an aggregate's `where` excluded the row. Rows are taken as they are: not filtered, and with
+    /// what tombstones happen to hold.
+    pub fn values(&self, batch: &RecordBatch) -> Result<Vec<ArrayRef>, RowsError> {
+        match &self.kind {
+            ViewPlanKind::AsOf { features, .. } => {
+                features.iter().map(|feature| self.source.evaluate(&feature.expression, batch)).collect()
+            }
+            ViewPlanKind::Windowed { aggregates, .. } => aggregates
+                .iter()
+                .map(|aggregate| {
+                    let input = match &aggregate.of {
+                        Some(of) => self.source.evaluate(of, batch)?,
+                        None => Arc::new(BooleanArray::from(vec![true; batch.num_rows()])),
+                    };
+                    let input = match &aggregate.filter {
+                        None => input,
+                        Some(filter) => {
+                            let included = self.source.evaluate(filter, batch)?;
+                            let included = included.as_boolean();
+                            let excluded: BooleanArray = (0..included.len())
+                                .map(|row| Some(!(included.is_valid(row) && included.value(row))))
+                                .collect();
+                            arrow::compute::nullif(&input, &excluded)?
+                        }
+                    };
+                    match (&aggregate.by, aggregate.aggregate.split()) {
+                        (Some(by), Some((buckets, _))) => split(buckets, by, &self.source.evaluate(by, batch)?, input),
+                        _ => Ok(input),
+                    }
+                })
+                .collect(),
+        }
     }
 }
 

@@ -1,13 +1,16 @@
-//! The execution plan: reads the spine, indexes it, reads every source once, and answers in the spine's order.
+//! The execution plan: takes the spine, in slices where it must, reads every source for it, and answers in the spine's
+//! order.
 
 use std::collections::HashMap;
 use std::fmt;
+use std::fs::File;
+use std::io::BufWriter;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, UInt8Array, UInt64Array};
+use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, UInt8Array, new_empty_array};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{Int64Type, SchemaRef, TimestampMicrosecondType, UInt64Type};
-use arrow::error::ArrowError;
 use datafusion::common::internal_err;
 use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::error::{DataFusionError, Result};
@@ -19,19 +22,29 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PhysicalExpr, PlanProperties,
 };
-use feature_defs::plan::{ServiceInput, ViewAnswer, ViewPlanKind, ViewRows, encode_entity_keys};
+use feature_defs::plan::{ServiceInput, SourcePlan, ViewAnswer};
 use feature_defs::time::{Micros, Position};
 use feature_defs::value::Type;
 use futures::stream::{self, StreamExt, TryStreamExt};
+use parquet::arrow::ArrowWriter;
+use parquet::basic::{Compression, Encoding};
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
 
+use super::by_row::ByRow;
+use super::files::{Files, Location};
 use super::index::SpineIndex;
-use super::latest::{Latest, LatestByRow};
-use super::windows::Windows;
-use super::{EVENT_TIMESTAMP, PitJoin, node, position_columns};
-use crate::history::{POSITION_TIME, SEQUENCE};
+use super::scan::{Scan, external, position_columns as stream_positions};
+use super::spill::SpillFile;
+use super::{EVENT_TIMESTAMP, PitJoin, Read, SourceReport, node, position_columns};
 
 /// Rows of one output batch.
-const BATCH_ROWS: usize = 8_192;
+const BATCH_ROWS: usize = 32 << 10;
+
+/// Batches that wait for a reader; more are not begun.
+const BATCHES_AHEAD: usize = 2;
+
+/// A slice of the spine smaller than this is not worth reading all sources for.
+const SLICE_ROWS_MIN: usize = 1_024;
 
 #[derive(Debug)]
 pub struct PitJoinExec {
@@ -42,12 +55,8 @@ pub struct PitJoinExec {
 
 impl PitJoinExec {
     pub fn try_new(join: Arc<PitJoin>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<PitJoinExec> {
-        if children.len() != join.sources.len() + 1 {
-            return internal_err!(
-                "a point-in-time join of {} sources has {} inputs",
-                join.sources.len(),
-                children.len()
-            );
+        if children.len() != join.plans() + 1 {
+            return internal_err!("a point-in-time join of {} scans has {} inputs", join.plans(), children.len());
         }
         let schema = Arc::new(node::output_schema(&join, &children[0].schema()));
         let properties = Arc::new(PlanProperties::new(
@@ -63,7 +72,16 @@ impl PitJoinExec {
 impl DisplayAs for PitJoinExec {
     fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let strategy = if self.join.as_known { "row by row" } else { "spine scatter" };
-        write!(f, "PitJoinExec: service={}, strategy={strategy}", self.join.service.name)
+        write!(f, "PitJoinExec: service={}, strategy={strategy}", self.join.service.name)?;
+        for (source, read) in self.join.sources.iter().zip(&self.join.reads) {
+            match read {
+                Read::Files(files) => {
+                    write!(f, ", {}={} rows in {} row groups", source.name, files.rows(), files.units().len())?;
+                }
+                Read::Plan(_) => write!(f, ", {}=written down first", source.name)?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -104,138 +122,360 @@ impl ExecutionPlan for PitJoinExec {
         if spine.properties().partitioning.partition_count() != 1 {
             return internal_err!("the spine of a point-in-time join must come in one partition, in its own order");
         }
-        let reservation = MemoryConsumer::new("PitJoinExec").register(context.memory_pool());
-        let (join, sources, schema) = (self.join.clone(), self.children[1..].to_vec(), self.schema());
-        let answered = async move {
+        let memory = MemoryConsumer::new("PitJoinExec").register(context.memory_pool());
+        let (join, plans, schema) = (self.join.clone(), self.children[1..].to_vec(), self.schema());
+        let (sender, receiver) = tokio::sync::mpsc::channel::<Result<RecordBatch>>(BATCHES_AHEAD);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let work = async move {
             let batches: Vec<RecordBatch> = spine.execute(0, context.clone())?.try_collect().await?;
             let spine = concat_batches(&spine.schema(), &batches)?;
             drop(batches);
-            run(join, spine, sources, context, reservation).await
-        };
-        let batches = stream::once(answered).map_ok(|batch| {
-            let starts = (0..batch.num_rows().max(1)).step_by(BATCH_ROWS);
-            let slices: Vec<Result<RecordBatch>> =
-                starts.map(|start| Ok(batch.slice(start, BATCH_ROWS.min(batch.num_rows() - start)))).collect();
-            stream::iter(slices)
-        });
-        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, batches.try_flatten())))
-    }
-}
-
-/// The state of one input of the service while sources are read.
-enum Collector<'p> {
-    Latest(Latest),
-    LatestByRow(LatestByRow),
-    Windows(Windows<'p>),
-}
-
-async fn run(
-    join: Arc<PitJoin>,
-    spine: RecordBatch,
-    sources: Vec<Arc<dyn ExecutionPlan>>,
-    context: Arc<TaskContext>,
-    reservation: MemoryReservation,
-) -> Result<RecordBatch> {
-    let service = &join.service;
-    reservation.try_grow(spine.get_array_memory_size())?;
-    let times = spine_times(&spine)?;
-
-    // Inputs with the same key columns share an index: an entity is looked up once for all its views.
-    let mut indexes: HashMap<Vec<usize>, Arc<SpineIndex>> = HashMap::new();
-    for input in &service.inputs {
-        if !indexes.contains_key(&input.keys) {
-            let index = SpineIndex::new(&spine_keys(&join, input, &spine)?, &times);
-            reservation.try_grow(index.bytes())?;
-            indexes.insert(input.keys.clone(), Arc::new(index));
-        }
-    }
-    let index_of = |input: &ServiceInput| indexes[&input.keys].clone();
-
-    let mut collectors: Vec<Collector<'_>> = service
-        .inputs
-        .iter()
-        .map(|input| {
-            let (view, index) = (&input.view, index_of(input));
-            let rule = join.rule(&view.source);
-            match &view.kind {
-                ViewPlanKind::AsOf { max_age, .. } if join.as_known => {
-                    Collector::LatestByRow(LatestByRow::new(view, *max_age, rule, &index))
-                }
-                ViewPlanKind::AsOf { max_age, .. } => Collector::Latest(Latest::new(view, *max_age, rule, &index)),
-                ViewPlanKind::Windowed { aggregates, outputs, windows, .. } => {
-                    Collector::Windows(Windows::new(aggregates, outputs, windows, view.row_types(), rule, &index))
-                }
+            let mut files: Vec<Arc<Files>> = Vec::with_capacity(join.sources.len());
+            let mut written: Vec<SpillFile> = Vec::new();
+            for (source, read) in join.sources.iter().zip(&join.reads) {
+                files.push(match read {
+                    Read::Files(files) => files.clone(),
+                    Read::Plan(plan) => {
+                        let (opened, file) = write_down(&join, source, plans[*plan].clone(), &context).await?;
+                        written.push(file);
+                        Arc::new(opened)
+                    }
+                });
             }
-        })
-        .collect();
-    let mut collected = 0;
-    for (source, plan) in join.sources.iter().zip(&sources) {
-        let partitions = plan.properties().partitioning.partition_count();
-        let streams: Vec<SendableRecordBatchStream> =
-            (0..partitions).map(|partition| plan.execute(partition, context.clone())).collect::<Result<_>>()?;
-        let mut batches = stream::select_all(streams);
+            let runtime = tokio::runtime::Handle::current();
+            let run = move || {
+                let _written = written;
+                Run { join: &join, spine: &spine, files: &files, memory, runtime, stop: &stopped }.all(&sender)
+            };
+            match tokio::task::spawn_blocking(run).await {
+                Ok(done) => done,
+                Err(error) => Err(DataFusionError::External(Box::new(error))),
+            }
+        };
+        // The work begins when the first batch is asked for, runs beside whoever reads, and stops when nobody does.
+        let guard = StopOnDrop(stop);
+        let begun = stream::once(async move {
+            let _guard = guard;
+            let work = tokio::spawn(work);
+            let batches = tokio_stream::wrappers::ReceiverStream::new(receiver);
+            let end = stream::once(async move {
+                match work.await {
+                    Ok(Ok(())) => None,
+                    Ok(Err(error)) => Some(Err(error)),
+                    Err(error) => Some(Err(DataFusionError::External(Box::new(error)))),
+                }
+            });
+            let end = end.filter_map(std::future::ready);
+            // The guard goes with the batches.
+            batches.chain(end).map(move |batch| {
+                let _ = &_guard;
+                batch
+            })
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, begun.flatten())))
+    }
+}
+
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Writes the rows of a source that is no Parquet file as one, so that every source is read the same way.
+async fn write_down(
+    join: &PitJoin,
+    source: &Arc<SourcePlan>,
+    plan: Arc<dyn ExecutionPlan>,
+    context: &Arc<TaskContext>,
+) -> Result<(Files, SpillFile)> {
+    const ROW_GROUP_ROWS: usize = 256 << 10;
+    let what = format!("the rows of source `{}`", source.name);
+    let file = join.spill.file(&what)?;
+    let full = |error: &dyn fmt::Display| join.spill.full(&what, error);
+    let out = BufWriter::new(File::create(file.path()).map_err(|error| full(&error))?);
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::UNCOMPRESSED)
+        .set_dictionary_enabled(false)
+        .set_encoding(Encoding::PLAIN)
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_max_row_group_row_count(Some(ROW_GROUP_ROWS))
+        .build();
+    let mut writer = ArrowWriter::try_new(out, plan.schema(), Some(properties))?;
+    for partition in 0..plan.properties().partitioning.partition_count() {
+        let mut batches = plan.execute(partition, context.clone())?;
         while let Some(batch) = batches.next().await {
             let batch = batch?;
-            let positions = source.is_stream().then(|| positions(&batch)).transpose()?;
-            let columns: Vec<String> = service
-                .inputs
-                .iter()
-                .filter(|input| Arc::ptr_eq(&input.view.source, source))
-                .flat_map(|input| input.view.source_columns())
-                .collect();
-            let aligned = source.align(&batch, Some(&columns)).map_err(external)?;
-            let row_times = source.times(&aligned, positions.as_deref()).map_err(external)?;
-            // A view read under two aliases is evaluated once.
-            let mut evaluated: HashMap<*const feature_defs::plan::ViewPlan, ViewRows> = HashMap::new();
-            for (input, collector) in service.inputs.iter().zip(&mut collectors) {
-                if !Arc::ptr_eq(&input.view.source, source) {
-                    continue;
-                }
-                let view = Arc::as_ptr(&input.view);
-                if let std::collections::hash_map::Entry::Vacant(vacant) = evaluated.entry(view) {
-                    vacant.insert(input.view.rows(&aligned, &row_times).map_err(external)?);
-                }
-                let (rows, index) = (&evaluated[&view], index_of(input));
-                match collector {
-                    Collector::Latest(latest) => latest.add(rows, &index)?,
-                    Collector::LatestByRow(latest) => latest.add(rows, &index),
-                    Collector::Windows(windows) => windows.add(rows, &index),
-                }
-            }
-            let now: usize = collectors
-                .iter()
-                .map(|collector| match collector {
-                    Collector::Latest(latest) => latest.bytes(),
-                    Collector::LatestByRow(latest) => latest.bytes(),
-                    Collector::Windows(windows) => windows.bytes(),
-                })
-                .sum();
-            reservation.try_grow(now.saturating_sub(collected))?;
-            collected = collected.max(now);
+            writer.write(&batch).map_err(|error| full(&error))?;
         }
     }
-
-    let rows = spine.num_rows();
-    let mut columns: Vec<ArrayRef> = spine.columns().to_vec();
-    for (input, collector) in service.inputs.iter().zip(collectors) {
-        let index = index_of(input);
-        let applied = if join.as_known { Some(applied_positions(&spine, &input.alias)?) } else { None };
-        let answer = match collector {
-            Collector::Latest(latest) => latest.finish(&index, rows)?,
-            Collector::LatestByRow(latest) => latest.finish(&index, rows, applied.as_deref()),
-            Collector::Windows(windows) => windows.finish(&index, rows, applied.as_deref()),
-        };
-        reservation.try_grow(answer.values.iter().map(|column| column.get_array_memory_size()).sum())?;
-        columns.extend(answer.values);
-        columns.push(Arc::new(answer.statuses.iter().map(|status| Some(*status as u8)).collect::<UInt8Array>()));
-        columns.push(Arc::new(Int64Array::from(answer.event_times)));
-    }
-    let schema: SchemaRef = Arc::new(node::output_schema(&join, &spine.schema()));
-    Ok(RecordBatch::try_new(schema, columns)?)
+    let mut out = writer.into_inner().map_err(|error| full(&error))?;
+    std::io::Write::flush(&mut out).map_err(|error| full(&error))?;
+    let size = std::fs::metadata(file.path()).map_err(|error| full(&error))?.len();
+    let path = object_store::path::Path::from_absolute_path(file.path()).map_err(external)?;
+    let store = Arc::new(object_store::local::LocalFileSystem::new());
+    let shown = format!("what was written down of source `{}`", source.name);
+    Ok((Files::open(vec![Location { store, path, size, shown }]).await?, file))
 }
 
-fn external(error: impl std::error::Error + Send + Sync + 'static) -> DataFusionError {
-    DataFusionError::External(Box::new(error))
+/// One run of a point-in-time join.
+struct Run<'a> {
+    join: &'a PitJoin,
+    spine: &'a RecordBatch,
+    files: &'a [Arc<Files>],
+    memory: MemoryReservation,
+    runtime: tokio::runtime::Handle,
+    stop: &'a AtomicBool,
+}
+
+impl Run<'_> {
+    fn all(&self, sender: &tokio::sync::mpsc::Sender<Result<RecordBatch>>) -> Result<()> {
+        let rows = self.spine.num_rows();
+        self.memory.try_grow(self.spine.get_array_memory_size())?;
+        let slice_rows = self.slice_rows(rows)?;
+        let mut reports: Vec<SourceReport> = Vec::new();
+        let mut start = 0;
+        loop {
+            let length = slice_rows.min(rows - start);
+            let slice = self.spine.slice(start, length);
+            let held = self.memory.size();
+            let (batch, found) = self.slice(&slice)?;
+            add_reports(&mut reports, found);
+            let starts = (0..length.max(1)).step_by(BATCH_ROWS);
+            for at in starts {
+                if sender.blocking_send(Ok(batch.slice(at, BATCH_ROWS.min(length - at)))).is_err() {
+                    return Ok(());
+                }
+            }
+            drop(batch);
+            self.memory.shrink(self.memory.size().saturating_sub(held));
+            start += length;
+            if start >= rows {
+                break;
+            }
+        }
+        // Whoever asks twice gets the first answer.
+        let _ = self.join.report.set(reports);
+        Ok(())
+    }
+
+    /// How many spine rows are worked on at a time: all of them where memory allows.
+    fn slice_rows(&self, rows: usize) -> Result<usize> {
+        let key_bytes = 16;
+        let mut per_row = SpineIndex::bytes_of(1, key_bytes) * self.distinct_keys();
+        let mut reading = 0;
+        let mut largest = 0;
+        for ((input, used), read) in self.join.service.inputs.iter().zip(&self.join.used).zip(self.reads_of_inputs()) {
+            let features = input.view.features();
+            let width: usize = used.features.iter().map(|feature| width(features[*feature].1)).sum();
+            per_row += width + 2 + if used.event_time { 16 } else { 0 };
+            // While one input is answered: candidates or windows, and the answers once more before they are in order.
+            largest = largest.max(40 + 2 * width);
+            reading = reading.max(read.unit_bytes(&input.view.source_columns()));
+        }
+        let budget = self.join.memory_bytes.saturating_sub(self.memory.size()).saturating_sub(reading * self.threads());
+        let fit = budget / (per_row + largest).max(1);
+        if fit >= rows {
+            return Ok(rows.max(1));
+        }
+        if fit < SLICE_ROWS_MIN {
+            return Err(DataFusionError::ResourcesExhausted(format!(
+                "a slice of {SLICE_ROWS_MIN} spine rows takes about {} KiB, and reading takes {} KiB beside it; at least {} \
+                 MiB are needed",
+                (per_row + largest) * SLICE_ROWS_MIN >> 10,
+                reading >> 10,
+                ((per_row + largest) * SLICE_ROWS_MIN + reading + self.memory.size() >> 20) + 1,
+            )));
+        }
+        // Slices of one size: the last is not a leftover for which everything is read once more.
+        Ok(rows.div_ceil(rows.div_ceil(fit)))
+    }
+
+    fn threads(&self) -> usize {
+        self.join.threads.max(1)
+    }
+
+    fn distinct_keys(&self) -> usize {
+        let mut keys: Vec<&[usize]> = self.join.service.inputs.iter().map(|input| input.keys.as_slice()).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys.len()
+    }
+
+    fn reads_of_inputs(&self) -> impl Iterator<Item = &Arc<Files>> {
+        self.join.service.inputs.iter().filter_map(|input| {
+            let source = self.join.sources.iter().position(|source| Arc::ptr_eq(source, &input.view.source))?;
+            self.files.get(source)
+        })
+    }
+
+    /// Answers a slice of the spine.
+    fn slice(&self, spine: &RecordBatch) -> Result<(RecordBatch, Vec<SourceReport>)> {
+        let service = &self.join.service;
+        let times = spine_times(spine)?;
+        // Inputs with the same key columns share an index: an entity is looked up once for all its views.
+        let mut indexes: HashMap<&[usize], Arc<SpineIndex>> = HashMap::new();
+        for input in &service.inputs {
+            if !indexes.contains_key(input.keys.as_slice()) {
+                let making = SpineIndex::bytes_of(spine.num_rows(), 0);
+                self.memory.try_grow(making)?;
+                let index = SpineIndex::new(&self.spine_keys(input, spine)?, &times);
+                self.memory.shrink(making);
+                self.memory.try_grow(index.bytes())?;
+                indexes.insert(&input.keys, Arc::new(index));
+            }
+        }
+        let mut answers: Vec<Option<ViewAnswer>> = vec![None; service.inputs.len()];
+        let mut reports = Vec::with_capacity(self.join.sources.len());
+        for (source, files) in self.join.sources.iter().zip(self.files) {
+            let numbers: Vec<usize> =
+                (0..service.inputs.len()).filter(|i| Arc::ptr_eq(&service.inputs[*i].view.source, source)).collect();
+            let inputs: Vec<(&ServiceInput, Arc<SpineIndex>)> = numbers
+                .iter()
+                .map(|i| (&service.inputs[*i], indexes[service.inputs[*i].keys.as_slice()].clone()))
+                .collect();
+            let held = self.memory.size();
+            let (found, report) = if self.join.as_known {
+                self.row_by_row(source, files, &inputs, spine)?
+            } else {
+                let free = self.join.memory_bytes.saturating_sub(self.memory.size());
+                let scan = Scan {
+                    source,
+                    files,
+                    rule: self.join.rule(source),
+                    inputs,
+                    spine_rows: spine.num_rows(),
+                    threads: self.threads(),
+                    runtime: &self.runtime,
+                    stop: self.stop,
+                    memory: &self.memory,
+                    copies_bytes: free / 3,
+                    spill: &self.join.spill,
+                };
+                scan.run()?
+            };
+            self.memory.shrink(self.memory.size().saturating_sub(held));
+            for (number, mut answer) in numbers.into_iter().zip(found) {
+                let used = &self.join.used[number];
+                // What the service does not read is let go.
+                for feature in (0..answer.values.len()).filter(|feature| !used.features.contains(feature)) {
+                    answer.values[feature] = new_empty_array(answer.values[feature].data_type());
+                }
+                if !used.event_time {
+                    answer.event_times = Vec::new();
+                }
+                let bytes: usize = answer.values.iter().map(|column| column.get_array_memory_size()).sum();
+                self.memory.try_grow(bytes + answer.statuses.len() + answer.event_times.len() * 16)?;
+                answers[number] = Some(answer);
+            }
+            reports.push(report);
+        }
+        let mut columns: Vec<ArrayRef> = spine.columns().to_vec();
+        for (answer, used) in answers.into_iter().zip(&self.join.used) {
+            let Some(answer) = answer else { return internal_err!("an input was not answered") };
+            columns.extend(used.features.iter().map(|feature| answer.values[*feature].clone()));
+            columns.push(Arc::new(answer.statuses.iter().map(|status| Some(*status as u8)).collect::<UInt8Array>()));
+            if used.event_time {
+                columns.push(Arc::new(Int64Array::from(answer.event_times)));
+            }
+        }
+        let schema: SchemaRef = Arc::new(node::output_schema(self.join, &spine.schema()));
+        Ok((RecordBatch::try_new(schema, columns)?, reports))
+    }
+
+    fn spine_keys<'k>(&'k self, input: &ServiceInput, spine: &RecordBatch) -> Result<Vec<(ArrayRef, &'k Type)>> {
+        let keys = input.keys.iter().map(|key| {
+            let column = &self.join.service.columns[*key];
+            match spine.column_by_name(&column.name) {
+                Some(array) => Ok((array.clone(), &column.column_type)),
+                None => internal_err!("the spine has no `{}`", column.name),
+            }
+        });
+        keys.collect()
+    }
+
+    /// Every spine row sees its own prefix of the log.
+    fn row_by_row(
+        &self,
+        source: &Arc<SourcePlan>,
+        files: &Files,
+        inputs: &[(&ServiceInput, Arc<SpineIndex>)],
+        spine: &RecordBatch,
+    ) -> Result<(Vec<ViewAnswer>, SourceReport)> {
+        let rule = self.join.rule(source);
+        let mut collectors: Vec<ByRow<'_>> =
+            inputs.iter().map(|(input, index)| ByRow::new(&input.view, rule, index)).collect();
+        let mut columns: Vec<String> = inputs.iter().flat_map(|(input, _)| input.view.source_columns()).collect();
+        if source.is_stream() {
+            columns.extend([crate::history::POSITION_TIME.to_owned(), crate::history::SEQUENCE.to_owned()]);
+        }
+        let (mut read, mut accounted) = (0, 0);
+        for unit in 0..files.units().len() {
+            for batch in files.read(unit, &columns, None, &self.runtime)? {
+                let batch = batch?;
+                read += batch.num_rows() as u64;
+                let positions: Option<Vec<Position>> = if source.is_stream() {
+                    let (times, sequences) = stream_positions(&batch)?;
+                    let (times, sequences) =
+                        (times.as_primitive::<Int64Type>().clone(), sequences.as_primitive::<UInt64Type>().clone());
+                    let both = times.values().iter().zip(sequences.values());
+                    Some(both.map(|(time, sequence)| Position { time: *time, sequence: *sequence }).collect())
+                } else {
+                    None
+                };
+                let aligned = source.align(&batch, Some(&columns)).map_err(external)?;
+                let row_times = source.times(&aligned, positions.as_deref()).map_err(external)?;
+                let mut groups = Vec::new();
+                for ((input, index), collector) in inputs.iter().zip(&mut collectors) {
+                    let keys = input.view.key_columns(&aligned).map_err(external)?;
+                    index.groups_of(&keys, aligned.num_rows(), &mut groups);
+                    collector.add(&input.view.rows(&aligned, &row_times).map_err(external)?, &groups);
+                }
+                let now: usize = collectors.iter().map(ByRow::bytes).sum();
+                self.memory.try_grow(now.saturating_sub(accounted))?;
+                accounted = accounted.max(now);
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(DataFusionError::Execution("the reader has gone".into()));
+            }
+        }
+        let answers = inputs.iter().zip(collectors).map(|((input, index), collector)| {
+            Ok(collector.finish(index, spine.num_rows(), &applied_positions(spine, &input.alias)?))
+        });
+        let answers: Result<Vec<ViewAnswer>> = answers.collect();
+        Ok((answers?, SourceReport { source: source.name.to_string(), rows: read, enforced: true, ..Default::default() }))
+    }
+}
+
+fn add_reports(reports: &mut Vec<SourceReport>, more: Vec<SourceReport>) {
+    if reports.is_empty() {
+        *reports = more;
+        return;
+    }
+    for (report, more) in reports.iter_mut().zip(more) {
+        // Each slice read the whole source; a row may be hidden from several slices and is then counted in each.
+        report.hidden += more.hidden;
+        report.hidden_by_created_time += more.hidden_by_created_time;
+        report.hidden_by_delay += more.hidden_by_delay;
+        report.hidden_by_every += more.hidden_by_every;
+        report.hidden_by_arrival += more.hidden_by_arrival;
+    }
+}
+
+/// Bytes of one value, about.
+fn width(value_type: &Type) -> usize {
+    match value_type {
+        Type::Bool => 1,
+        Type::Int32 | Type::Float32 | Type::Date => 5,
+        Type::Int64 | Type::Float64 | Type::Timestamp => 9,
+        Type::Decimal { .. } => 17,
+        Type::String | Type::Binary => 32,
+        Type::Vector(n) => *n as usize * 4 + 1,
+        Type::List(_) | Type::Map(_) | Type::Struct(_) => 128,
+    }
 }
 
 fn spine_times(spine: &RecordBatch) -> Result<Vec<Micros>> {
@@ -248,59 +488,39 @@ fn spine_times(spine: &RecordBatch) -> Result<Vec<Micros>> {
     Ok(times.values().to_vec())
 }
 
-fn spine_keys(join: &PitJoin, input: &ServiceInput, spine: &RecordBatch) -> Result<feature_defs::plan::EntityKeys> {
-    let columns: Vec<(ArrayRef, &Type)> = input
-        .keys
-        .iter()
-        .map(|key| {
-            let column = &join.service.columns[*key];
-            match spine.column_by_name(&column.name) {
-                Some(array) => Ok((array.clone(), &column.column_type)),
-                None => internal_err!("the spine has no `{}`", column.name),
-            }
-        })
-        .collect::<Result<_>>()?;
-    Ok(encode_entity_keys(&columns, spine.num_rows()))
-}
-
-fn positions(batch: &RecordBatch) -> Result<Vec<Position>> {
-    let missing = || ArrowError::SchemaError("a history file has no position columns".into());
-    let times =
-        batch.column_by_name(POSITION_TIME).and_then(|c| c.as_primitive_opt::<Int64Type>()).ok_or_else(missing)?;
-    let sequences =
-        batch.column_by_name(SEQUENCE).and_then(|c| c.as_primitive_opt::<UInt64Type>()).ok_or_else(missing)?;
-    Ok(times
-        .values()
-        .iter()
-        .zip(sequences.values())
-        .map(|(time, sequence)| Position { time: *time, sequence: *sequence })
-        .collect())
-}
-
 fn applied_positions(spine: &RecordBatch, alias: &str) -> Result<Vec<Position>> {
     let (time, sequence) = position_columns(alias);
     let times = spine.column_by_name(&time).and_then(|column| column.as_primitive_opt::<Int64Type>());
-    let sequences: Option<&UInt64Array> = spine.column_by_name(&sequence).and_then(|column| column.as_primitive_opt());
+    let sequences = spine.column_by_name(&sequence).and_then(|column| column.as_primitive_opt::<UInt64Type>());
     let (Some(times), Some(sequences)) = (times, sequences) else {
         return internal_err!("the spine has no positions for `{alias}`");
     };
     Ok((0..spine.num_rows()).map(|row| Position { time: times.value(row), sequence: sequences.value(row) }).collect())
 }
 
-/// The answers in an output batch, by input of the service.
+/// The answers in an output batch, by input of the service; features that the service does not read are empty columns.
 pub fn answers(join: &PitJoin, batch: &RecordBatch) -> Result<Vec<ViewAnswer>> {
-    let mut at = batch.num_columns() - join.service.inputs.iter().map(|i| i.view.features().len() + 2).sum::<usize>();
+    let widths = join.used.iter().map(|used| used.features.len() + 1 + usize::from(used.event_time));
+    let mut at = batch.num_columns() - widths.sum::<usize>();
     let mut answers = Vec::with_capacity(join.service.inputs.len());
-    for input in &join.service.inputs {
-        let features = input.view.features().len();
-        let values = batch.columns()[at..at + features].to_vec();
-        let statuses = batch.column(at + features).as_primitive::<arrow::datatypes::UInt8Type>();
-        let event_times = batch.column(at + features + 1).as_primitive::<Int64Type>();
+    for (input, used) in join.service.inputs.iter().zip(&join.used) {
+        let mut values: Vec<ArrayRef> =
+            input.view.features().iter().map(|(_, feature_type, _)| new_empty_array(&feature_type.arrow())).collect();
+        for feature in &used.features {
+            values[*feature] = batch.column(at).clone();
+            at += 1;
+        }
+        let statuses = batch.column(at).as_primitive::<arrow::datatypes::UInt8Type>();
         let statuses: Option<Vec<_>> =
             statuses.values().iter().map(|number| feature_defs::time::Status::from_number(*number)).collect();
         let Some(statuses) = statuses else { return internal_err!("a status is no status") };
-        answers.push(ViewAnswer { values, statuses, event_times: event_times.iter().collect() });
-        at += features + 2;
+        at += 1;
+        let mut event_times = Vec::new();
+        if used.event_time {
+            event_times = batch.column(at).as_primitive::<Int64Type>().iter().collect();
+            at += 1;
+        }
+        answers.push(ViewAnswer { values, statuses, event_times });
     }
     Ok(answers)
 }

@@ -18,8 +18,9 @@ use datafusion::physical_planner::{DefaultPhysicalPlanner, ExtensionPlanner, Phy
 use super::PitJoin;
 use super::exec::PitJoinExec;
 
-/// Input 0 is the spine, the others are the sources of `join`. The output is the spine's columns and, for each input of
-/// the service, its answer: one column per feature, the row's status, and the event time.
+/// Input 0 is the spine, the others are scans of those sources of `join` that are not Parquet files. The output is the spine's columns and, for each input of
+/// the service, its answer: one column per feature that the service reads, the row's status, and its event time where that is
+/// read.
 #[derive(Debug, Clone)]
 pub struct PitJoinNode {
     join: Arc<PitJoin>,
@@ -29,8 +30,8 @@ pub struct PitJoinNode {
 
 impl PitJoinNode {
     pub fn try_new(join: Arc<PitJoin>, inputs: Vec<LogicalPlan>) -> Result<PitJoinNode> {
-        if inputs.len() != join.sources.len() + 1 {
-            return plan_err!("a point-in-time join of {} sources has {} inputs", join.sources.len(), inputs.len());
+        if inputs.len() != join.plans() + 1 {
+            return plan_err!("a point-in-time join of {} scans has {} inputs", join.plans(), inputs.len());
         }
         let schema = output_schema(&join, inputs[0].schema().as_arrow());
         let schema = Arc::new(DFSchema::try_from(schema)?);
@@ -42,12 +43,15 @@ impl PitJoinNode {
 /// two underscores and a number.
 pub fn output_schema(join: &PitJoin, spine: &Schema) -> Schema {
     let mut fields: Vec<Field> = spine.fields().iter().map(|field| field.as_ref().clone()).collect();
-    for (i, input) in join.service.inputs.iter().enumerate() {
-        for (j, (_, feature_type, _)) in input.view.features().into_iter().enumerate() {
-            fields.push(Field::new(format!("__{i}_{j}"), feature_type.arrow(), true));
+    for (i, (input, used)) in join.service.inputs.iter().zip(&join.used).enumerate() {
+        let features = input.view.features();
+        for feature in &used.features {
+            fields.push(Field::new(format!("__{i}_{feature}"), features[*feature].1.arrow(), true));
         }
         fields.push(Field::new(format!("__{i}_status"), DataType::UInt8, false));
-        fields.push(Field::new(format!("__{i}_event_time"), DataType::Int64, true));
+        if used.event_time {
+            fields.push(Field::new(format!("__{i}_event_time"), DataType::Int64, true));
+        }
     }
     Schema::new(fields)
 }

@@ -1,225 +1,284 @@
-//! Windowed views by spine scatter.
+//! Windowed views: events are dealt into parts by entity while their source is read, and each part is then sorted and
+//! worked on by itself ([`kernel`]), small enough for a core's cache.
 //!
-//! An event is inside the window at a contiguous range of its entity's slots: from the first slot that is past it (and at
-//! which it may be seen) to the first whose tail has passed it. So no event is looked at twice per window, whatever the
-//! number of spine rows. Where the state can be taken back, an event is added at the first slot and taken back at the
-//! last, and a running state passes over the slots; where adding twice changes nothing, a segment tree over the slots
-//! takes the range in logarithmically many nodes. Both are exact, because states never round.
+//! An event is kept only where some window of its entity holds it. Parts are ranges of groups, so that what comes out of
+//! them is in the order of slots; memory that does not suffice for all events is met by writing parts to disk.
 
-use std::ops::Range;
+pub mod kernel;
+pub mod events;
 
-use feature_defs::aggregate::{Aggregate, State};
+use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, UInt32Array};
+use arrow::compute::{concat, take};
+use datafusion::error::Result;
+use datafusion::execution::memory_pool::MemoryReservation;
+use feature_defs::aggregate::Aggregate;
 use feature_defs::as_of::Times;
 use feature_defs::catalog::{Head, Visibility};
-use feature_defs::plan::{ViewAggregate, ViewAnswer, ViewRows, WindowOutput};
-use feature_defs::time::{Micros, Position, Status};
+use feature_defs::plan::{ViewAggregate, ViewAnswer, ViewPlan, ViewPlanKind, WindowOutput};
+use feature_defs::time::{Micros, Status};
 use feature_defs::value::{Type, Value};
-use feature_defs::window::{Window, WindowEvent, window_value};
+use feature_defs::window::Window;
 
-use super::index::SpineIndex;
-use super::{reader, visible_from};
+use super::index::{NO_GROUP, SpineIndex};
+use super::scan::in_parallel;
+use super::spill::Spill;
+use events::Events;
 
-/// Events of one windowed view, while its source is read.
-pub struct Windows<'p> {
+/// Events of one part, about: as many as fit a core's cache while they are sorted.
+const PART_EVENTS: usize = 16 << 10;
+const PARTS_MAX: usize = 2_048;
+/// Slots of one entity that are worked on at a time, so that one hot entity is shared by all threads.
+const TASK_SLOTS: usize = 32 << 10;
+
+/// A windowed view, as the engine computes it.
+#[derive(Debug, Clone)]
+pub struct WindowsPlan<'p> {
     aggregates: &'p [ViewAggregate],
     outputs: &'p [WindowOutput],
     windows: &'p [Window],
-    input_types: Vec<Type>,
+    /// For each aggregate the column of events that it reads: aggregates of the same expression share one.
+    columns: Arc<[usize]>,
+    kinds: Arc<[Kind]>,
+    /// Whether some aggregate looks at more of an event's times than its event time.
+    ordered: bool,
+}
+
+/// How a column of inputs is kept.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Kind {
+    /// Every event counts.
+    Rows,
+    /// Only whether there is a value.
+    Flags,
+    Float(Type),
+    Integer(Type),
+    Values(Type),
+}
+
+impl<'p> WindowsPlan<'p> {
+    pub fn of(view: &'p ViewPlan) -> Option<WindowsPlan<'p>> {
+        let ViewPlanKind::Windowed { aggregates, outputs, windows, .. } = &view.kind else { return None };
+        let text = |aggregate: &ViewAggregate| {
+            let of = aggregate.of.as_ref().map(|of| of.canonical_text());
+            let filter = aggregate.filter.as_ref().map(|filter| filter.canonical_text());
+            // The input of a split aggregate holds its buckets.
+            let by = aggregate.by.as_ref().map(|by| by.canonical_text());
+            (of, filter, by, aggregate.aggregate.split().map(|(buckets, _)| buckets.canonical_text()))
+        };
+        let mut texts = Vec::new();
+        let mut kinds: Vec<Kind> = Vec::new();
+        let mut columns = Vec::with_capacity(aggregates.len());
+        for aggregate in aggregates {
+            let kind = kernel::kind_of(aggregate);
+            let text = text(aggregate);
+            match texts.iter().position(|other| *other == text) {
+                Some(column) => {
+                    // What says more serves who needs less.
+                    if matches!(kinds[column], Kind::Flags) {
+                        kinds[column] = kind;
+                    }
+                    columns.push(column);
+                }
+                None => {
+                    columns.push(texts.len());
+                    texts.push(text);
+                    kinds.push(kind);
+                }
+            }
+        }
+        let ordered = aggregates.iter().any(|aggregate| kernel::looks_at_times(&aggregate.aggregate));
+        Some(WindowsPlan { aggregates, outputs, windows, columns: columns.into(), kinds: kinds.into(), ordered })
+    }
+
+    fn aggregate(&self, output: &WindowOutput) -> &'p Aggregate {
+        &self.aggregates[output.aggregate].aggregate
+    }
+}
+
+/// Events of one windowed view, while its source is read by one worker.
+pub struct Windows<'p> {
+    plan: WindowsPlan<'p>,
+    parts: Vec<Events>,
+    /// Slots of the index, to find a group's part.
+    slots: usize,
+    late: bool,
+    accounted: usize,
     rule: Visibility,
-    /// Events by group of the index; only those that some slot's window holds.
-    events: Vec<Vec<WindowEvent>>,
-    count: usize,
 }
 
 impl<'p> Windows<'p> {
-    pub fn new(
-        aggregates: &'p [ViewAggregate],
-        outputs: &'p [WindowOutput],
-        windows: &'p [Window],
-        input_types: Vec<Type>,
-        rule: Visibility,
+    pub fn new(plan: WindowsPlan<'p>, index: &SpineIndex, source_rows: usize, rule: Visibility) -> Windows<'p> {
+        let parts = (source_rows / PART_EVENTS).clamp(1, PARTS_MAX).min(index.slots().max(1));
+        let parts = (0..parts).map(|_| Events::new(&plan.kinds, plan.ordered)).collect();
+        Windows { plan, parts, slots: index.slots(), late: false, accounted: 0, rule }
+    }
+
+    fn part_of(&self, first_slot: usize) -> usize {
+        first_slot * self.parts.len() / self.slots.max(1)
+    }
+
+    pub fn add(
+        &mut self,
         index: &SpineIndex,
-    ) -> Windows<'p> {
-        let events = vec![Vec::new(); index.groups()];
-        Windows { aggregates, outputs, windows, input_types, rule, events, count: 0 }
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.count * (size_of::<WindowEvent>() + self.input_types.len() * size_of::<Value>())
-    }
-
-    pub fn add(&mut self, rows: &ViewRows, index: &SpineIndex) {
-        for row in 0..rows.len() {
-            let Some(group) = rows.keys.get(row).and_then(|key| index.group(key)) else { continue };
-            let times = rows.times[row];
-            let slots = index.times(group);
-            // Nothing is seen before its event time under any rule, so later rules only narrow this range.
-            let held = self.windows.iter().any(|window| !range_of(slots, window, &times, Micros::MIN).is_empty());
-            if held {
-                let inputs = rows.values(row, &self.input_types);
-                self.events[group as usize].push(WindowEvent { times, inputs });
-                self.count += 1;
-            }
-        }
-    }
-
-    /// The answer for every spine row. `applied` bounds each row to the positions a server had applied for it.
-    pub fn finish(self, index: &SpineIndex, spine_rows: usize, applied: Option<&[Position]>) -> ViewAnswer {
-        // A row of no group still has an empty window.
-        let empty: Vec<Value> = self
-            .outputs
-            .iter()
-            .map(|output| {
-                let aggregate = &self.aggregates[output.aggregate].aggregate;
-                aggregate.finish(&aggregate.zero())
-            })
-            .collect();
-        let mut columns: Vec<Vec<Value>> = empty.iter().map(|value| vec![value.clone(); spine_rows]).collect();
-        for group in 0..index.groups() as u32 {
-            let events = &self.events[group as usize];
-            if events.is_empty() {
+        groups: &[u32],
+        event_times: &[Micros],
+        from: Option<&[Micros]>,
+        times: &dyn Fn(usize) -> Times,
+        values: &[ArrayRef],
+    ) {
+        let mut picked: Vec<u32> = Vec::with_capacity(groups.len());
+        let mut parts: Vec<u32> = Vec::with_capacity(groups.len());
+        let windows = self.plan.windows;
+        let inclusive = windows.iter().any(|window| window.head == Head::Inclusive);
+        for (row, group) in groups.iter().enumerate() {
+            if *group == NO_GROUP {
                 continue;
             }
-            let slots = index.range(group);
-            for (output, column) in self.outputs.iter().zip(&mut columns) {
-                let aggregate = &self.aggregates[output.aggregate].aggregate;
-                let values = match applied {
-                    Some(applied) => slots
-                        .clone()
-                        .map(|slot| {
-                            let visibility = reader(self.rule, Some(applied[index.row(slot)]));
-                            let t = index.time(slot);
-                            window_value(events, output.aggregate, aggregate, &output.window, t, visibility)
-                        })
-                        .collect(),
-                    None => {
-                        let ranges: Vec<Range<usize>> = events
-                            .iter()
-                            .map(|event| {
-                                let from = visible_from(self.rule, &event.times);
-                                range_of(index.times(group), &output.window, &event.times, from)
-                            })
-                            .collect();
-                        window_values(aggregate, events, output.aggregate, &ranges, slots.len())
-                    }
-                };
-                for (slot, value) in slots.clone().zip(values) {
-                    column[index.row(slot)] = value;
+            let event_time = event_times[row];
+            let past_head = if inclusive { event_time } else { event_time.saturating_add(1) };
+            let seen = from.map_or(past_head, |from| from[row].max(past_head));
+            let (slot, end) = index.first_at_or_after(*group, seen);
+            if slot == end || windows.iter().all(|window| window.start(index.time(slot)) > event_time) {
+                continue;
+            }
+            picked.push(row as u32);
+            parts.push(self.part_of(index.range(*group).start) as u32);
+        }
+        self.late |= from.is_some();
+        let inputs: Vec<Option<&ArrayRef>> = (0..self.plan.kinds.len())
+            .map(|column| self.plan.columns.iter().position(|c| *c == column).map(|aggregate| &values[aggregate]))
+            .collect();
+        for part in &parts {
+            let part = &mut self.parts[*part as usize];
+            part.batch_start = part.groups.len();
+        }
+        for (row, part) in picked.iter().zip(&parts) {
+            let row = *row as usize;
+            let part = &mut self.parts[*part as usize];
+            part.groups.push(groups[row]);
+            part.event_times.push(event_times[row]);
+            if let Some(from) = from {
+                part.from.push(from[row]);
+            }
+            if self.plan.ordered {
+                part.times.push(times(row));
+            }
+        }
+        for (column, input) in inputs.into_iter().enumerate() {
+            if let Some(input) = input {
+                events::push(&mut self.parts, column, input, &picked, &parts);
+            }
+        }
+    }
+
+    /// Tells the memory bound what has been collected since; what does not fit goes to disk.
+    pub fn account(&mut self, memory: &MemoryReservation, spill: &Spill) -> Result<()> {
+        // Looking at thousands of parts after every batch would cost more than it tells.
+        let now: usize = self.parts.iter().map(Events::bytes).sum();
+        if now > self.accounted {
+            let more = (now - self.accounted).max(8 << 20);
+            if let Err(full) = memory.try_grow(more) {
+                if self.accounted == 0 {
+                    return Err(full);
                 }
-            }
-        }
-        let values =
-            columns.iter().zip(self.outputs).map(|(c, output)| Value::to_array(c, &output.feature_type)).collect();
-        ViewAnswer { values, statuses: vec![Status::Present; spine_rows], event_times: vec![None; spine_rows] }
-    }
-}
-
-/// The slots (by place in the group) at which the window holds an event.
-fn range_of(slots: &[Micros], window: &Window, times: &Times, visible_from: Micros) -> Range<usize> {
-    let event_time = times.event_time;
-    let first = slots.partition_point(|t| {
-        let past_head = match window.head {
-            Head::Exclusive => *t > event_time,
-            Head::Inclusive => *t >= event_time,
-        };
-        !past_head || *t < visible_from
-    });
-    let last = slots.partition_point(|t| window.start(*t) <= event_time);
-    first..last.max(first)
-}
-
-/// The value at each slot, from the range of slots at which each event counts.
-fn window_values(
-    aggregate: &Aggregate,
-    events: &[WindowEvent],
-    input: usize,
-    ranges: &[Range<usize>],
-    slots: usize,
-) -> Vec<Value> {
-    let laws = aggregate.laws();
-    if laws.invertible {
-        by_difference(aggregate, events, input, ranges, slots)
-    } else if laws.idempotent {
-        by_ranges(aggregate, events, input, ranges, slots)
-    } else {
-        let states = (0..slots).map(|slot| {
-            let mut state = aggregate.zero();
-            for (event, range) in events.iter().zip(ranges) {
-                if range.contains(&slot) {
-                    aggregate.push(&mut state, &event.inputs[input], &event.times);
+                for part in &mut self.parts {
+                    part.spill(spill)?;
                 }
+                memory.shrink(self.accounted);
+                self.accounted = self.parts.iter().map(Events::bytes).sum();
+                memory.try_grow(self.accounted)?;
+                return Ok(());
             }
-            aggregate.finish(&state)
-        });
-        states.collect()
+            self.accounted += more;
+        }
+        Ok(())
+    }
+
+    pub fn merge(&mut self, other: Windows<'p>) {
+        for (part, other) in self.parts.iter_mut().zip(other.parts) {
+            part.append(other);
+        }
+        self.late |= other.late;
+        self.accounted += other.accounted;
+    }
+
+    /// The answer for every spine row.
+    pub fn finish(
+        self,
+        index: &SpineIndex,
+        spine_rows: usize,
+        threads: usize,
+        stop: &AtomicBool,
+    ) -> Result<ViewAnswer> {
+        debug_assert!(self.late || self.rule != Visibility::Ingested || self.parts.iter().all(|p| p.from.is_empty()));
+        let plan = self.plan.clone();
+        // The groups of each part, found as their events were.
+        let count = self.parts.len();
+        let mut bounds: Vec<u32> = vec![0; count + 1];
+        for group in 0..index.groups() as u32 {
+            bounds[self.part_of(index.range(group).start) + 1] = group + 1;
+        }
+        for part in 1..bounds.len() {
+            bounds[part] = bounds[part].max(bounds[part - 1]);
+        }
+        let accounted = self.accounted;
+        // The largest parts first, so that no thread ends with one of them alone.
+        let mut order: Vec<usize> = (0..count).collect();
+        order.sort_unstable_by_key(|part| std::cmp::Reverse(self.parts[*part].len()));
+        let parts: Vec<std::sync::Mutex<Option<Events>>> =
+            self.parts.into_iter().map(|part| std::sync::Mutex::new(Some(part))).collect();
+        let sorted = in_parallel(threads, stop, count, |at| {
+            let part = order[at];
+            let taken = parts[part].lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            let events = taken.unwrap_or_else(|| Events::new(&plan.kinds, plan.ordered));
+            let groups = bounds[part]..bounds[part + 1];
+            let big = groups.clone().any(|group| index.range(group).len() > TASK_SLOTS);
+            let sorted = events.sorted(groups.clone())?;
+            if big {
+                return Ok((part, Some(sorted), Vec::new()));
+            }
+            let slots = slots_of(index, &groups);
+            let columns = kernel::run(&plan, index, &sorted, groups, slots);
+            Ok((part, None, vec![columns]))
+        })?;
+        let mut results: Vec<Vec<Vec<ArrayRef>>> = (0..count).map(|_| Vec::new()).collect();
+        for (part, whole, columns) in sorted {
+            let Some(events) = whole else {
+                results[part] = columns;
+                continue;
+            };
+            // One entity alone has more slots than a task takes: all threads work on this part together.
+            let groups = bounds[part]..bounds[part + 1];
+            let slots = slots_of(index, &groups);
+            let starts: Vec<usize> = slots.clone().step_by(TASK_SLOTS).collect();
+            results[part] = in_parallel(threads, stop, starts.len(), |task| {
+                let end = (starts[task] + TASK_SLOTS).min(slots.end);
+                Ok(kernel::run(&plan, index, &events, groups.clone(), starts[task]..end))
+            })?;
+        }
+        let _ = accounted;
+
+        // Slot order back to the spine's; a row of no group still has an empty window.
+        let slots = index.slots();
+        let mut places: Vec<u32> = vec![slots as u32; spine_rows];
+        for slot in 0..slots {
+            places[index.row(slot)] = slot as u32;
+        }
+        let places = UInt32Array::from(places);
+        let values = in_parallel(threads, stop, plan.outputs.len(), |output| {
+            let aggregate = plan.aggregate(&plan.outputs[output]);
+            let empty = Value::to_array([&aggregate.finish(&aggregate.zero())], &plan.outputs[output].feature_type);
+            let mut arrays: Vec<&dyn Array> = results.iter().flatten().map(|columns| columns[output].as_ref()).collect();
+            arrays.push(empty.as_ref());
+            Ok(take(&concat(&arrays)?, &places, None)?)
+        })?;
+        Ok(ViewAnswer { values, statuses: vec![Status::Present; spine_rows], event_times: vec![None; spine_rows] })
     }
 }
 
-fn by_difference(
-    aggregate: &Aggregate,
-    events: &[WindowEvent],
-    input: usize,
-    ranges: &[Range<usize>],
-    slots: usize,
-) -> Vec<Value> {
-    // (slot, event): who comes and who goes, in the order of slots.
-    let mut come: Vec<(u32, u32)> = Vec::with_capacity(events.len());
-    let mut go: Vec<(u32, u32)> = Vec::with_capacity(events.len());
-    for (event, range) in ranges.iter().enumerate() {
-        if !range.is_empty() {
-            come.push((range.start as u32, event as u32));
-            go.push((range.end as u32, event as u32));
-        }
-    }
-    come.sort_unstable();
-    go.sort_unstable();
-    let (mut coming, mut going) = (come.into_iter().peekable(), go.into_iter().peekable());
-    let mut state = aggregate.zero();
-    let mut last: Option<Value> = None;
-    let mut values = Vec::with_capacity(slots);
-    for slot in 0..slots as u32 {
-        while let Some((_, event)) = coming.next_if(|(at, _)| *at <= slot) {
-            aggregate.push(&mut state, &events[event as usize].inputs[input], &events[event as usize].times);
-            last = None;
-        }
-        while let Some((_, event)) = going.next_if(|(at, _)| *at <= slot) {
-            let mut gone = aggregate.zero();
-            aggregate.push(&mut gone, &events[event as usize].inputs[input], &events[event as usize].times);
-            aggregate.unmerge(&mut state, &gone);
-            last = None;
-        }
-        values.push(last.get_or_insert_with(|| aggregate.finish(&state)).clone());
-    }
-    values
-}
-
-fn by_ranges(
-    aggregate: &Aggregate,
-    events: &[WindowEvent],
-    input: usize,
-    ranges: &[Range<usize>],
-    slots: usize,
-) -> Vec<Value> {
-    // A segment tree without its lower levels copied: node i has children 2i and 2i + 1, leaves begin at `slots`.
-    let mut nodes: Vec<State> = vec![aggregate.zero(); 2 * slots];
-    for (event, range) in events.iter().zip(ranges) {
-        let (mut low, mut high) = (range.start + slots, range.end + slots);
-        while low < high {
-            if low % 2 == 1 {
-                aggregate.push(&mut nodes[low], &event.inputs[input], &event.times);
-                low += 1;
-            }
-            if high % 2 == 1 {
-                high -= 1;
-                aggregate.push(&mut nodes[high], &event.inputs[input], &event.times);
-            }
-            low /= 2;
-            high /= 2;
-        }
-    }
-    for node in 2..2 * slots {
-        let (parents, children) = nodes.split_at_mut(node);
-        aggregate.merge(&mut children[0], &parents[node / 2]);
-    }
-    nodes[slots..].iter().map(|state| aggregate.finish(state)).collect()
+fn slots_of(index: &SpineIndex, groups: &std::ops::Range<u32>) -> std::ops::Range<usize> {
+    if groups.is_empty() { 0..0 } else { index.range(groups.start).start..index.range(groups.end - 1).end }
 }

@@ -1,0 +1,17 @@
+//! The workloads that the speed of the offline side is judged by, at any size. Sizes, peers and targets are chosen by
+//! `run.py`; here a workload is one call on a folder of files, and what it answered.
+//!
+//! The files are those of `peers/generate.py`: `spine.parquet` and `view<n>.parquet`.
+
+pub mod definitions;
+
+pub mod training_set;
+
+pub mod floor;
+
+pub mod serve;
+
+pub mod process;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The benchmarks: builds our program, installs the engines it is compared with, and runs them in turn. docs/benchmarks.md says
+# what is measured.
+#
+#     scripts/bench.sh pit|windows|flight [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
+#
+# Generated files (about 17 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's cache.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+[ $# -gt 0 ] || fail "say which benchmark: pit, windows or flight"
+have cargo || fail "cargo not found; run \`make setup\` first"
+place=${COEVAL_BENCH:-$cache/bench}
+peers=$place/peers
+
+wanted=$({
+    python3 --version
+    cat benches/peers/requirements.txt
+} | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$peers/.coeval-stamp" 2>/dev/null)" != "$wanted" ]; then
+    step "installing the peers into $peers"
+    python3 -m venv --clear "$peers"
+    "$peers/bin/pip" install --quiet --disable-pip-version-check -r benches/peers/requirements.txt >&2
+    printf '%s\n' "$wanted" >"$peers/.coeval-stamp"
+fi
+
+claim_builds
+step "building the benchmark program (release; the first time this takes a while)"
+cargo build --release --locked -p benches
+exec "$peers/bin/python" benches/run.py "$@" --bench "$CARGO_TARGET_DIR/release/bench" --data "$place/data"
