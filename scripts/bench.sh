@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The benchmarks: builds our program, installs the engines it is compared with, and runs them in turn. docs/benchmarks.md says
-# what is measured.
+# The benchmarks: builds our program, installs the engines it is compared with, and runs them in turn. docs/benchmarks.md
+# says what is measured.
 #
 #     scripts/bench.sh pit|windows|flight [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
 #
-# Generated files (about 17 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's cache.
+# Generated files (about 12 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's
+# cache.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -10,8 +10,9 @@ scripts/lint.sh
 
 logs=$root/target/test
 mkdir -p "$logs"
-# Without this, tests that need Redis say that they were skipped; here that would be a hole.
-export COEVAL_REQUIRE_REDIS=1
+# Without these, tests that need Redis or an S3 server say that they were skipped; here that would be a hole.
+export COEVAL_REQUIRE_REDIS=1 COEVAL_REQUIRE_S3=1
+export COEVAL_PYTHON=$python
 
 step "Rust tests"
 # The features are those of the clippy run and of every other build here, so that dependencies are compiled once per profile.

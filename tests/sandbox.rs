@@ -31,6 +31,8 @@ use registry::id::{Digest, ModelName, ProjectName, ServiceName, SourceName, View
 use registry::state::{Catalog, Change, ViewDigests};
 use tonic::transport::Channel;
 
+pub mod s3;
+
 /// A clock that stands still until a test moves it.
 #[derive(Clone)]
 pub struct ManualClock(Arc<AtomicI64>);
@@ -226,6 +228,8 @@ impl Server {
             .filter_map(|data| async move { data.ok() });
         let mut client = FlightServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20);
         let answer = client.do_exchange(encoded).await?.into_inner();
+        // The last message says how it ended and holds no batch.
+        let answer = answer.try_filter(|message| std::future::ready(!message.data_header.is_empty()));
         let answer = answer.map_err(|status| FlightError::Tonic(Box::new(status)));
         let mut batches = FlightRecordBatchStream::new_from_flight_data(answer);
         let mut collected = Vec::new();

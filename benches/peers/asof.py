@@ -2,8 +2,8 @@
 
     asof.py duckdb|polars|pandas DIR VIEWS
 
-Every spine row gets the 5 features of the newest row of its key in each table, if that is at most 7 days old. The time runs
-from before the first file is opened until the result is in memory; importing the engine does not count.
+Every spine row gets the 5 features of the newest row of its key in each table, if that is at most 7 days old. The time
+runs from before the first file is opened until the result is in memory; importing the engine does not count.
 """
 
 import importlib

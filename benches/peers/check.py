@@ -2,9 +2,9 @@
 
     check.py as-of|as-of-created|windows|windows-hops DIR ANSWER
 
-ANSWER is what `bench run --out` wrote for one view. As-of answers and counts and maxima of windows must be equal, sums (which
-DuckDB rounds as it goes) nearly so. Where two rows of one key have the same time, DuckDB's as-of join takes either: such spine
-rows are left out, and counted.
+ANSWER is what `bench run --out` wrote for one view. As-of answers and counts and maxima of windows must be equal, sums
+(which DuckDB rounds as it goes) nearly so. Where two rows of one key have the same time, DuckDB's as-of join takes
+either: such spine rows are left out, and counted.
 """
 
 import sys
@@ -77,9 +77,10 @@ def main() -> None:
         query = {"as-of": as_of, "as-of-created": as_of_created}[what](folder)
         names = FEATURES
     connection.execute(f"create temp table theirs as {query}")
+    answers = ", ".join(f'"view0:{name}" {name}' for name in names)
     connection.execute(f"""
         create temp table ours as
-        select file_row_number rid, user_id k, epoch_us(event_timestamp) t, {", ".join(f'"view0:{name}" {name}' for name in names)}
+        select file_row_number rid, user_id k, epoch_us(event_timestamp) t, {answers}
         from read_parquet('{answer}', file_row_number = true)""")
 
     rows, tied = connection.execute("select count(*), count(*) filter (tied) from theirs").fetchone()

@@ -2,9 +2,9 @@
 
     windows.py duckdb-join|duckdb-window|polars DIR
 
-At every spine row: count, sum and max of one column over the past 1 hour, 1 day and 7 days, its own time excluded and the
-far end exact. The time runs from before the first file is opened until the result is in memory; importing the engine does
-not count.
+At every spine row: count, sum and max of one column over the past 1 hour, 1 day and 7 days, its own time excluded and
+the far end exact. The time runs from before the first file is opened until the result is in memory; importing the engine
+does not count.
 """
 
 import importlib

@@ -60,10 +60,19 @@ fn times(times: impl Iterator<Item = i64>) -> ArrayRef {
 }
 
 fn files() -> Files {
+    files_with_hot(0.0)
+}
+
+/// So many of all rows are of one key.
+fn files_with_hot(share: f64) -> Files {
+    let key = |random: &mut SmallRng| {
+        let key = random.random_range(0..KEYS);
+        if random.random_bool(share) { 0 } else { key }
+    };
     let mut random = SmallRng::seed_from_u64(7);
     let folder = tempfile::tempdir().unwrap();
     let spine: Vec<(i64, i64)> =
-        (0..SPINE_ROWS).map(|_| (random.random_range(0..KEYS), START + random.random_range(0..30 * DAY))).collect();
+        (0..SPINE_ROWS).map(|_| (key(&mut random), START + random.random_range(0..30 * DAY))).collect();
     let labels: Float64Array = spine.iter().map(|_| random.random::<f64>()).collect();
     write(
         &folder.path().join("spine.parquet"),
@@ -80,7 +89,7 @@ fn files() -> Files {
                 let time = START - DAY + random.random_range(0..31 * DAY);
                 let late = random.random_bool(0.1);
                 let created = if late { time + random.random_range(1..DAY) } else { time };
-                Row { key: random.random_range(0..KEYS), time, created, features: random.random() }
+                Row { key: key(&mut random), time, created, features: random.random() }
             })
             .collect();
         let names: Vec<String> = (0..FEATURES).map(|feature| format!("v{view}_f{feature}")).collect();
@@ -126,7 +135,15 @@ fn close(found: f64, expected: f64) {
 
 #[tokio::test]
 async fn as_of_answers_every_row_in_its_order() {
-    let files = files();
+    check_as_of(&files()).await;
+}
+
+#[tokio::test]
+async fn as_of_answers_every_row_where_many_rows_are_of_one_key() {
+    check_as_of(&files_with_hot(0.3)).await;
+}
+
+async fn check_as_of(files: &Files) {
     for known in [Known::AtOnce, Known::Created] {
         let out = files.folder.path().join("out.parquet");
         let options = Options { known, out: Some(out.clone()), ..Options::default() };

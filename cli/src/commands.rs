@@ -8,6 +8,7 @@ pub mod plan;
 
 pub mod serve;
 
+pub mod compact;
 pub mod ingest;
 pub mod materialize;
 

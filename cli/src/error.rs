@@ -48,6 +48,8 @@ pub enum CliError {
     #[error(transparent)]
     Table(#[from] TableError),
     #[error(transparent)]
+    ManagedTable(Box<offline_store::table::TableError>),
+    #[error(transparent)]
     Column(#[from] ColumnError),
     #[error(transparent)]
     Serve(#[from] ServeError),

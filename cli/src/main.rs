@@ -75,10 +75,12 @@ enum Command {
     Apply(apply::ApplyArguments),
     /// Run the server
     Serve(serve::ServeArguments),
-    /// Push rows of Parquet or CSV files to a stream source
+    /// Push rows of Parquet or CSV files to a stream source, or import a source's own files into a managed table
     Ingest(ingest::IngestArguments),
     /// Make rows of file sources visible online
     Materialize(materialize::MaterializeArguments),
+    /// Sort and merge the files of managed tables
+    Compact(compact::CompactArguments),
     /// Features as they are served
     #[command(subcommand)]
     Features(features::FeaturesCommand),
@@ -126,6 +128,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Serve(arguments) => serve::run(place, &arguments, output).await,
             Command::Ingest(arguments) => ingest::run(place, &arguments, output).await,
             Command::Materialize(arguments) => materialize::run(place, &arguments, output).await,
+            Command::Compact(arguments) => compact::run(place, &arguments, output).await,
             Command::Features(command) => features::run(place, &command, output).await,
             Command::Predict(arguments) => predict::run(place, &arguments, output).await,
             Command::Dataset(command) => dataset::run(place, &command, output).await,

@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use feature_defs::catalog::{self, Catalog, Files, Settings, SourceFile};
 use feature_defs::check::check;
-use feature_defs::diagnose::{Diagnostic, Severity, Span, render};
+use feature_defs::diagnose::{Diagnostic, Severity, Span, Spanned, render};
 use feature_defs::parse::{SETTINGS_FILE, is_settings_path, parse_definitions, parse_settings};
 use feature_defs::plan::{Plan, SourceSchemas, compile};
-use offline_store::source::{SourceError, Sources};
+use feature_defs::value::Type;
+use offline_store::source::{SourceError, Sources, pattern_of};
 use registry::Registry;
 use registry::id::{Digest, ModelName, NameError, ProjectName, ServiceName, SourceName, ViewName};
 use registry::state::ViewDigests;
-use registry::store::open_store;
+use registry::store::{check_url, open_store};
 use thiserror::Error;
 
 use crate::error::{CliError, chain};
@@ -99,13 +100,31 @@ impl Project {
             Diagnostic::warning(format!("`{path}` is not read"), Span::NOWHERE)
                 .help("definition files end in `.yaml`: rename it")
         }));
-        let schemas = self.source_schemas(&catalog, &mut diagnostics).await;
+        if let Some(settings) = &settings
+            && let Err(error) = check_url(&settings.store)
+        {
+            diagnostics.push(Diagnostic::error(chain(&error), settings.store.span));
+        }
+        let sources = match Sources::new(&self.place.folder) {
+            Ok(sources) => sources,
+            Err(error) => {
+                diagnostics.push(Diagnostic::error(chain(&error), Span::NOWHERE));
+                return Err(diagnostics);
+            }
+        };
+        let schemas = source_schemas(&sources, &catalog, &mut diagnostics).await;
         let Some(settings) = settings else { return Err(diagnostics) };
         if has_errors(&diagnostics) {
             return Err(diagnostics);
         }
         match compile(&catalog, &self.files, &schemas) {
-            Ok(plan) => Ok(Checked { settings, catalog, schemas, plan, warnings: diagnostics }),
+            Ok(plan) => {
+                columns_read(&sources, &catalog, &plan, &mut diagnostics).await;
+                if has_errors(&diagnostics) {
+                    return Err(diagnostics);
+                }
+                Ok(Checked { settings, catalog, schemas, plan, warnings: diagnostics })
+            }
             Err(found) => {
                 diagnostics.extend(found);
                 Err(diagnostics)
@@ -138,50 +157,88 @@ impl Project {
         let errors = diagnostics.iter().filter(|diagnostic| diagnostic.severity == Severity::Error).count();
         CliError::Invalid { errors, folder: self.place.folder.clone() }
     }
+}
 
-    /// Columns of the sources that are files, as the files have them.
-    async fn source_schemas(&self, catalog: &Catalog, diagnostics: &mut Vec<Diagnostic>) -> SourceSchemas {
-        let mut schemas = SourceSchemas::new();
-        let sources = match Sources::new(&self.place.folder) {
-            Ok(sources) => sources,
-            Err(error) => {
-                diagnostics.push(Diagnostic::error(chain(&error), Span::NOWHERE));
-                return schemas;
-            }
-        };
-        for source in &catalog.sources {
-            let (pattern, is_history) = match &source.kind {
-                catalog::SourceKind::Files { pattern, .. } => (pattern, false),
-                catalog::SourceKind::Stream { history: Some(pattern), .. } => (pattern, true),
-                catalog::SourceKind::Stream { history: None, .. } => continue,
-            };
-            // An empty pattern has been reported already.
-            if pattern.value.is_empty() {
-                continue;
-            }
-            match sources.schema(pattern).await {
-                Ok(schema) if is_history => history_columns(source, &schema, pattern.span, diagnostics),
-                Ok(schema) => {
-                    schemas.insert(source.name.value.clone(), schema);
-                }
-                // Features can be defined, and a stream can begin, before there are files.
-                Err(error @ SourceError::NoFiles { .. }) if is_history || !source.schema.is_empty() => {
-                    diagnostics.push(Diagnostic::warning(chain(&error), pattern.span));
-                }
-                Err(error) => diagnostics.push(Diagnostic::error(chain(&error), pattern.span)),
-            }
+/// Columns of the sources that are files, as the files have them.
+async fn source_schemas(sources: &Sources, catalog: &Catalog, diagnostics: &mut Vec<Diagnostic>) -> SourceSchemas {
+    let mut schemas = SourceSchemas::new();
+    for source in &catalog.sources {
+        let Some((pattern, is_history)) = files_of(source) else { continue };
+        // An empty pattern has been reported already.
+        if pattern.value.is_empty() {
+            continue;
         }
-        schemas
+        match sources.schema_with(pattern, &types_given(catalog, source)).await {
+            Ok(schema) if is_history => history_columns(source, &schema, pattern.span, diagnostics),
+            Ok(schema) => {
+                schemas.insert(source.name.value.clone(), schema);
+            }
+            // Features can be defined, and a stream can begin, before there are files.
+            Err(error @ SourceError::NoFiles { .. }) if is_history || !source.schema.is_empty() => {
+                diagnostics.push(Diagnostic::warning(chain(&error), pattern.span));
+            }
+            Err(error) => diagnostics.push(Diagnostic::error(chain(&error), pattern.span)),
+        }
+    }
+    schemas
+}
+
+/// The pattern of a source's files, and whether they are what happened before a stream began.
+fn files_of(source: &catalog::Source) -> Option<(&Spanned<String>, bool)> {
+    match &source.kind {
+        catalog::SourceKind::Files { pattern, .. } => Some((pattern, false)),
+        catalog::SourceKind::Stream { history: Some(pattern), .. } => Some((pattern, true)),
+        catalog::SourceKind::Stream { history: None, .. } => None,
+    }
+}
+
+/// Types that the definitions give to columns of a source: declared, or said of the keys and features that are made of
+/// them.
+fn types_given(catalog: &Catalog, source: &catalog::Source) -> Vec<(String, Type)> {
+    let declared = source.schema.iter().map(|field| (field.name.value.clone(), field.field_type.value.clone()));
+    let mut given: Vec<(String, Type)> = declared.collect();
+    for view in catalog.feature_views.iter().filter(|view| view.source.value == source.name.value) {
+        let entity = catalog.entities.iter().find(|entity| entity.name.value == view.entity.value);
+        for key in entity.iter().flat_map(|entity| &entity.keys) {
+            let renamed = view.keys.iter().find(|(name, _)| name.value == key.name.value);
+            let column = renamed.map_or(&key.name.value, |(_, column)| &column.value);
+            given.push((column.clone(), key.field_type.value.clone()));
+        }
+        if let catalog::ViewKind::AsOf { features, .. } = &view.kind {
+            let plain = features.iter().filter(|feature| feature.expr.is_none());
+            given.extend(plain.filter_map(|f| Some((f.name.value.clone(), f.feature_type.as_ref()?.value.clone()))));
+        }
+    }
+    given
+}
+
+/// The files of a source need only agree about the columns that something reads, and those must be what they are said
+/// to be.
+async fn columns_read(sources: &Sources, catalog: &Catalog, plan: &Plan, diagnostics: &mut Vec<Diagnostic>) {
+    for source in &plan.sources {
+        if pattern_of(source).is_err() {
+            continue;
+        }
+        let of_source = plan.views.iter().filter(|view| Arc::ptr_eq(&view.source, source));
+        let read: std::collections::BTreeSet<String> = of_source.flat_map(|view| view.source_columns()).collect();
+        let read: Vec<String> = read.into_iter().collect();
+        let written = catalog.sources.iter().find(|written| *written.name.value == *source.name);
+        let span = written.and_then(files_of).map_or(Span::NOWHERE, |(pattern, _)| pattern.span);
+        let error = match sources.files_of(source, &read).await {
+            Ok(files) => {
+                let none = arrow::array::RecordBatch::new_empty(files.schema.clone());
+                source.align(&none, Some(&read)).err().map(|error| chain(&error))
+            }
+            // Said already, as a warning.
+            Err(SourceError::NoFiles { .. }) => None,
+            Err(error) => Some(chain(&error)),
+        };
+        diagnostics.extend(error.map(|error| Diagnostic::error(error, span)));
     }
 }
 
 /// A history lacking a column that the stream declares would only be noticed when it is imported.
-fn history_columns(
-    source: &catalog::Source,
-    schema: &[(String, feature_defs::value::Type)],
-    span: Span,
-    diagnostics: &mut Vec<Diagnostic>,
-) {
+fn history_columns(source: &catalog::Source, schema: &[(String, Type)], span: Span, diagnostics: &mut Vec<Diagnostic>) {
     let has = |name: &str| schema.iter().any(|(column, _)| column == name);
     let declared = source.schema.iter().filter(|field| !field.nullable).map(|field| &field.name);
     for name in declared.chain(&source.event_time).filter(|name| !name.is_empty() && !has(name)) {

@@ -70,6 +70,23 @@ impl Server {
         Ok(Server::connect(address, settings.project.value.clone()).await?)
     }
 
+    /// The server that runs, if one does where the settings say; one that was named must be there.
+    pub async fn if_running(
+        place: &Place,
+        arguments: &ServerArguments,
+        output: &Output,
+    ) -> Result<Option<Server>, CliError> {
+        match Server::of(place, arguments, output).await {
+            Ok(server) => Ok(Some(server)),
+            Err(CliError::Server(ServerError::Unreachable { .. } | ServerError::NoPort { .. }))
+                if arguments.server.is_none() =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     pub async fn connect(address: String, project: String) -> Result<Server, ServerError> {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|_| ServerError::Address { text: address.clone() })?

@@ -196,6 +196,63 @@ fn an_entity_key_of_the_wrong_type() {
     check("keys: [{name: customer, type: string}]", "keys: [{name: customer, type: float64}]", &expected);
 }
 
+/// Replaces the starter's file of customers by others.
+fn customers(pattern: &str, files: &[(&str, &str)]) -> Project {
+    let project = Project::new();
+    project.edit(DEFINITIONS, "files: data/customers.csv", &format!("files: {pattern}"));
+    for (name, text) in files {
+        let path = project.path("data/customers").join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    project
+}
+
+#[test]
+fn files_that_differ_in_a_column_that_is_read() {
+    let files = [("a.csv", "customer,country,x\nann,NO,1\n"), ("b.csv", "customer\nbob\n")];
+    let said = customers("data/customers/*.csv", &files).run(&["validate"]);
+    assert_eq!(said.status, 1, "{}", said.out);
+    for text in [
+        "error: column `country` is absent in data/customers/b.csv, but Utf8 in data/customers/a.csv; files of one source",
+        "--> features/customer.yaml:8:12\n",
+        "8 |     files: data/customers/*.csv\n",
+    ] {
+        assert!(said.err.contains(text), "no `{text}` in:\n{}", said.err);
+    }
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let cut = customers("data/customers/", &[("a.csv", "customer,country\nann,\"NO\n")]).run(&["validate"]);
+    assert!(cut.err.contains("data/customers/a.csv line 2 opens a quote that is never closed"), "{}", cut.err);
+    let empty = customers("data/customers/", &[("a.parquet", "")]).run(&["plan"]);
+    assert!(empty.err.contains("data/customers/a.parquet cannot be read as Parquet: it has 0 bytes"), "{}", empty.err);
+    assert!(empty.err.contains("--> features/customer.yaml:8:12\n"), "{}", empty.err);
+    let typed = customers("data/customers/", &[("a.jsonl", "{\"customer\": \"ann\", \"country\": 47}\n")]);
+    let typed = typed.run(&["validate"]);
+    assert!(typed.err.contains("column `country` of source `customers` is Int64, but string"), "{}", typed.err);
+}
+
+#[test]
+fn folders_and_text_have_the_types_that_the_definitions_give() {
+    let project = customers("data/customers", &[("country=47/a.csv", "customer\n007\n")]);
+    let declared = "    schema: [{name: customer, type: string}, {name: country, type: string}]\n  - name: orders";
+    project.edit(DEFINITIONS, declared, "  - name: orders");
+    let said = project.run(&["validate"]);
+    assert_eq!((said.status, said.err.as_str()), (0, ""));
+}
+
+#[test]
+fn a_store_that_this_version_cannot_open() {
+    let project = Project::new();
+    project.edit("coeval.yaml", "./.coeval ", "gs://bucket ");
+    let said = project.run(&["validate"]);
+    assert_eq!(said.status, 1, "{}", said.out);
+    assert!(said.err.contains("store `gs://bucket` cannot be opened: gs is not supported"), "{}", said.err);
+    assert!(said.err.contains("--> coeval.yaml:3:8\n"), "{}", said.err);
+}
+
 #[test]
 fn settings_are_checked_as_well() {
     let project = Project::new();
@@ -378,6 +435,22 @@ fn from_definitions_to_features_and_a_dataset() {
     let said = on(&["materialize", "--through", "now", "--json"]);
     assert_eq!(said.status, 0, "{}", said.err);
 
+    // Tables, by the server that runs.
+    let said = on(&["compact", "--dry-run"]);
+    assert!(said.out.contains("orders: 2 rows in 1 of 1 files would be rewritten\n"), "{}{}", said.out, said.err);
+    let said = on(&["compact", "orders", "--json"]);
+    let compacted: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((compacted["by"].as_str(), compacted["tables"][0]["rows"].as_u64()), (Some("server"), Some(2)));
+    let said = on(&["compact", "orders"]);
+    assert_eq!(said.out, "orders: nothing to do, 1 files\n", "{}", said.err);
+    let said = on(&["ingest", "customers", "--json"]);
+    assert_eq!(said.status, 0, "{}", said.err);
+    let imported: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((imported["changed"].as_bool(), imported["buckets"].as_u64()), (Some(true), Some(1)));
+    let said = on(&["ingest", "orders"]);
+    assert_eq!(said.status, 2);
+    assert!(said.err.contains("`orders` is a stream: name the files"), "{}", said.err);
+
     let said =
         on(&["features", "get", "buying", "--row", "customer=ann,total=3", "--row", "customer=zoe,total=1", "--json"]);
     assert_eq!(said.status, 0, "{}", said.err);
@@ -470,4 +543,33 @@ fn an_unreachable_redis() {
         let text = said.out + &said.err;
         assert!(text.contains(&address.to_string()), "{command}: {text}");
     }
+}
+
+#[test]
+fn tables_without_a_server() {
+    let project = Project::new();
+    project.free_ports();
+    assert_eq!(project.run(&["compact"]).out, "no source has a table\n");
+    let said = project.run(&["ingest", "customers"]);
+    assert!(said.out.starts_with("customers: ") && said.out.contains(" rows imported in "), "{}{}", said.out, said.err);
+    let said = project.run(&["ingest", "customers"]);
+    assert!(said.out.contains("its files have not changed since they were imported"), "{}{}", said.out, said.err);
+    let compacted = project.json(&["compact", "--json"]);
+    assert_eq!((compacted["by"].as_str(), compacted["tables"][0]["changed"].as_bool()), (Some("here"), Some(false)));
+
+    let customers = project.path("data/customers.csv");
+    let mut text = std::fs::read_to_string(&customers).unwrap();
+    text.push_str(text.lines().last().unwrap().to_owned().as_str());
+    std::fs::write(&customers, text).unwrap();
+    assert_eq!(project.json(&["ingest", "customers", "--json"])["changed"].as_bool(), Some(true));
+
+    for command in ["ingest", "compact"] {
+        let said = project.run(&[command, "custmers"]);
+        assert_eq!(said.status, 1);
+        assert!(said.err.contains("there is no source `custmers`; did you mean `customers`?"), "{}", said.err);
+    }
+    let said = project.run(&["ingest", "orders"]);
+    assert_eq!(said.status, 2);
+    let said = project.run(&["compact", "--server", "127.0.0.1:1"]);
+    assert!(said.err.contains("no server answers at 127.0.0.1:1"), "{}", said.err);
 }

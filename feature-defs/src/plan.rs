@@ -352,7 +352,7 @@ impl ViewPlan {
         match &self.kind {
             ViewPlanKind::AsOf { features, .. } => features.iter().any(|feature| reads(&feature.expression)),
             ViewPlanKind::Windowed { aggregates, .. } => {
-                aggregates.iter().any(|aggregate| aggregate.expressions().any(reads))
+                aggregates.iter().flat_map(ViewAggregate::expressions).any(reads)
             }
         }
     }

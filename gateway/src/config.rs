@@ -56,8 +56,6 @@ pub enum ServeError {
     NoCluster,
     #[error("`log: redis` is not available in this version; use `log: disk`")]
     NoRedisLog,
-    #[error("`store: {url}` is not a folder, and this version keeps the event log beside the store; use a folder")]
-    NoLocalFolder { url: String },
     #[error("the event log cannot be opened")]
     Events(#[source] Box<ingest::IngestError>),
     #[error("the offline engine cannot be set up, see `offline:` in coeval.yaml")]
@@ -100,14 +98,20 @@ pub fn place(project_dir: &Path, text: &str) -> String {
     if text.contains("://") { text.to_owned() } else { project_dir.join(text).display().to_string() }
 }
 
-/// The folder on this machine's disk for a project, beside what it keeps in the object store.
-pub fn local_folder(project_dir: &Path, store: &str, project: &str) -> Result<PathBuf, ServeError> {
-    let folder = match store.split_once("://") {
-        None => project_dir.join(store),
-        Some(("file", path)) => PathBuf::from(path.strip_prefix("localhost").unwrap_or(path)),
-        Some(_) => return Err(ServeError::NoLocalFolder { url: store.to_owned() }),
-    };
-    Ok(folder.join("local").join(project))
+/// The folder on this machine's disk for a project: beside what it keeps in the object store, or in the project's folder
+/// where that is a bucket.
+pub fn local_folder(project_dir: &Path, store: &str, project: &str) -> PathBuf {
+    let folder = store_folder(project_dir, store).unwrap_or_else(|| project_dir.join(".coeval"));
+    folder.join("local").join(project)
+}
+
+/// The object store's root, where it is a folder on this machine.
+pub fn store_folder(project_dir: &Path, store: &str) -> Option<PathBuf> {
+    match store.split_once("://") {
+        None => Some(project_dir.join(store)),
+        Some(("file", path)) => Some(PathBuf::from(path.strip_prefix("localhost").unwrap_or(path))),
+        Some(_) => None,
+    }
 }
 
 /// What models run on in this build.

@@ -2,12 +2,13 @@
 //! offline engine as a service on the gRPC port.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use chrono::{DateTime, SecondsFormat};
-use feature_defs::plan::{Plan, ServicePlan, ViewPlan};
+use feature_defs::plan::{ModelPlan, Plan, ServicePlan, ViewPlan};
 use feature_defs::time::Micros;
 use ingest::log::LogError;
 use ingest::{Ingest, IngestError, IngestOptions, Phase};
@@ -15,6 +16,7 @@ use object_store::ObjectStore;
 use object_store::path::Path;
 use offline_store::dataset::Manifest;
 use offline_store::flight::Surroundings;
+use offline_store::table::TableError;
 use offline_store::{Engine, EngineOptions};
 use registry::dataset::NewDataset;
 use registry::id::{DatasetId, DatasetName, Digest, NameError, ServiceName, SourceName};
@@ -23,8 +25,8 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::answer::Gateway;
-use crate::config::{ServeError, ServeOptions};
-use crate::events::{Events, EventsError, Mode, Progress, Pushed, Wait};
+use crate::config::{ServeError, ServeOptions, store_folder};
+use crate::events::{Events, EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
 use crate::run::Mount;
 use crate::status::{Failure, Kind};
 
@@ -132,6 +134,53 @@ impl Events for Live {
         Ok(done?)
     }
 
+    async fn compact(
+        &self,
+        sources: &[String],
+        mode: Mode,
+        progress: mpsc::Sender<TableProgress>,
+    ) -> Result<Vec<TableDone>, EventsError> {
+        let mode = match mode {
+            Mode::Apply => ingest::Mode::Apply,
+            Mode::DryRun => ingest::Mode::DryRun,
+        };
+        let (sender, reports) = mpsc::channel(PROGRESS_MAX);
+        let (done, ()) = tokio::join!(self.ingest.compact(sources, mode, sender), tell(reports, progress));
+        let tables = done?.into_iter().map(|done| TableDone {
+            source: done.source,
+            changed: done.changed,
+            files_before: done.files_before as u64,
+            files_after: done.files_after as u64,
+            files_taken: done.files_taken as u64,
+            bytes_before: done.bytes_before,
+            bytes_after: done.bytes_after,
+            rows: done.rows,
+            buckets: done.buckets,
+            seconds: done.seconds,
+        });
+        Ok(tables.collect())
+    }
+
+    async fn import_files(
+        &self,
+        source: &str,
+        progress: mpsc::Sender<TableProgress>,
+    ) -> Result<TableDone, EventsError> {
+        let (sender, reports) = mpsc::channel(PROGRESS_MAX);
+        let (done, ()) = tokio::join!(self.ingest.import_files(source, sender), tell(reports, progress));
+        let done = done?;
+        Ok(TableDone {
+            source: done.source,
+            changed: done.changed,
+            files_after: done.files as u64,
+            bytes_after: done.bytes,
+            rows: done.rows,
+            buckets: done.buckets,
+            seconds: done.seconds,
+            ..TableDone::default()
+        })
+    }
+
     async fn flush(&self) -> Result<u64, EventsError> {
         Ok(self.ingest.flush().await?)
     }
@@ -141,13 +190,23 @@ impl Events for Live {
     }
 }
 
+/// Passes reports on; somebody who no longer listens does not stop what others will read.
+async fn tell(mut reports: mpsc::Receiver<ingest::TableProgress>, progress: mpsc::Sender<TableProgress>) {
+    while let Some(report) = reports.recv().await {
+        let _ = progress.send((report.source.to_string(), report.rows_written)).await;
+    }
+}
+
 impl From<IngestError> for EventsError {
     fn from(error: IngestError) -> EventsError {
         use IngestError as E;
         match &error {
-            E::UnknownSource { .. } | E::UnknownFiles { .. } => EventsError::Unknown(error.to_string()),
+            E::UnknownSource { .. } | E::UnknownFiles { .. } | E::UnknownTable { .. } => {
+                EventsError::Unknown(error.to_string())
+            }
             E::NotAStream { .. }
             | E::NotFiles { .. }
+            | E::NoFilesToImport { .. }
             | E::UnknownColumn { .. }
             | E::NoEventTime { .. }
             | E::HistoryAfterLive { .. }
@@ -157,8 +216,12 @@ impl From<IngestError> for EventsError {
             | E::Rows(_)
             | E::Log(LogError::TooLarge { .. }) => EventsError::Invalid(error.to_string()),
             // What files hold is their owner's to mend, and the text says which.
-            E::Source(_) | E::Scan { .. } => EventsError::Invalid(crate::status::chain(&error)),
-            E::Importing { .. } | E::TooManyEarly { .. } | E::Log(LogError::Full { .. }) => {
+            E::Source(_)
+            | E::Scan { .. }
+            | E::History(TableError::Source(_) | TableError::Files { .. } | TableError::FilesChanged { .. }) => {
+                EventsError::Invalid(crate::status::chain(&error))
+            }
+            E::Importing { .. } | E::TooManyEarly { .. } | E::TableInUse { .. } | E::Log(LogError::Full { .. }) => {
                 EventsError::Full(error.to_string())
             }
             E::Stopping => EventsError::Stopping,
@@ -172,6 +235,7 @@ impl From<IngestError> for EventsError {
 pub(crate) struct Offline {
     pub engine: Arc<Engine>,
     memory_bytes: u64,
+    store_folder: Option<PathBuf>,
 }
 
 pub(crate) fn open_engine(
@@ -190,15 +254,16 @@ pub(crate) fn open_engine(
         memory_bytes,
         spill_folder: offline.spill.as_ref().map(|folder| options.project_dir.join(folder)),
     })?;
-    Ok(Offline { engine: Arc::new(engine), memory_bytes })
+    let store_folder = store_folder(&options.project_dir, &options.settings.store);
+    Ok(Offline { engine: Arc::new(engine), memory_bytes, store_folder })
 }
 
 impl Offline {
     /// Adds the Flight service to the gRPC port.
     pub fn mount(self) -> Mount {
-        let Offline { engine, memory_bytes } = self;
+        let Offline { engine, memory_bytes, store_folder } = self;
         Box::new(move |routes, gateway| {
-            let process = Arc::new(Process { gateway: gateway.clone() });
+            let process = Arc::new(Process { gateway: gateway.clone(), store_folder });
             routes.add_service(offline_store::flight::service(engine, process, memory_bytes))
         })
     }
@@ -208,6 +273,7 @@ impl Offline {
 /// datasets into.
 struct Process {
     gateway: Arc<Gateway>,
+    store_folder: Option<PathBuf>,
 }
 
 impl Process {
@@ -240,6 +306,16 @@ impl Surroundings for Process {
         Ok(plan.service(service).cloned().ok_or_else(|| Failure::unknown("feature service", service, known()))?)
     }
 
+    fn model(&self, project: &str, model: &str) -> Result<Arc<ModelPlan>, Status> {
+        self.gateway.check_serving()?;
+        self.gateway.check_project(project)?;
+        let served = self.gateway.served();
+        let plan = served.plan()?;
+        let known = || plan.models.iter().map(|model| &*model.name);
+        let found = plan.models.iter().find(|known| &*known.name == model).cloned();
+        Ok(found.ok_or_else(|| Failure::unknown("model", model, known()))?)
+    }
+
     async fn before_read(&self) -> Result<(), Status> {
         if let Some(events) = &self.gateway.events {
             events.flush().await.map_err(Failure::from)?;
@@ -270,6 +346,10 @@ impl Surroundings for Process {
         }
         let path = Path::parse(&record.dataset.manifest);
         Ok(path.map_err(|error| Failure::internal("the place of the dataset cannot be read", &error))?)
+    }
+
+    fn store_folder(&self) -> Option<PathBuf> {
+        self.store_folder.clone()
     }
 
     fn now(&self) -> String {

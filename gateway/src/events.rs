@@ -40,6 +40,24 @@ pub struct Progress {
     pub rows_stale: u64,
 }
 
+/// What became of one managed table.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TableDone {
+    pub source: String,
+    pub changed: bool,
+    pub files_before: u64,
+    pub files_after: u64,
+    pub files_taken: u64,
+    pub bytes_before: u64,
+    pub bytes_after: u64,
+    pub rows: u64,
+    pub buckets: u32,
+    pub seconds: f64,
+}
+
+/// How far a piece of work on a managed table has come: its source, and rows written.
+pub type TableProgress = (String, u64);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     Apply,
@@ -83,6 +101,18 @@ pub trait Events: Send + Sync + 'static {
         mode: Mode,
         progress: mpsc::Sender<Progress>,
     ) -> Result<(), EventsError>;
+
+    /// Compacts the tables of these sources, or of all.
+    async fn compact(
+        &self,
+        sources: &[String],
+        mode: Mode,
+        progress: mpsc::Sender<TableProgress>,
+    ) -> Result<Vec<TableDone>, EventsError>;
+
+    /// Copies the files of a source into its table.
+    async fn import_files(&self, source: &str, progress: mpsc::Sender<TableProgress>)
+    -> Result<TableDone, EventsError>;
 
     /// Returns the number of events written to history.
     async fn flush(&self) -> Result<u64, EventsError>;

@@ -131,7 +131,7 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let prefix = root.clone().join(project.as_str());
     let registry = Registry::open(objects.clone(), &prefix, wall_clock(&options.clock)).await;
     let registry = Arc::new(registry.map_err(|error| ServeError::Registry(Box::new(error)))?);
-    let local = local_folder(&options.project_dir, &settings.store, project.as_str())?;
+    let local = local_folder(&options.project_dir, &settings.store, project.as_str());
     let store: Arc<dyn OnlineStore> = match &settings.online.value {
         OnlineUrl::Embedded => {
             let folder = local.join("online");

@@ -105,6 +105,8 @@ pub(crate) struct StreamState {
     unflushed_since: Option<Instant>,
     /// After a flush that failed: when to try again.
     flush_again_at: Option<Instant>,
+    /// History has files that nobody has looked at: it may be time to compact them.
+    pub grown: bool,
     /// Rows per segment that the log may let go of after the next flush.
     release: BTreeMap<u64, u64>,
     retry_at: Option<Instant>,
@@ -134,6 +136,7 @@ impl StreamState {
             unflushed_rows: 0,
             unflushed_since: None,
             flush_again_at: None,
+            grown: true,
             release: BTreeMap::new(),
             retry_at: None,
             retry_pause: RETRY_FIRST,
@@ -393,6 +396,7 @@ impl StreamState {
         } else {
             self.history.append(&self.plan, &self.unflushed, (inner.options.clock)()).await?
         };
+        self.grown |= events > 0;
         self.unflushed.clear();
         self.unflushed_rows = 0;
         self.unflushed_since = None;
@@ -410,6 +414,9 @@ impl StreamState {
         }
         match self.try_step(inner, stream).await {
             Ok(more) => {
+                if std::mem::take(&mut self.grown) {
+                    crate::tables::start_if_due(inner, stream, self);
+                }
                 if self.retry_at.take().is_some() {
                     tracing::info!(source = %stream.name, "events are applied again");
                     stream.set_trouble(None);

@@ -71,6 +71,7 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
         let mut state = stream.state.lock().await;
         if state.building.is_empty() {
             state.builder_runs = false;
+            state.grown = true;
             stream.set_build_trouble(None);
             return Ok(false);
         }
@@ -90,6 +91,8 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
         let (plan, scan, writers) = {
             let mut state = stream.state.lock().await;
             state.flush(inner).await?;
+            // Another process may have compacted it, and what was replaced does not stay for ever.
+            state.history.reload().await?;
             let writers = still_wanted(&wanted, &state);
             let scan = state.history.scan(&state.plan, Some(columns(&writers)), from);
             (state.plan.clone(), scan, writers)
@@ -260,6 +263,7 @@ async fn import(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestEr
     {
         let mut state = stream.state.lock().await;
         state.history.import(&plan, std::slice::from_ref(&visible), imported).await?;
+        state.grown = true;
         remember_ids(stream, &plan, &batch);
         state.go_on(&inner.log)?;
         stream.applied.send_replace(state.applied);

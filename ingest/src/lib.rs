@@ -16,6 +16,7 @@ mod dead_letter;
 mod event_ids;
 mod materialize;
 mod push;
+mod tables;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,6 +36,8 @@ use object_store::ObjectStore;
 use object_store::path::Path;
 use offline_store::history::{History, HistoryError};
 use offline_store::source::{SourceError, Sources};
+use offline_store::table::compact::Compacted;
+use offline_store::table::import::FilesImported;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read, StoreError, Write};
 use tokio::sync::{Notify, watch};
@@ -47,6 +50,7 @@ use crate::push::Intake;
 use crate::write::ViewWriter;
 
 pub use crate::materialize::{Mode, Progress, Stage};
+pub use crate::tables::TableProgress;
 
 /// Where times come from: the process's clock, or a test's.
 pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
@@ -147,6 +151,14 @@ pub enum IngestError {
         "the prior history `{pattern}` of `{source_name}` is larger than {bytes_max} bytes in memory, in which it is sorted; import the newest part of it"
     )]
     ImportTooLarge { source_name: String, pattern: String, bytes_max: usize },
+    #[error("there is no source `{source_name}`; there are: {known}")]
+    UnknownTable { source_name: String, known: String },
+    #[error("`{source_name}` is a stream: push the rows of its files with `coeval ingest {source_name} FILE`")]
+    NoFilesToImport { source_name: String },
+    #[error("views are being built from the history of `{source_name}`; compact it when they are ready")]
+    TableInUse { source_name: String },
+    #[error("the thread that works on tables could not be started")]
+    Background(#[source] std::io::Error),
     #[error("ingestion is shutting down; push again when the server is back")]
     Stopping,
     #[error("no definitions were applied yet; run `coeval apply` first")]
@@ -179,6 +191,8 @@ impl IngestError {
         match self {
             IngestError::Importing { .. }
             | IngestError::TooManyEarly { .. }
+            | IngestError::TableInUse { .. }
+            | IngestError::Background(_)
             | IngestError::Stopping
             | IngestError::DeadLetter(_) => true,
             IngestError::Log(error) => error.is_retryable(),
@@ -253,6 +267,8 @@ pub(crate) struct Stream {
     pub state: tokio::sync::Mutex<StreamState>,
     /// False when the definitions in force no longer name it.
     adopted: AtomicBool,
+    /// A compaction of the history runs or waits for its turn.
+    pub compacting: AtomicBool,
     report: Mutex<Report>,
 }
 
@@ -319,6 +335,9 @@ pub(crate) struct Inner {
     adopting: tokio::sync::Mutex<()>,
     /// One materialization at a time: two would write the same entities at different positions.
     materializing: tokio::sync::Mutex<()>,
+    /// One compaction or import of files at a time: each is bounded, several are not.
+    pub tables: tokio::sync::Mutex<()>,
+    pub background: tables::Background,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -371,8 +390,17 @@ impl Ingest {
             phases: Mutex::default(),
             adopting: tokio::sync::Mutex::default(),
             materializing: tokio::sync::Mutex::default(),
+            tables: tokio::sync::Mutex::default(),
+            background: tables::Background::default(),
             tasks: Mutex::default(),
         });
+        // What a killed process was sorting. There is one process per folder, which the log has made sure of.
+        let spill = tables::spill_folder(&inner);
+        if let Err(error) = std::fs::remove_dir_all(&spill)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %spill.display(), %error, "temporary files of an earlier process could not be deleted");
+        }
         let applier = tokio::spawn(apply::run(inner.clone(), durable));
         Ok(Ingest { inner, applier: Mutex::new(Some(applier)) })
     }
@@ -455,6 +483,28 @@ impl Ingest {
     ) -> Result<(), IngestError> {
         self.inner.check_running()?;
         materialize::materialize(&self.inner, sources, through, mode, progress).await
+    }
+
+    /// Makes one sorted run of the table of each of these sources; of all that have one when none is named. What was
+    /// applied becomes history first.
+    pub async fn compact(
+        &self,
+        sources: &[String],
+        mode: Mode,
+        progress: tokio::sync::mpsc::Sender<TableProgress>,
+    ) -> Result<Vec<Compacted>, IngestError> {
+        self.inner.check_running()?;
+        tables::compact(&self.inner, sources, mode, progress).await
+    }
+
+    /// Imports the files of a source into its table, unless they are there already.
+    pub async fn import_files(
+        &self,
+        source: &str,
+        progress: tokio::sync::mpsc::Sender<TableProgress>,
+    ) -> Result<FilesImported, IngestError> {
+        self.inner.check_running()?;
+        tables::import_files(&self.inner, source, progress).await
     }
 
     /// Puts everything applied into history. Returns the number of events written.
@@ -612,6 +662,7 @@ impl Inner {
             return Ok(());
         }
         let history = History::open(self.options.store.clone(), self.project_path(), &source.name).await?;
+        let history = history.with_work(tables::work(self));
         late(&history)?;
         fits(&history)?;
         self.log.raise(history.manifest().applied.time, history.manifest().sequence_max);
@@ -627,6 +678,7 @@ impl Inner {
             early: AtomicU64::new(0),
             state: tokio::sync::Mutex::new(StreamState::new(source.clone(), history)),
             adopted: AtomicBool::new(true),
+            compacting: AtomicBool::new(false),
             report: Mutex::default(),
         });
         let mut state = stream.state.lock().await;

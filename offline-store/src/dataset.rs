@@ -1,37 +1,56 @@
 //! Datasets: training sets that stay. A dataset is a snapshot: Parquet on the object store and a manifest that says what
 //! it was made from, so that the same inputs give the same identity and a model can say what it was trained on.
+//!
+//! Each attempt to write one has a folder of its own, and the manifest, put last and only where there is none, names the
+//! attempt that counts. So a reader sees nothing or everything, whatever was killed when, and two that write the same
+//! dataset at once agree on one of them. What other attempts left is removed once a manifest is there.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
+mod digest;
+mod profile;
+mod read;
+mod write;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path as FilePath;
 use std::sync::Arc;
 
-use arrow::array::{Array, RecordBatch};
-use arrow::datatypes::{Schema, SchemaRef};
-use feature_defs::aggregate::{Aggregate, Function, State};
-use feature_defs::as_of::Times;
 use feature_defs::digest::{Canonical, Digest};
 use feature_defs::plan::ServicePlan;
-use feature_defs::value::{Type, Value, encode_nullable};
-use object_store::buffered::BufWriter;
+use futures::TryStreamExt;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
-use parquet::arrow::AsyncArrowWriter;
-use parquet::basic::{Compression, ZstdLevel};
-use parquet::file::properties::WriterProperties;
+use object_store::{ObjectStore, ObjectStoreExt};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
+
+use crate::point_in_time::SourceReport;
+
+pub use digest::table_digest;
+pub use read::{BLOCK_ROWS_MAX, Batches, Part, Selection, StoredDataset};
+pub use write::{Created, DatasetWriter};
 
 /// Version of manifests.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
+const MANIFEST: &str = "manifest.json";
 
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     #[error("dataset object {path} could not be {verb}")]
     Store { path: String, verb: &'static str, source: object_store::Error },
-    #[error("dataset object {path} is damaged ({what}); create the dataset again")]
-    Damaged { path: String, what: String },
+    #[error("dataset object {path} is damaged ({what}); remove the folder {folder} and create the dataset again")]
+    Damaged { path: String, folder: String, what: String },
     #[error("dataset manifest {path} has format {found}, newer than this version knows ({FORMAT}); upgrade coeval")]
     Newer { path: String, found: u32 },
+    #[error("the dataset could not be written: {0}")]
+    Write(String),
+    #[error("a part of the dataset could not be decoded ({0}); if it stays so, remove its folder and create it again")]
+    Part(String),
+    #[error("dataset `{dataset}` has no column `{column}`; it has: {known}")]
+    UnknownColumn { dataset: String, column: String, known: String },
+    #[error("{0}")]
+    Selection(String),
+    #[error(
+        "reading dataset `{dataset}` needs {needed_mib} MiB for one stream and offline.memory has no more to give; read with fewer streams at a time, or raise it in coeval.yaml"
+    )]
+    Memory { dataset: String, needed_mib: u64 },
 }
 
 /// What a dataset is, beside its data.
@@ -49,9 +68,21 @@ pub struct Manifest {
     pub source_digests: BTreeMap<String, String>,
     pub visibility: String,
     pub seed: u64,
+    /// Whether each feature has a `<feature>__status` column. Manifests of format 1 do not say.
+    #[serde(default)]
+    pub statuses: bool,
     pub rows: u64,
     pub files: Vec<DatasetFile>,
+    /// Rows of every row group of every file, but for the last of a file. 0 in manifests of format 1: the files say.
+    #[serde(default)]
+    pub row_group_rows: u64,
+    /// Bytes that all rows take in memory. 0 in manifests of format 1.
+    #[serde(default)]
+    pub memory_bytes: u64,
     pub columns: Vec<Column>,
+    /// What the sources' known-at rules hid.
+    #[serde(default)]
+    pub known_at: Vec<SourceReport>,
     /// Of every feature, over all rows.
     pub profile: BTreeMap<String, Profile>,
     /// RFC 3339; information only.
@@ -61,6 +92,7 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetFile {
+    /// Below the manifest's folder.
     pub path: String,
     pub rows: u64,
     pub bytes: u64,
@@ -98,145 +130,36 @@ pub struct Recipe {
     pub spine_digest: String,
     pub sources: Vec<(String, String)>,
     pub visibility: String,
+    pub statuses: bool,
     pub seed: u64,
     pub created_at: String,
 }
 
 impl Recipe {
-    /// The same inputs give the same id.
+    /// The same inputs under the same name give the same id. Whether rows are streamed in order while it is made does not
+    /// matter: they are kept in the spine's.
     pub fn id(&self) -> String {
-        let mut text = Canonical::new("dataset").with("service", &self.service.semantic_digest);
+        let mut text = Canonical::new("dataset 2").with("name", &self.name);
+        text.add("service", &self.service.semantic_digest);
         text.add("spine", &self.spine_digest);
-        self.sources.iter().for_each(|(name, digest)| text.add(name, digest));
+        let sources: BTreeMap<&str, &str> = self.sources.iter().map(|(name, digest)| (&**name, &**digest)).collect();
+        sources.iter().for_each(|(name, digest)| text.add(name, digest));
         text.add("visibility", &self.visibility);
+        text.add("statuses", self.statuses);
         text.add("seed", self.seed);
         text.digest().as_str()[..16].to_string()
     }
 }
 
-/// A digest of a table's content: independent of how its rows are dealt into batches.
-pub fn table_digest(schema: &Schema, batches: &[RecordBatch]) -> String {
-    let mut whole = Canonical::new("table");
-    for (index, field) in schema.fields().iter().enumerate() {
-        whole.add("column", field.name());
-        whole.add("type", field.data_type());
-        let mut hasher = Sha256::new();
-        let mut bytes = Vec::new();
-        for batch in batches {
-            let column = batch.column(index);
-            let known = Type::from_arrow(column.data_type()).filter(|known| known.arrow() == *column.data_type());
-            for row in 0..column.len() {
-                bytes.clear();
-                match &known {
-                    Some(known) => encode_nullable(&Value::from_array(column, row, known), &mut bytes),
-                    // Columns of types that are not ours only pass through; their printed form is enough to tell
-                    // tables apart.
-                    None => {
-                        let shown = arrow::util::display::array_value_to_string(column, row).unwrap_or_default();
-                        encode_nullable(&Value::String(shown.into()), &mut bytes);
-                    }
-                }
-                hasher.update(&bytes);
-            }
-        }
-        let mut hex = String::new();
-        for byte in hasher.finalize() {
-            let _ = write!(hex, "{byte:02x}");
-        }
-        whole.add("values", hex);
-    }
-    whole.digest().to_string()
-}
-
-/// Writes a dataset while its batches pass by on their way to somebody else.
-pub struct DatasetWriter {
-    store: Arc<dyn ObjectStore>,
-    folder: Path,
-    recipe: Recipe,
-    schema: SchemaRef,
-    data: Path,
-    writer: AsyncArrowWriter<BufWriter>,
-    profiles: Vec<Profiler>,
-    rows: u64,
-}
-
-impl DatasetWriter {
-    /// `project` is the project's root on the store.
-    pub fn create(
-        store: Arc<dyn ObjectStore>,
-        project: &Path,
-        recipe: Recipe,
-        schema: SchemaRef,
-    ) -> Result<DatasetWriter, DatasetError> {
-        let folder = dataset_folder(project, &recipe.name, &recipe.id());
-        let data = folder.clone().join("part-0.parquet");
-        let properties = WriterProperties::builder()
-            .set_compression(Compression::ZSTD(ZstdLevel::default()))
-            .set_max_row_group_row_count(Some(131_072))
-            .build();
-        let sink = BufWriter::new(store.clone(), data.clone());
-        let writer = AsyncArrowWriter::try_new(sink, schema.clone(), Some(properties))
-            .map_err(|error| DatasetError::Damaged { path: data.to_string(), what: error.to_string() })?;
-        let profiles = recipe
-            .service
-            .outputs
-            .iter()
-            .filter_map(|output| Profiler::new(&schema, &output.name, &output.feature_type))
-            .collect();
-        Ok(DatasetWriter { store, folder, recipe, schema, data, writer, profiles, rows: 0 })
-    }
-
-    pub async fn write(&mut self, batch: &RecordBatch) -> Result<(), DatasetError> {
-        self.profiles.iter_mut().for_each(|profile| profile.add(batch));
-        self.rows += batch.num_rows() as u64;
-        let (writer, path) = (&mut self.writer, &self.data);
-        writer.write(batch).await.map_err(|e| DatasetError::Damaged { path: path.to_string(), what: e.to_string() })
-    }
-
-    /// The manifest is written last: a dataset without one does not exist.
-    pub async fn finish(self) -> Result<(Manifest, Path), DatasetError> {
-        let damaged = |e: parquet::errors::ParquetError| DatasetError::Damaged {
-            path: self.data.to_string(),
-            what: e.to_string(),
-        };
-        let mut writer = self.writer;
-        writer.finish().await.map_err(damaged)?;
-        let bytes = writer.bytes_written() as u64;
-        let columns = self.schema.fields().iter().map(|field| Column {
-            name: field.name().clone(),
-            column_type: Type::from_arrow(field.data_type())
-                .map_or_else(|| field.data_type().to_string(), |known| known.to_string()),
-        });
-        let manifest = Manifest {
-            format: FORMAT,
-            id: self.recipe.id(),
-            name: self.recipe.name.clone(),
-            service: self.recipe.service.name.to_string(),
-            service_digest: self.recipe.service.semantic_digest.to_string(),
-            spine_digest: self.recipe.spine_digest.clone(),
-            source_digests: self.recipe.sources.iter().cloned().collect(),
-            visibility: self.recipe.visibility.clone(),
-            seed: self.recipe.seed,
-            rows: self.rows,
-            files: vec![DatasetFile { path: "part-0.parquet".into(), rows: self.rows, bytes }],
-            columns: columns.collect(),
-            profile: self.profiles.into_iter().map(Profiler::finish).collect(),
-            created_at: self.recipe.created_at.clone(),
-        };
-        let path = self.folder.clone().join("manifest.json");
-        let text = serde_json::to_vec_pretty(&manifest)
-            .map_err(|e| DatasetError::Damaged { path: path.to_string(), what: e.to_string() })?;
-        self.store.put(&path, PutPayload::from(text)).await.map_err(|source| DatasetError::Store {
-            path: path.to_string(),
-            verb: "written",
-            source,
-        })?;
-        Ok((manifest, path))
-    }
-}
-
 pub fn dataset_folder(project: &Path, name: &str, id: &str) -> Path {
     project.clone().join("datasets").join(name).join(id)
+}
+
+/// The folder that a manifest speaks of.
+pub fn folder_of(manifest: &Path) -> Path {
+    let mut parts: Vec<_> = manifest.parts().collect();
+    parts.pop();
+    parts.into_iter().collect()
 }
 
 /// Reads a manifest.
@@ -247,7 +170,7 @@ pub async fn open(store: &Arc<dyn ObjectStore>, manifest: &Path) -> Result<Manif
     struct Versioned {
         format: u32,
     }
-    let damaged = |e: serde_json::Error| DatasetError::Damaged { path: manifest.to_string(), what: e.to_string() };
+    let damaged = |e: serde_json::Error| damaged(manifest, &folder_of(manifest), e);
     let Versioned { format } = serde_json::from_slice(&bytes).map_err(damaged)?;
     if format > FORMAT {
         return Err(DatasetError::Newer { path: manifest.to_string(), found: format });
@@ -255,79 +178,95 @@ pub async fn open(store: &Arc<dyn ObjectStore>, manifest: &Path) -> Result<Manif
     serde_json::from_slice(&bytes).map_err(damaged)
 }
 
-/// Counts one feature's values as they pass.
-struct Profiler {
-    name: String,
-    column: usize,
-    value_type: Type,
-    profile: Profile,
-    numeric: Option<[(Aggregate, State); 3]>,
+/// The dataset of a recipe, where it is complete already.
+pub async fn find(
+    store: &Arc<dyn ObjectStore>,
+    project: &Path,
+    recipe: &Recipe,
+) -> Result<Option<(Manifest, Path)>, DatasetError> {
+    let folder = dataset_folder(project, &recipe.name, &recipe.id());
+    let path = folder.clone().join(MANIFEST);
+    let manifest = match open(store, &path).await {
+        Ok(manifest) => manifest,
+        Err(DatasetError::Store { source: object_store::Error::NotFound { .. }, .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    // A dataset that is returned instead of being made is looked at first: parts are not synced one by one, so a machine
+    // that lost its power may have kept the manifest and lost a part.
+    for file in &manifest.files {
+        let part = folder.clone().join_path(&file.path);
+        let found = match store.head(&part).await {
+            Ok(found) => found.size,
+            Err(object_store::Error::NotFound { .. }) => return Err(damaged(&part, &folder, "it is missing")),
+            Err(source) => return Err(DatasetError::Store { path: part.to_string(), verb: "found", source }),
+        };
+        if found != file.bytes {
+            let what = format!("it has {found} bytes, the manifest says {}", file.bytes);
+            return Err(damaged(&part, &folder, what));
+        }
+    }
+    Ok(Some((manifest, path)))
 }
 
-impl Profiler {
-    fn new(schema: &Schema, name: &str, value_type: &Type) -> Option<Profiler> {
-        let (column, _) = schema.column_with_name(name)?;
-        let aggregates = || {
-            let make = |function| {
-                let aggregate = Aggregate::new(function, Some(value_type.clone())).ok()?;
-                let zero = aggregate.zero();
-                Some((aggregate, zero))
-            };
-            Some([make(Function::Min)?, make(Function::Max)?, make(Function::Mean)?])
-        };
-        let numeric = if value_type.is_numeric() { aggregates() } else { None };
-        Some(Profiler {
-            name: name.into(),
-            column,
-            value_type: value_type.clone(),
-            profile: Profile::default(),
-            numeric,
-        })
+/// Removes what attempts that came to nothing have left of a dataset that is complete. `local` is the store's root where
+/// it is a folder: what a killed process leaves of a file that it was writing cannot be seen through the store.
+///
+/// Another process that writes the same dataset right now loses its parts with this; it would have thrown them away.
+pub async fn sweep(
+    store: &Arc<dyn ObjectStore>,
+    manifest: &Manifest,
+    path: &Path,
+    local: Option<&FilePath>,
+) -> Result<(), DatasetError> {
+    let folder = folder_of(path);
+    let kept: BTreeSet<Path> =
+        manifest.files.iter().map(|file| folder.clone().join_path(&file.path)).chain([path.clone()]).collect();
+    let failed = |path: &Path, verb| {
+        let path = path.to_string();
+        move |source| DatasetError::Store { path, verb, source }
+    };
+    let objects: Vec<_> = store.list(Some(&folder)).try_collect().await.map_err(failed(&folder, "listed"))?;
+    for object in objects.iter().filter(|object| !kept.contains(&object.location)) {
+        match store.delete(&object.location).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(source) => return Err(failed(&object.location, "removed")(source)),
+        }
     }
-
-    fn add(&mut self, batch: &RecordBatch) {
-        let column = batch.column(self.column);
-        self.profile.rows += column.len() as u64;
-        self.profile.nulls += column.null_count() as u64;
-        let Some(numeric) = &mut self.numeric else { return };
-        for row in 0..column.len() {
-            let value = Value::from_array(column, row, &self.value_type);
-            match value {
-                Value::Null => continue,
-                Value::Float64(x) if x.is_nan() => self.profile.nans += 1,
-                Value::Float32(x) if x.is_nan() => self.profile.nans += 1,
-                Value::Float64(x) if x.is_infinite() => self.profile.infinities += 1,
-                Value::Float32(x) if x.is_infinite() => self.profile.infinities += 1,
-                value => numeric.iter_mut().for_each(|(aggregate, state)| aggregate.push(state, &value, &Times::NONE)),
+    let Some(local) = local else { return Ok(()) };
+    let local = local.join(folder.as_ref());
+    let attempts: BTreeSet<String> =
+        manifest.files.iter().filter_map(|file| Some(file.path.split_once('/')?.0.to_string())).collect();
+    let swept = tokio::task::spawn_blocking(move || {
+        // Folders of other attempts; those that are gone meanwhile have been removed by somebody else.
+        for entry in std::fs::read_dir(local).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !attempts.contains(&name) {
+                let _ = std::fs::remove_dir_all(entry.path());
             }
         }
-    }
-
-    fn finish(self) -> (String, Profile) {
-        let mut profile = self.profile;
-        if let Some([min, max, mean]) = &self.numeric {
-            let number =
-                |(aggregate, state): &(Aggregate, State)| as_number(&aggregate.finish(state), &self.value_type);
-            profile.min = number(min);
-            profile.max = number(max);
-            profile.mean = number(mean);
-        }
-        (self.name, profile)
-    }
+    });
+    swept.await.map_err(|error| DatasetError::Write(error.to_string()))
 }
 
-fn as_number(value: &Value, value_type: &Type) -> Option<f64> {
-    Some(match (value, value_type) {
-        (Value::Int32(x), _) => f64::from(*x),
-        (Value::Int64(x), _) => *x as f64,
-        (Value::Float32(x), _) => f64::from(*x),
-        (Value::Float64(x), _) => *x,
-        (Value::Decimal(x), Type::Decimal { scale, .. }) => *x as f64 / 10f64.powi(i32::from(*scale)),
-        _ => return None,
-    })
+fn damaged(path: &Path, folder: &Path, what: impl ToString) -> DatasetError {
+    DatasetError::Damaged { path: path.to_string(), folder: folder.to_string(), what: what.to_string() }
+}
+
+/// Paths in manifests have slashes of their own.
+trait JoinPath {
+    fn join_path(self, path: &str) -> Path;
+}
+
+impl JoinPath for Path {
+    fn join_path(self, path: &str) -> Path {
+        path.split('/').filter(|part| !part.is_empty()).fold(self, |whole, part| whole.join(part))
+    }
 }
 
 /// Of a manifest's canonical content, for records that point at it.
 pub fn manifest_digest(manifest: &Manifest) -> Digest {
     Digest::of_bytes(&serde_json::to_vec(manifest).unwrap_or_default())
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

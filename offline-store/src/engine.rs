@@ -7,10 +7,9 @@ use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt8Array};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimestampMicrosecondType};
 use datafusion::datasource::MemTable;
-use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig};
 use datafusion::error::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
-use datafusion::execution::memory_pool::GreedyMemoryPool;
+use datafusion::execution::memory_pool::{GreedyMemoryPool, MemoryPool};
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
@@ -24,13 +23,12 @@ use futures::StreamExt;
 use object_store::ObjectStore;
 use object_store::path::Path;
 
-use crate::dataset::Manifest;
 use crate::history::History;
 use crate::point_in_time::files::{Files, Location};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
 use crate::point_in_time::spill::Spill;
 use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, Read, SourceReport, Used, exec, position_columns};
-use crate::source::{SourceError, Sources, file_url, plain_parquet};
+use crate::source::{Format, SourceError, Sources, file_url, plain_parquet};
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -71,7 +69,6 @@ pub struct Engine {
     options: EngineOptions,
     runtime: Arc<RuntimeEnv>,
     sources: Sources,
-    store_url: ObjectStoreUrl,
 }
 
 pub struct TrainingSetRequest {
@@ -118,7 +115,7 @@ impl Engine {
         let store_url = ObjectStoreUrl::parse("coeval://store").map_err(setup)?;
         runtime.register_object_store(store_url.as_ref(), options.store.clone());
         let sources = Sources::with_runtime(&options.project_folder, runtime.clone());
-        Ok(Engine { options, runtime, sources, store_url })
+        Ok(Engine { options, runtime, sources })
     }
 
     /// Reads files of sources, within the engine's memory bound.
@@ -207,31 +204,9 @@ impl Engine {
         Ok(TrainingSet { schema, stream, sources: fingerprints, explain, report })
     }
 
-    /// Streams a stored dataset, in its order.
-    pub async fn stored(
-        &self,
-        manifest_path: &Path,
-        manifest: &Manifest,
-    ) -> Result<SendableRecordBatchStream, EngineError> {
-        let run = |error: DataFusionError| self.explain_failure(error);
-        let mut folder: Vec<_> = manifest_path.parts().collect();
-        folder.pop();
-        let folder: Path = folder.into_iter().collect();
-        let urls: Vec<_> = manifest
-            .files
-            .iter()
-            .map(|file| file_url(&self.store_url, &folder.clone().join(file.path.as_str())))
-            .collect::<Result<_, _>>()
-            .map_err(run)?;
-        // One partition, so that rows come in the order in which they lie.
-        let mut config = SessionConfig::new().with_target_partitions(1);
-        config.options_mut().execution.parquet.schema_force_view_types = false;
-        let context = SessionContext::new_with_config_rt(config, self.runtime.clone());
-        let options = ListingOptions::new(Arc::new(plain_parquet())).with_file_extension("");
-        let config = ListingTableConfig::new_with_multi_paths(urls).with_listing_options(options);
-        let config = config.infer_schema(&context.state()).await.map_err(run)?;
-        let table = ListingTable::try_new(config).map_err(run)?;
-        context.read_table(Arc::new(table)).map_err(run)?.execute_stream().await.map_err(run)
+    /// What all that the engine does takes its memory from.
+    pub(crate) fn memory_pool(&self) -> &Arc<dyn MemoryPool> {
+        &self.runtime.memory_pool
     }
 
     fn explain_failure(&self, error: DataFusionError) -> EngineError {
@@ -247,8 +222,8 @@ impl Engine {
         inputs: &mut Vec<LogicalPlan>,
     ) -> Result<(Read, String), EngineError> {
         let run = |error: DataFusionError| self.explain_failure(error);
-        let pattern = match &source.kind {
-            SourceKind::Files { pattern } | SourceKind::Static { pattern } => pattern,
+        match &source.kind {
+            SourceKind::Files { .. } | SourceKind::Static { .. } => {}
             SourceKind::Stream { .. } => {
                 let failed = |what: String| EngineError::History { stream: source.name.to_string(), what };
                 let history = History::open(self.options.store.clone(), self.project_path(), &source.name)
@@ -266,14 +241,14 @@ impl Engine {
                 let files = Files::open(locations).await.map_err(|error| failed(error.strip_backtrace()))?;
                 return Ok((Read::Files(Arc::new(files)), fingerprint.digest().to_string()));
             }
-        };
-        let files = self.sources.files(pattern).await?;
+        }
+        let files = self.sources.files_of(source, columns).await?;
         let fingerprint = self.sources.fingerprint_of(&files);
-        if files.is_parquet() {
-            let opened = Files::open(self.sources.locations(&files)?).await.map_err(run)?;
+        if files.format() == Format::Parquet && files.is_all_in_files() {
+            let opened = Files::open(files.locations()).await.map_err(run)?;
             return Ok((Read::Files(Arc::new(opened)), fingerprint));
         }
-        inputs.push(self.sources.frame(source, &files, columns)?.into_unoptimized_plan());
+        inputs.push(self.sources.frame(source, &files).await?.into_unoptimized_plan());
         Ok((Read::Plan(inputs.len() - 2), fingerprint))
     }
 

@@ -1,46 +1,62 @@
 //! Arrow Flight: training sets computed for a spine that the client streams in, and stored datasets.
 //!
-//! - `DoExchange` with a `TrainingSetCommand`: the client sends the spine, the server answers with the training set, in the
-//!   spine's order. With a dataset name it is stored on the way, and the last message carries what was stored.
-//! - `DoGet` with a `DatasetTicket`: the batches of a stored dataset. `GetFlightInfo` with the same bytes describes it.
+//! - `DoExchange` with a `TrainingSetCommand` ([`exchange`]): the client sends the spine, the server answers with the
+//!   training set. With a dataset name it is stored on the way, unless it is there already. The last message carries what
+//!   known-at rules hid and what was stored.
+//! - `DoGet` with a `DatasetTicket` ([`stored`]): rows of a stored dataset, from any place on, in stored or shuffled order.
+//!   `GetFlightInfo` with the same bytes deals them to endpoints.
+//! - Either can be asked for a model's inputs instead of features ([`tensor`]), made by the encoder that serving runs.
 
-use std::pin::Pin;
+mod encode;
+mod exchange;
+mod stored;
+mod tensor;
+
+use std::convert::Infallible;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
-use arrow::array::RecordBatch;
-use arrow_flight::decode::FlightRecordBatchStream;
-use arrow_flight::encode::FlightDataEncoderBuilder;
-use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_server::{FlightService, FlightServiceServer};
 use arrow_flight::{
-    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightEndpoint, FlightInfo, HandshakeRequest,
-    HandshakeResponse, PollInfo, PutResult, SchemaResult, Ticket,
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo, HandshakeRequest, HandshakeResponse,
+    PollInfo, PutResult, SchemaResult, Ticket,
 };
 use async_trait::async_trait;
-use bytes::Bytes;
-use datafusion::execution::SendableRecordBatchStream;
-use feature_defs::catalog::Visibility;
-use feature_defs::plan::ServicePlan;
+use feature_defs::plan::{ModelPlan, ServicePlan};
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use object_store::path::Path;
-use prost::Message as _;
-use proto::v1::{DatasetTicket, TrainingSetCommand};
+use tonic::codegen::{BoxFuture, Service, StdError, http};
 use tonic::{Request, Response, Status, Streaming};
+use tonic_prost::ProstCodec;
 
-use crate::dataset::{self, DatasetWriter, Manifest, Recipe};
-use crate::engine::{Engine, EngineError, TrainingSetRequest};
+use crate::dataset::{DatasetError, Manifest};
+use crate::engine::{Engine, EngineError};
+use encode::{Body, Message};
+use stored::Opened;
+
+pub use tensor::REFUSED;
 
 /// What the service needs of the process around it.
 #[async_trait]
 pub trait Surroundings: Send + Sync + 'static {
     /// The compiled service of a project, or what to say when there is none.
     fn service(&self, project: &str, service: &str) -> Result<Arc<ServicePlan>, Status>;
+    /// The compiled model of a project, for those who ask for its inputs.
+    fn model(&self, _project: &str, model: &str) -> Result<Arc<ModelPlan>, Status> {
+        Err(Status::unimplemented(format!("this server knows no models, so it cannot encode for `{model}`")))
+    }
     /// Makes sure that histories hold everything applied so far.
     async fn before_read(&self) -> Result<(), Status>;
-    /// Records a dataset in the control log.
+    /// Records a dataset in the control log. It may have been recorded before.
     async fn dataset_created(&self, manifest: &Manifest, path: &Path) -> Result<(), Status>;
     /// The manifest's place of a dataset by name, and by id where one is given.
     fn dataset(&self, project: &str, name: &str, id: &str) -> Result<Path, Status>;
+    /// The root of the object store where it is a folder on this machine: what killed writers leave there of files cannot
+    /// be seen through the store.
+    fn store_folder(&self) -> Option<PathBuf> {
+        None
+    }
     /// Now, as RFC 3339: information for manifests.
     fn now(&self) -> String;
 }
@@ -50,202 +66,116 @@ pub struct Flight {
     surroundings: Arc<dyn Surroundings>,
     /// Bytes a client may send as one spine.
     spine_bytes_max: usize,
+    opened: Opened,
 }
 
 /// Messages of the Flight service may be as large as one batch of wide rows.
 const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// Tickets name columns, and there may be many.
+const TICKET_BYTES_MAX: usize = 4 << 20;
 
 /// The service, ready to be added to a server.
-pub fn service(
-    engine: Arc<Engine>,
-    surroundings: Arc<dyn Surroundings>,
-    memory_bytes: u64,
-) -> FlightServiceServer<Flight> {
+pub fn service(engine: Arc<Engine>, surroundings: Arc<dyn Surroundings>, memory_bytes: u64) -> FlightServer {
     // A spine larger than half the memory bound leaves no room for its answers.
     let spine_bytes_max = usize::try_from(memory_bytes / 2).unwrap_or(usize::MAX);
-    FlightServiceServer::new(Flight { engine, surroundings, spine_bytes_max })
+    let flight = Arc::new(Flight { engine, surroundings, spine_bytes_max, opened: Opened::default() });
+    let rest = FlightServiceServer::from_arc(flight.clone())
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    FlightServer { flight, rest }
 }
 
-/// What became of a stored training set; the `app_metadata` of the last message.
-#[derive(serde::Serialize)]
-struct Stored<'a> {
-    dataset: &'a str,
-    id: &'a str,
-    location: String,
-    rows: u64,
+/// The Flight service on the wire. The two calls that answer with data are answered here, because the generated server
+/// would copy each batch twice on its way out; everything else is the generated server's.
+#[derive(Clone)]
+pub struct FlightServer {
+    flight: Arc<Flight>,
+    rest: FlightServiceServer<Flight>,
 }
 
-impl Flight {
-    async fn exchange(
-        &self,
-        incoming: Streaming<FlightData>,
-    ) -> Result<BoxStream<'static, Result<FlightData, Status>>, Status> {
-        let mut incoming = incoming.peekable();
-        let first = match Pin::new(&mut incoming).peek().await {
-            Some(Ok(first)) => first,
-            Some(Err(status)) => return Err(status.clone()),
-            None => return Err(Status::invalid_argument("the exchange ended before it began")),
-        };
-        let descriptor = first.flight_descriptor.clone().ok_or_else(|| {
-            Status::invalid_argument("the first message carries no descriptor; its `cmd` must be a TrainingSetCommand")
-        })?;
-        let command = TrainingSetCommand::decode(descriptor.cmd.clone()).map_err(|error| {
-            Status::invalid_argument(format!("the descriptor's `cmd` is no TrainingSetCommand: {error}"))
-        })?;
-        let service = self.surroundings.service(&command.project, &command.service)?;
-        let visibility = match command.visibility.as_str() {
-            "" => None,
-            "known" => Some(Visibility::Known),
-            "event_time" => Some(Visibility::EventTime),
-            "ingested" => Some(Visibility::Ingested),
-            other => {
-                let message = format!("visibility `{other}` is unknown; it is known, event_time or ingested");
-                return Err(Status::invalid_argument(message));
-            }
-        };
-        if !command.dataset.is_empty() && !is_name(&command.dataset) {
-            let message =
-                format!("`{}` is not a dataset name: letters, digits, `_` and `-`, at most 64", command.dataset);
-            return Err(Status::invalid_argument(message));
-        }
+impl tonic::server::NamedService for FlightServer {
+    const NAME: &'static str = <FlightServiceServer<Flight> as tonic::server::NamedService>::NAME;
+}
 
-        // Clients of the C++ library send the descriptor in a message of its own, which holds nothing to decode.
-        let data = incoming.try_filter(|message| std::future::ready(!message.data_header.is_empty()));
-        let mut spine =
-            FlightRecordBatchStream::new_from_flight_data(data.map_err(|status| FlightError::Tonic(Box::new(status))));
-        let mut batches: Vec<RecordBatch> = Vec::new();
-        let mut bytes = 0;
-        while let Some(batch) = spine.next().await {
-            let batch =
-                batch.map_err(|error| Status::invalid_argument(format!("the spine could not be read: {error}")))?;
-            bytes += batch.get_array_memory_size();
-            if bytes > self.spine_bytes_max {
-                let limit = self.spine_bytes_max >> 20;
-                let message = format!("the spine is larger than {limit} MiB, half of offline.memory; send it in parts");
-                return Err(Status::resource_exhausted(message));
-            }
-            batches.push(batch);
-        }
-        let spine_schema = spine.schema().cloned().ok_or_else(|| {
-            Status::invalid_argument("the spine has no schema; send record batches after the descriptor")
-        })?;
-        self.surroundings.before_read().await?;
-        let spine_digest = dataset::table_digest(&spine_schema, &batches);
-        let request = TrainingSetRequest {
-            service: service.clone(),
-            spine_schema,
-            spine: batches,
-            statuses: command.statuses,
-            visibility,
-            order: crate::point_in_time::Order::Spine,
-        };
-        let set = self.engine.training_set(request).await.map_err(|error| engine_status(&error))?;
-        let schema = set.schema.clone();
-        let batches = if command.dataset.is_empty() {
-            set.stream.map(|batch| batch.map(Part::Batch).map_err(stream_error)).boxed()
-        } else {
-            let recipe = Recipe {
-                name: command.dataset.clone(),
-                service,
-                spine_digest,
-                sources: set.sources,
-                visibility: if command.visibility.is_empty() { "known".into() } else { command.visibility.clone() },
-                seed: command.seed,
-                created_at: self.surroundings.now(),
-            };
-            let store = self.engine.store().clone();
-            let writer = DatasetWriter::create(store, &self.engine.project_path(), recipe, schema.clone())
-                .map_err(|error| Status::internal(error.to_string()))?;
-            keep(set.stream, writer, self.surroundings.clone())
-        };
-        // The encoder sends schema and batches; what was stored follows in a message of its own.
-        let (metadata_sender, metadata_receiver) = tokio::sync::oneshot::channel::<Bytes>();
-        let mut metadata_sender = Some(metadata_sender);
-        let only_batches = batches.filter_map(move |part| {
-            let kept = match part {
-                Ok(Part::Batch(batch)) => Some(Ok(batch)),
-                Ok(Part::Stored(metadata)) => {
-                    if let Some(sender) = metadata_sender.take() {
-                        // The receiver is gone only when the client is.
-                        let _ = sender.send(metadata);
-                    }
-                    None
-                }
-                Err(error) => Some(Err(error)),
-            };
-            async move { kept }
-        });
-        let encoded = FlightDataEncoderBuilder::new().with_schema(schema).build(only_batches).map_err(Status::from);
-        let last = stream::once(metadata_receiver).filter_map(|metadata| async move {
-            let app_metadata = metadata.ok()?;
-            Some(Ok(FlightData { app_metadata, ..FlightData::default() }))
-        });
-        Ok(encoded.chain(last).boxed())
+type MessageStream = BoxStream<'static, Result<Message, Status>>;
+
+impl<B> Service<http::Request<B>> for FlightServer
+where
+    B: http_body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<StdError> + Send + 'static,
+    FlightServiceServer<Flight>: Service<
+            http::Request<B>,
+            Response = http::Response<tonic::body::Body>,
+            Error = Infallible,
+            Future = BoxFuture<http::Response<tonic::body::Body>, Infallible>,
+        >,
+{
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
     }
 
-    async fn stored(&self, ticket: &DatasetTicket) -> Result<(Manifest, Path), Status> {
-        let path = self.surroundings.dataset(&ticket.project, &ticket.name, &ticket.id)?;
-        let manifest = dataset::open(self.engine.store(), &path).await.map_err(|e| Status::data_loss(e.to_string()))?;
-        Ok((manifest, path))
-    }
-}
-
-enum Part {
-    Batch(RecordBatch),
-    Stored(Bytes),
-}
-
-/// Passes batches on while they are written, and then says what was stored.
-fn keep(
-    batches: SendableRecordBatchStream,
-    writer: DatasetWriter,
-    surroundings: Arc<dyn Surroundings>,
-) -> BoxStream<'static, Result<Part, FlightError>> {
-    let state = Some((batches, writer, surroundings));
-    stream::try_unfold(state, |state| async move {
-        let Some((mut batches, mut writer, surroundings)) = state else { return Ok(None) };
-        let failed = |error: dataset::DatasetError| FlightError::Tonic(Box::new(Status::internal(error.to_string())));
-        match batches.next().await {
-            Some(Ok(batch)) => {
-                writer.write(&batch).await.map_err(failed)?;
-                Ok(Some((Part::Batch(batch), Some((batches, writer, surroundings)))))
-            }
-            Some(Err(error)) => Err(stream_error(error)),
-            None => {
-                let (manifest, path) = writer.finish().await.map_err(failed)?;
-                surroundings
-                    .dataset_created(&manifest, &path)
-                    .await
-                    .map_err(|status| FlightError::Tonic(Box::new(status)))?;
-                let stored = Stored {
-                    dataset: &manifest.name,
-                    id: &manifest.id,
-                    location: path.to_string(),
-                    rows: manifest.rows,
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let flight = self.flight.clone();
+        match request.uri().path() {
+            "/arrow.flight.protocol.FlightService/DoGet" => Box::pin(async move {
+                let mut tickets = incoming::<Ticket, B>(request, TICKET_BYTES_MAX);
+                let messages = match tickets.message().await {
+                    Ok(Some(ticket)) => flight.get(&ticket.ticket).await,
+                    Ok(None) => Err(Status::invalid_argument("the call carries no ticket")),
+                    Err(status) => Err(status),
                 };
-                let metadata = serde_json::to_vec(&stored).unwrap_or_default();
-                Ok(Some((Part::Stored(metadata.into()), None)))
-            }
+                Ok(outgoing(messages))
+            }),
+            "/arrow.flight.protocol.FlightService/DoExchange" => Box::pin(async move {
+                let spine = incoming::<FlightData, B>(request, MESSAGE_BYTES_MAX);
+                Ok(outgoing(flight.exchange(spine).await))
+            }),
+            _ => self.rest.call(request),
         }
-    })
-    .boxed()
+    }
+}
+
+fn incoming<T, B>(request: http::Request<B>, bytes_max: usize) -> Streaming<T>
+where
+    T: prost::Message + Default + Send + 'static,
+    B: http_body::Body + Send + 'static,
+    B::Error: Into<StdError>,
+{
+    // The encoder of a codec has a type too; it is not used.
+    let mut codec = ProstCodec::<T, T>::default();
+    let decoder = tonic::codec::Codec::decoder(&mut codec);
+    Streaming::new_request(decoder, request.into_body(), None, Some(bytes_max))
+}
+
+fn outgoing(messages: Result<MessageStream, Status>) -> http::Response<tonic::body::Body> {
+    match messages {
+        Ok(messages) => {
+            let mut response = http::Response::new(tonic::body::Body::new(Body::new(messages)));
+            let content = http::HeaderValue::from_static("application/grpc");
+            response.headers_mut().insert(http::header::CONTENT_TYPE, content);
+            response
+        }
+        Err(status) => status.into_http(),
+    }
 }
 
 fn is_name(name: &str) -> bool {
     name.len() <= 64 && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
 }
 
-fn stream_error(error: datafusion::error::DataFusionError) -> FlightError {
-    let status = match &error {
+fn stream_error(error: &datafusion::error::DataFusionError) -> Status {
+    match error {
         datafusion::error::DataFusionError::External(source) => match source.downcast_ref::<EngineError>() {
             Some(engine) => engine_status(engine),
             None => Status::internal(error.strip_backtrace()),
         },
         _ => Status::internal(error.strip_backtrace()),
-    };
-    FlightError::Tonic(Box::new(status))
+    }
 }
 
 fn engine_status(error: &EngineError) -> Status {
@@ -259,6 +189,21 @@ fn engine_status(error: &EngineError) -> Status {
         EngineError::Source(_) => Status::failed_precondition(text),
         EngineError::History { .. } => Status::data_loss(text),
         EngineError::Setup(_) | EngineError::Run(_) => Status::internal(text),
+    }
+}
+
+fn dataset_status(error: &DatasetError) -> Status {
+    let text = chain(error);
+    match error {
+        DatasetError::UnknownColumn { .. } | DatasetError::Selection(_) => Status::invalid_argument(text),
+        DatasetError::Memory { .. } => Status::resource_exhausted(text),
+        DatasetError::Damaged { .. } | DatasetError::Part(_) => Status::data_loss(text),
+        DatasetError::Newer { .. } => Status::failed_precondition(text),
+        DatasetError::Store { source: object_store::Error::NotFound { .. }, verb: "read", .. } => {
+            Status::data_loss(text)
+        }
+        DatasetError::Store { .. } => Status::unavailable(text),
+        DatasetError::Write(_) => Status::internal(text),
     }
 }
 
@@ -276,11 +221,6 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn ticket_of(bytes: &Bytes) -> Result<DatasetTicket, Status> {
-    DatasetTicket::decode(bytes.clone())
-        .map_err(|error| Status::invalid_argument(format!("these bytes are no DatasetTicket: {error}")))
-}
-
 #[async_trait]
 impl FlightService for Flight {
     type HandshakeStream = BoxStream<'static, Result<HandshakeResponse, Status>>;
@@ -295,31 +235,17 @@ impl FlightService for Flight {
         &self,
         request: Request<Streaming<FlightData>>,
     ) -> Result<Response<Self::DoExchangeStream>, Status> {
-        Ok(Response::new(self.exchange(request.into_inner()).await?))
+        let messages = self.exchange(request.into_inner()).await?;
+        Ok(Response::new(messages.map_ok(Message::into_flight_data).boxed()))
     }
 
     async fn do_get(&self, request: Request<Ticket>) -> Result<Response<Self::DoGetStream>, Status> {
-        let (manifest, path) = self.stored(&ticket_of(&request.into_inner().ticket)?).await?;
-        let batches = self.engine.stored(&path, &manifest).await.map_err(|error| engine_status(&error))?;
-        let schema = batches.schema();
-        let encoded = FlightDataEncoderBuilder::new().with_schema(schema).build(batches.map_err(stream_error));
-        Ok(Response::new(encoded.map_err(Status::from).boxed()))
+        let messages = self.get(&request.into_inner().ticket).await?;
+        Ok(Response::new(messages.map_ok(Message::into_flight_data).boxed()))
     }
 
     async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Result<Response<FlightInfo>, Status> {
-        let descriptor = request.into_inner();
-        let (manifest, path) = self.stored(&ticket_of(&descriptor.cmd)?).await?;
-        let batches = self.engine.stored(&path, &manifest).await.map_err(|error| engine_status(&error))?;
-        let ticket = Ticket::new(descriptor.cmd.clone());
-        let info = FlightInfo::new()
-            .try_with_schema(&batches.schema())
-            .map_err(|error| Status::internal(error.to_string()))?
-            .with_endpoint(FlightEndpoint::new().with_ticket(ticket))
-            .with_total_records(manifest.rows as i64)
-            .with_total_bytes(manifest.files.iter().map(|file| file.bytes as i64).sum())
-            .with_ordered(true)
-            .with_descriptor(descriptor);
-        Ok(Response::new(info))
+        Ok(Response::new(self.info(request.into_inner()).await?))
     }
 
     async fn get_schema(&self, request: Request<FlightDescriptor>) -> Result<Response<SchemaResult>, Status> {
@@ -354,3 +280,6 @@ impl FlightService for Flight {
         Ok(Response::new(stream::empty().boxed()))
     }
 }
+
+#[cfg(test)]
+mod tests;

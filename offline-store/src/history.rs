@@ -1,139 +1,43 @@
-//! The history of one stream source: every event ever applied, in order of position, as Parquet on the object store.
+//! The history of one stream source: every event ever applied, in order of position, as a managed table.
 //!
-//! A stream has no files of its own, so training sets and backfills read what the applier wrote here. A folder
-//! `<project>/history/<source>/` holds part files and `manifest.json`; putting the manifest is the commit, and a part file
-//! that no manifest names does not exist. Parts are in order of position, within and between them, so a backfill is one
-//! pass from front to back. There is one writer per project (the ingest role); readers open the manifest and see one
-//! moment of the history.
+//! A stream has no files of its own, so training sets and backfills read what the applier wrote here. An append writes one
+//! small file of level 0 and commits; a compaction makes sorted runs of them (`table::compact`). There is one appender per
+//! project (the ingest role), beside which a compaction of any process may commit at any time: whoever loses reads the
+//! manifest again and goes on.
 //!
-//! Small flushes would leave thousands of small files: an append rewrites the last part together with the new rows until
-//! that part is full. A part that was replaced stays for an hour for readers that hold an older manifest.
+//! A scan is in order of position whatever was compacted: runs follow each other in that order, and each is sorted by it
+//! while it is read, on disk where it does not fit.
 
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch, UInt64Array};
 use arrow::compute::concat_batches;
-use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimestampMicrosecondType, UInt64Type};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, UInt64Type};
 use bytes::Bytes;
-use feature_defs::plan::{RowsError, SourcePlan};
+use feature_defs::plan::SourcePlan;
 use feature_defs::time::{Micros, Position};
-use feature_defs::value::Type;
-use feature_defs::window::HOUR;
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use object_store::{ObjectStore, ObjectStoreExt};
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use parquet::arrow::{ArrowWriter, ProjectionMask};
-use parquet::basic::{Compression, ZstdLevel};
-use parquet::file::properties::WriterProperties;
-use serde::{Deserialize, Serialize};
 
-/// Version of the folder's layout.
-pub const FORMAT: u32 = 1;
-/// The column that holds the time of each event's position.
-pub const POSITION_TIME: &str = "__position_time";
-/// The column that holds the sequence of each event's position.
-pub const SEQUENCE: &str = "__sequence";
+use crate::table::{Committed, Table, Work, compact, id, run};
+
+pub use crate::table::{
+    FORMAT, Imported, Manifest, POSITION_TIME, Retired, SEQUENCE, TableError as HistoryError, TableFile as HistoryFile,
+};
+
 /// The sequence of the first pushed event. What was imported before the stream began is numbered from 1.
 pub const FIRST_PUSHED: u64 = 1 << 40;
 
-/// A part with this many rows is full; the next append begins another. Parts are read whole, so this also bounds what a
-/// reader holds: about 100 MB of rows of 200 bytes.
+/// Rows of a file of level 0. They are read whole, so this also bounds what a reader holds: about 100 MB of rows of 200
+/// bytes.
 pub const PART_ROWS_MAX: usize = 500_000;
-/// The last part is rewritten with new rows only while it is smaller than this, so that an append writes at most this
-/// many old rows again.
-const PART_ROWS_SMALL: u64 = 50_000;
-/// How long a replaced part stays.
-const RETIRED_FOR: Micros = HOUR;
 /// Rows per batch of a scan.
 const SCAN_ROWS: usize = 8_192;
-
-#[derive(Debug, thiserror::Error)]
-pub enum HistoryError {
-    #[error("the object store failed on {path}; it is tried again")]
-    Store { path: String, source: object_store::Error },
-    #[error("{path} is damaged ({what}); restore it from a backup of the object store")]
-    Corrupt { path: String, what: String },
-    #[error("{path} has format {found}, the newest known here is {FORMAT}; upgrade this program")]
-    Newer { path: String, found: u64 },
-    #[error(
-        "rows of {path} do not fit the definitions of source `{source_name}`; a column may not change its type, give it a new name"
-    )]
-    Rows { path: String, source_name: String, source: RowsError },
-    #[error("events of source `{source_name}` could not be written as Parquet: {what}")]
-    Write { source_name: String, what: String },
-    #[error(
-        "events up to {applied:?} are already in the history of source `{source_name}`, {given:?} is not after them"
-    )]
-    Order { source_name: String, applied: Position, given: Position },
-}
-
-impl HistoryError {
-    /// Whether the same call may succeed later without anybody changing anything.
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            HistoryError::Store { source, .. } => !matches!(
-                source,
-                object_store::Error::NotFound { .. }
-                    | object_store::Error::PermissionDenied { .. }
-                    | object_store::Error::Unauthenticated { .. }
-                    | object_store::Error::InvalidPath { .. }
-            ),
-            _ => false,
-        }
-    }
-}
-
-/// What `manifest.json` says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
-    pub format: u32,
-    pub source: String,
-    /// The source's columns when the newest part was written; parts may lack later ones.
-    pub schema: Vec<(String, Type)>,
-    /// In order of position.
-    pub files: Vec<HistoryFile>,
-    /// Every event up to here is in `files`, and none after it.
-    pub applied: Position,
-    /// The largest sequence among them: positions are ordered by time first.
-    #[serde(default)]
-    pub sequence_max: u64,
-    /// What was imported before the stream began, if that was done.
-    pub imported: Option<Imported>,
-    /// Parts that were replaced and are kept a while for readers.
-    #[serde(default)]
-    pub retired: Vec<Retired>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HistoryFile {
-    /// Relative to the history's folder.
-    pub path: String,
-    pub rows: u64,
-    pub bytes: u64,
-    pub first: Position,
-    pub last: Position,
-    pub event_time_min: Option<Micros>,
-    pub event_time_max: Option<Micros>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Imported {
-    /// Names this import, so that what else it wrote can be told from the leavings of one that did not finish.
-    pub id: String,
-    pub pattern: String,
-    /// Rows taken in, those not yet visible included.
-    pub rows: u64,
-    /// Rows without an event time, and rows whose event id had been seen before.
-    pub skipped: u64,
-    pub at: Micros,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Retired {
-    pub path: String,
-    pub at: Micros,
-}
+/// A commit that lost is tried again on what is there now. Compactions are rare, and there is one appender.
+const COMMIT_TRIES: u32 = 16;
 
 /// Rows of a history with their positions.
 #[derive(Debug, Clone)]
@@ -145,48 +49,62 @@ pub struct Positioned {
 /// The history of one stream source, at the moment of its manifest.
 #[derive(Debug)]
 pub struct History {
-    store: Arc<dyn ObjectStore>,
-    folder: Path,
-    source: Arc<str>,
-    manifest: Manifest,
+    table: Table,
+    work: Work,
+    /// An attempt to append whose end is not known: the store failed while it was committed.
+    unsure: Option<Unsure>,
+}
+
+#[derive(Debug)]
+struct Unsure {
+    paths: Vec<String>,
+    last: Position,
+    imported: Option<String>,
+}
+
+impl Unsure {
+    fn happened(&self, manifest: &Manifest) -> bool {
+        let mut names = manifest.files.iter().map(|file| &file.path);
+        names.any(|name| self.paths.contains(name))
+            || manifest.retired.iter().any(|retired| self.paths.contains(&retired.path))
+            || (self.imported.is_some()
+                && manifest.imported.as_ref().map(|imported| &imported.id) == self.imported.as_ref())
+    }
 }
 
 impl History {
     /// Opens the history of a source below the project's folder; one that was never written is empty.
     pub async fn open(store: Arc<dyn ObjectStore>, project: Path, source: &str) -> Result<History, HistoryError> {
-        let folder = project.join("history").join(source);
-        let mut history = History { store, folder, source: source.into(), manifest: Manifest::empty(source) };
-        history.reload().await?;
-        Ok(history)
+        let table = Table::of_stream(store, &project, source).await?;
+        Ok(History { table, work: Work::default(), unsure: None })
+    }
+
+    /// With bounds for what scans sort; small ones in memory, temporary files in the system's folder are the default.
+    pub fn with_work(mut self, work: Work) -> History {
+        self.work = work;
+        self
     }
 
     /// Reads the manifest again.
     pub async fn reload(&mut self) -> Result<(), HistoryError> {
-        let path = self.manifest_path();
-        let failed = |source| HistoryError::Store { path: path.to_string(), source };
-        self.manifest = match self.store.get(&path).await {
-            Ok(found) => Manifest::parse(&path, &found.bytes().await.map_err(failed)?)?,
-            Err(object_store::Error::NotFound { .. }) => Manifest::empty(&self.source),
-            Err(source) => return Err(failed(source)),
-        };
-        Ok(())
+        self.table.reload().await
+    }
+
+    pub fn table(&self) -> &Table {
+        &self.table
     }
 
     pub fn manifest(&self) -> &Manifest {
-        &self.manifest
+        self.table.manifest()
     }
 
-    /// Where a part lies in the object store.
+    /// Where a file lies in the object store.
     pub fn object_path(&self, file: &HistoryFile) -> Path {
-        self.folder.clone().join(file.path.as_str())
-    }
-
-    fn manifest_path(&self) -> Path {
-        self.folder.clone().join("manifest.json")
+        self.table.object_path(file)
     }
 
     /// Appends events in order of position, all after what is applied, and moves `applied` to the last of them. Rows are
-    /// those of `source`, aligned. When this fails nothing was appended, and the same call may be made again.
+    /// those of `source`, aligned. When this fails, the same call may be made again, with more events if there are more.
     pub async fn append(
         &mut self,
         source: &SourcePlan,
@@ -214,60 +132,107 @@ impl History {
         imported: Option<Imported>,
         now: Micros,
     ) -> Result<u64, HistoryError> {
-        let mut manifest = self.manifest.clone();
-        manifest.schema = source.schema.clone();
-        let mut parts: Vec<Positioned> = Vec::new();
-        let mut appended = 0;
-        for event in events {
-            let mut before = manifest.applied;
-            for position in &event.positions {
-                if *position <= before {
-                    let source_name = source.name.to_string();
-                    return Err(HistoryError::Order { source_name, applied: before, given: *position });
+        let rows = events.iter().map(|event| event.positions.len() as u64).sum();
+        let mut done = None;
+        if let Some(unsure) = &self.unsure {
+            self.table.reload().await?;
+            if unsure.happened(self.table.manifest()) {
+                if imported.is_some() {
+                    self.unsure = None;
+                    return Ok(rows);
                 }
-                before = *position;
-                manifest.sequence_max = manifest.sequence_max.max(position.sequence);
+                done = Some(unsure.last);
             }
-            manifest.applied = before;
-            appended += event.positions.len() as u64;
-            parts.push(event.clone());
+            self.unsure = None;
         }
-        if appended == 0 && imported.is_none() {
-            return Ok(0);
+        let events = events.iter().map(|event| event.after(done)).filter(|event| !event.positions.is_empty());
+        let events: Vec<Positioned> = events.collect();
+        if events.is_empty() && imported.is_none() {
+            return Ok(rows);
         }
-        if appended > 0
-            && let Some(last) = manifest.files.last()
-            && last.rows < PART_ROWS_SMALL
-        {
-            let last = last.clone();
-            let mut old = self.read_part(source, &last, None, Position::START).await?;
-            old.append(&mut parts);
-            parts = old;
-            manifest.files.pop();
-            manifest.retired.push(Retired { path: last.path, at: now });
+        self.check_order(&events)?;
+        let files = self.write(source, &events).await?;
+        for _ in 0..COMMIT_TRIES {
+            let mut next = self.manifest().clone();
+            next.schema = source.schema.clone();
+            next.files.extend(files.iter().cloned());
+            for position in events.iter().flat_map(|event| &event.positions) {
+                next.applied = *position;
+                next.sequence_max = next.sequence_max.max(position.sequence);
+            }
+            if imported.is_some() {
+                next.imported = imported.clone();
+            }
+            let expired = next.expire(now);
+            self.unsure = Some(Unsure {
+                paths: files.iter().map(|file| file.path.clone()).collect(),
+                last: next.applied,
+                imported: imported.as_ref().map(|imported| imported.id.clone()),
+            });
+            match self.table.folder().commit(self.table.manifest(), &mut next).await? {
+                Committed::Done => {
+                    self.unsure = None;
+                    let folder = self.table.folder().clone();
+                    self.table.set_manifest(next);
+                    folder.delete_retired(expired).await;
+                    return Ok(rows);
+                }
+                Committed::Lost => {
+                    self.unsure = None;
+                    self.table.reload().await?;
+                    self.check_order(&events)?;
+                }
+            }
         }
-        let whole = self.concat(source, &parts)?;
+        Err(HistoryError::Contended { source_name: source.name.to_string(), tries: COMMIT_TRIES })
+    }
+
+    /// Events have to be after everything that is in history: another appender may have been there.
+    fn check_order(&self, events: &[Positioned]) -> Result<(), HistoryError> {
+        let mut before = self.manifest().applied;
+        for position in events.iter().flat_map(|event| &event.positions) {
+            if *position <= before {
+                let source_name = self.manifest().source.clone();
+                return Err(HistoryError::Order { source_name, applied: before, given: *position });
+            }
+            before = *position;
+        }
+        Ok(())
+    }
+
+    /// Writes files of level 0; they count once a manifest names them.
+    async fn write(&self, source: &SourcePlan, events: &[Positioned]) -> Result<Vec<HistoryFile>, HistoryError> {
+        let mut files = Vec::new();
+        if events.is_empty() {
+            return Ok(files);
+        }
+        let whole = self.concat(source, events)?;
         let mut from = 0;
         while from < whole.positions.len() {
             let rows = (whole.positions.len() - from).min(PART_ROWS_MAX);
-            let part = whole.batch.slice(from, rows);
-            manifest.files.push(self.write_part(source, &part, &whole.positions[from..from + rows]).await?);
+            let (batch, positions) = (whole.batch.slice(from, rows), &whole.positions[from..from + rows]);
+            let (first, last) = (positions[0], positions[rows - 1]);
+            let properties = run::properties(&batch.schema(), None, source.event_time.as_deref());
+            let bytes = run::encode(&batch, properties)
+                .map_err(|what| HistoryError::Write { source_name: source.name.to_string(), what })?;
+            let times = run::time_bounds(&batch, source.event_time.as_deref());
+            let file = HistoryFile {
+                path: format!("part-{:013}-{:013}-{}.parquet", first.sequence, last.sequence, id()),
+                level: 0,
+                run: 0,
+                bucket: None,
+                rows: rows as u64,
+                bytes: bytes.len() as u64,
+                first,
+                last,
+                event_time_min: times.map(|(min, _)| min),
+                event_time_max: times.map(|(_, max)| max),
+            };
+            self.table.folder().put(&self.table.object_path(&file), bytes).await?;
+            files.push(file);
             from += rows;
         }
-        if imported.is_some() {
-            manifest.imported = imported;
-        }
-        let expired: Vec<Retired> =
-            manifest.retired.extract_if(.., |retired| retired.at.saturating_add(RETIRED_FOR) <= now).collect();
-        self.put(&self.manifest_path(), manifest.render()).await?;
-        self.manifest = manifest;
-        for retired in expired {
-            // Nobody reads it any more; one that cannot be deleted now is a stray object, not an error.
-            if let Err(error) = self.store.delete(&self.folder.clone().join(retired.path.as_str())).await {
-                tracing::debug!(path = retired.path, %error, "a replaced part of a history could not be deleted");
-            }
-        }
-        Ok(appended)
+        Ok(files)
     }
 
     /// One batch of all of them, with the position columns.
@@ -290,45 +255,6 @@ impl History {
         Ok(Positioned { batch, positions })
     }
 
-    async fn write_part(
-        &self,
-        source: &SourcePlan,
-        batch: &RecordBatch,
-        positions: &[Position],
-    ) -> Result<HistoryFile, HistoryError> {
-        let failed = |error: parquet::errors::ParquetError| HistoryError::Write {
-            source_name: source.name.to_string(),
-            what: error.to_string(),
-        };
-        let properties = WriterProperties::builder()
-            .set_compression(Compression::ZSTD(ZstdLevel::try_new(1).map_err(failed)?))
-            .set_max_row_group_row_count(Some(128 << 10))
-            .build();
-        let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).map_err(failed)?;
-        writer.write(batch).map_err(failed)?;
-        let bytes = writer.into_inner().map_err(failed)?;
-        let event_times = source.event_time.as_ref().and_then(|name| batch.column_by_name(name)).cloned();
-        let event_times = event_times.as_ref().and_then(|column| column.as_primitive_opt::<TimestampMicrosecondType>());
-        let (first, last) = (positions[0], positions[positions.len() - 1]);
-        let file = HistoryFile {
-            // The name says what is inside, and how much: a longer part with the same first event is another file.
-            path: format!("part-{:013}-{:013}-{}.parquet", first.sequence, last.sequence, positions.len()),
-            rows: positions.len() as u64,
-            bytes: bytes.len() as u64,
-            first,
-            last,
-            event_time_min: event_times.and_then(arrow::compute::min),
-            event_time_max: event_times.and_then(arrow::compute::max),
-        };
-        self.put(&self.object_path(&file), bytes).await?;
-        Ok(file)
-    }
-
-    async fn put(&self, path: &Path, bytes: Vec<u8>) -> Result<(), HistoryError> {
-        let put = self.store.put(path, PutPayload::from(bytes)).await;
-        put.map(|_| ()).map_err(|source| HistoryError::Store { path: path.to_string(), source })
-    }
-
     /// Events after a position, in order of position, aligned to the source's declared columns (or those named).
     pub fn scan(
         &self,
@@ -336,41 +262,78 @@ impl History {
         columns: Option<Vec<String>>,
         after: Position,
     ) -> BoxStream<'static, Result<Positioned, HistoryError>> {
-        let files: Vec<HistoryFile> = self.manifest.files.iter().filter(|file| file.last > after).cloned().collect();
-        let reader = History {
-            store: self.store.clone(),
-            folder: self.folder.clone(),
-            source: self.source.clone(),
-            manifest: Manifest::empty(&self.source),
-        };
-        let reader = Arc::new(reader);
-        let source = source.clone();
-        let columns = Arc::new(columns);
-        stream::iter(files)
-            .then(move |file| {
-                let (reader, source, columns) = (reader.clone(), source.clone(), columns.clone());
+        // A run holds everything between its neighbours, so pieces follow each other in order.
+        let mut pieces: Vec<Vec<HistoryFile>> = Vec::new();
+        for file in &self.manifest().files {
+            match pieces.last_mut().filter(|piece| file.is_sorted() && piece[0].run == file.run) {
+                Some(piece) => piece.push(file.clone()),
+                None => pieces.push(vec![file.clone()]),
+            }
+        }
+        pieces.retain(|piece| piece.iter().any(|file| file.last > after));
+        let reader = Arc::new(Reader {
+            table: self.table.clone(),
+            work: self.work.clone(),
+            source: source.clone(),
+            columns,
+            after,
+        });
+        stream::iter(pieces)
+            .then(move |piece| {
+                let reader = reader.clone();
                 async move {
-                    match reader.read_part(&source, &file, columns.as_deref(), after).await {
-                        Ok(batches) => batches.into_iter().map(Ok).collect(),
-                        Err(error) => vec![Err(error)],
+                    match reader.read(piece).await {
+                        Ok(batches) => batches,
+                        Err(error) => stream::iter([Err(error)]).boxed(),
                     }
                 }
             })
-            .flat_map(stream::iter)
+            .flatten()
             .boxed()
     }
+}
 
-    async fn read_part(
+impl Positioned {
+    /// Without the events up to a position.
+    fn after(&self, done: Option<Position>) -> Positioned {
+        let from = done.map_or(0, |done| self.positions.partition_point(|position| *position <= done));
+        let batch = self.batch.slice(from, self.batch.num_rows() - from);
+        Positioned { batch, positions: self.positions[from..].to_vec() }
+    }
+}
+
+/// Reads pieces of a history for one scan.
+struct Reader {
+    table: Table,
+    work: Work,
+    source: Arc<SourcePlan>,
+    columns: Option<Vec<String>>,
+    after: Position,
+}
+
+impl Reader {
+    /// One file of level 0, or one run.
+    async fn read(
         &self,
-        source: &SourcePlan,
-        file: &HistoryFile,
-        columns: Option<&[String]>,
-        after: Position,
-    ) -> Result<Vec<Positioned>, HistoryError> {
-        let path = self.object_path(file);
-        let failed = |source| HistoryError::Store { path: path.to_string(), source };
-        let bytes = self.store.get(&path).await.map_err(failed)?.bytes().await.map_err(failed)?;
-        decode_part(&path, bytes, source, columns, after)
+        piece: Vec<HistoryFile>,
+    ) -> Result<BoxStream<'static, Result<Positioned, HistoryError>>, HistoryError> {
+        if piece[0].is_sorted() {
+            let batches =
+                compact::run_in_order(&self.table, &piece, self.columns.as_deref(), self.after, &self.work).await?;
+            let (source, columns, after) = (self.source.clone(), self.columns.clone(), self.after);
+            let path = self.table.object_path(&piece[0]);
+            let batches = batches.map(move |batch| positioned(&path, &batch?, &source, columns.as_deref(), after));
+            return Ok(batches.try_filter(|part| std::future::ready(!part.positions.is_empty())).boxed());
+        }
+        let mut parts = Vec::new();
+        for file in piece {
+            let path = self.table.object_path(&file);
+            let failed = |source| HistoryError::Store { path: path.to_string(), source };
+            let store = &self.table.folder().store;
+            let bytes = store.get(&path).await.map_err(failed)?.bytes().await.map_err(failed)?;
+            parts.extend(decode_part(&path, bytes, &self.source, self.columns.as_deref(), self.after)?);
+        }
+        Ok(stream::iter(parts.into_iter().map(Ok)).boxed())
     }
 }
 
@@ -392,58 +355,38 @@ fn decode_part(
     let mut batches = Vec::new();
     for batch in reader.map_err(|error| corrupt(error.to_string()))? {
         let batch = batch.map_err(|error| corrupt(error.to_string()))?;
-        let times = batch.column_by_name(POSITION_TIME).and_then(|column| column.as_primitive_opt::<Int64Type>());
-        let sequences = batch.column_by_name(SEQUENCE).and_then(|column| column.as_primitive_opt::<UInt64Type>());
-        let (Some(times), Some(sequences)) = (times, sequences) else {
-            return Err(corrupt(format!("it has no columns `{POSITION_TIME}` and `{SEQUENCE}`")));
-        };
-        let positions: Vec<Position> = (0..batch.num_rows())
-            .map(|row| Position { time: times.value(row), sequence: sequences.value(row) })
-            .collect();
-        // Rows are in order of position, so those wanted are the last ones.
-        let skipped = positions.partition_point(|position| *position <= after);
-        if skipped == positions.len() {
-            continue;
+        let part = positioned(path, &batch, source, columns, after)?;
+        if !part.positions.is_empty() {
+            batches.push(part);
         }
-        let batch = batch.slice(skipped, batch.num_rows() - skipped);
-        let batch = source.align(&batch, columns).map_err(|error| HistoryError::Rows {
-            path: path.to_string(),
-            source_name: source.name.to_string(),
-            source: error,
-        })?;
-        batches.push(Positioned { batch, positions: positions[skipped..].to_vec() });
     }
     Ok(batches)
 }
 
-impl Manifest {
-    fn empty(source: &str) -> Manifest {
-        Manifest {
-            format: FORMAT,
-            source: source.to_owned(),
-            schema: Vec::new(),
-            files: Vec::new(),
-            applied: Position::START,
-            sequence_max: 0,
-            imported: None,
-            retired: Vec::new(),
-        }
-    }
-
-    /// The format is looked at before anything else, so that a manifest of a later version is called that.
-    fn parse(path: &Path, bytes: &[u8]) -> Result<Manifest, HistoryError> {
-        let corrupt = |what: String| HistoryError::Corrupt { path: path.to_string(), what };
-        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| corrupt(error.to_string()))?;
-        match value.get("format").and_then(serde_json::Value::as_u64) {
-            Some(found) if found > u64::from(FORMAT) => Err(HistoryError::Newer { path: path.to_string(), found }),
-            Some(_) => serde_json::from_value(value).map_err(|error| corrupt(error.to_string())),
-            None => Err(corrupt("it does not say its format".into())),
-        }
-    }
-
-    fn render(&self) -> Vec<u8> {
-        serde_json::to_vec_pretty(self).expect("a manifest holds only text and numbers")
-    }
+/// The rows of a batch that are after a position; the batch is in order of position, so they are the last ones.
+fn positioned(
+    path: &Path,
+    batch: &RecordBatch,
+    source: &SourcePlan,
+    columns: Option<&[String]>,
+    after: Position,
+) -> Result<Positioned, HistoryError> {
+    let times = batch.column_by_name(POSITION_TIME).and_then(|column| column.as_primitive_opt::<Int64Type>());
+    let sequences = batch.column_by_name(SEQUENCE).and_then(|column| column.as_primitive_opt::<UInt64Type>());
+    let (Some(times), Some(sequences)) = (times, sequences) else {
+        let what = format!("it has no columns `{POSITION_TIME}` and `{SEQUENCE}`");
+        return Err(HistoryError::Corrupt { path: path.to_string(), what });
+    };
+    let positions: Vec<Position> =
+        (0..batch.num_rows()).map(|row| Position { time: times.value(row), sequence: sequences.value(row) }).collect();
+    let skipped = positions.partition_point(|position| *position <= after);
+    let batch = batch.slice(skipped, batch.num_rows() - skipped);
+    let batch = source.align(&batch, columns).map_err(|error| HistoryError::Rows {
+        path: path.to_string(),
+        source_name: source.name.to_string(),
+        source: error,
+    })?;
+    Ok(Positioned { batch, positions: positions[skipped..].to_vec() })
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@
 
 pub mod source;
 
+pub mod table;
+
 pub mod history;
 
 pub mod point_in_time;

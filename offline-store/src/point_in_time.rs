@@ -72,7 +72,8 @@ pub struct SourceReport {
     pub source: String,
     /// Rows that were read.
     pub rows: u64,
-    /// Rows hidden from at least one spine row; each is counted once, under the last of the reasons that hid it.
+    /// Rows hidden from at least one spine row, under the last of the reasons that hid each. A row is counted for every
+    /// input of the service that it was hidden from.
     pub hidden: u64,
     pub hidden_by_created_time: u64,
     pub hidden_by_delay: u64,

@@ -153,12 +153,36 @@ class Server(gateway_pb2_grpc.GatewayServicer, ingest_pb2_grpc.IngestServicer, c
         return control_pb2.ListDatasetsResponse(datasets=[control_pb2.DatasetInfo(name="d", id="i", rows=3)])
 
 
+NUMBERS = pa.record_batch(
+    {
+        "dense": pa.FixedSizeListArray.from_arrays(pa.array(np.arange(400, dtype=np.float32)), 2),
+        "late": pa.array([row % 3 == 0 for row in range(200)]),
+        "row": pa.array(range(200)),
+        "gap": pa.array([None if row == 5 else float(row) for row in range(200)]),
+        "word": pa.array(["x"] * 200),
+        "__refused": pa.array([row in (7, 31) for row in range(200)]),
+    },
+    schema=pa.schema(
+        [
+            pa.field("dense", pa.list_(pa.field("item", pa.float32(), nullable=False), 2), nullable=False),
+            ("late", pa.bool_()),
+            ("row", pa.int64()),
+            ("gap", pa.float64()),
+            ("word", pa.string()),
+            pa.field("__refused", pa.bool_(), nullable=False),
+        ]
+    ),
+)
+
+
 class FlightServer(flight.FlightServerBase):
     """Sends the spine back with one feature, batch by batch, while it is still coming."""
 
     def __init__(self):
         super().__init__("grpc://127.0.0.1:0")
         self.commands = []
+        self.tickets = []
+        self.breaks = []
 
     def do_exchange(self, context, descriptor, reader, writer):
         command = flight_pb2.TrainingSetCommand.FromString(descriptor.command)
@@ -184,9 +208,31 @@ class FlightServer(flight.FlightServerBase):
 
     def do_get(self, context, ticket):
         asked = flight_pb2.DatasetTicket.FromString(ticket.ticket)
+        self.tickets.append(asked)
+        if asked.name == "numbers":
+            return flight.GeneratorStream(NUMBERS.schema, self.numbers(asked))
         if asked.name != "kept":
             raise KeyError(f"no dataset `{asked.name}`")
         return flight.RecordBatchStream(pa.table({"id": [asked.id]}))
+
+    def numbers(self, asked):
+        """The rows that a ticket asks for, in batches of 10; breaks off where it is told to."""
+        end = min(NUMBERS.num_rows, asked.offset + asked.limit) if asked.HasField("limit") else NUMBERS.num_rows
+        for start in range(asked.offset, end, 10):
+            if start in self.breaks:
+                self.breaks.remove(start)
+                raise flight.FlightUnavailableError("the server is draining")
+            yield NUMBERS.slice(start, min(10, end - start))
+
+    def get_flight_info(self, context, descriptor):
+        asked = flight_pb2.DatasetTicket.FromString(descriptor.command)
+        endpoints = []
+        for start in range(0, NUMBERS.num_rows, 30):
+            ticket = flight_pb2.DatasetTicket()
+            ticket.CopyFrom(asked)
+            ticket.offset, ticket.limit = start, 30
+            endpoints.append(flight.FlightEndpoint(ticket.SerializeToString(), []))
+        return flight.FlightInfo(NUMBERS.schema, descriptor, endpoints, NUMBERS.num_rows, -1)
 
 
 @pytest.fixture
@@ -455,6 +501,98 @@ def test_stored_datasets(client):
     assert client.dataset("kept", "id-9").to_arrow().column("id").to_pylist() == ["id-9"]
     with pytest.raises(coeval.NotFound, match="no dataset `lost`"):
         client.dataset("lost").to_arrow()
+
+
+def rows_of(batches):
+    return [row for batch in batches for row in batch.column("row").to_pylist()]
+
+
+def test_a_stream_that_breaks_off_is_taken_up_again(client, flights, monkeypatch):
+    monkeypatch.setattr("coeval.dataset.RESUME_PAUSE", 0.0)
+    flights.breaks = [0, 40, 40, 190]
+    assert rows_of(client.dataset("numbers").batches()) == list(range(200))
+    assert [ticket.offset for ticket in flights.tickets] == [0, 0, 40, 40, 190]
+    flights.breaks = [20] * 10
+    with pytest.raises(coeval.Unavailable, match="draining"):
+        rows_of(client.dataset("numbers").batches())
+
+
+def test_what_a_reader_asks_for(client, flights):
+    batches = client.dataset("numbers", "i").batches(
+        rank=1, world_size=4, seed=0, columns=["row"], resume=120, compression="lz4", batch_rows=9
+    )
+    assert rows_of(batches) == list(range(120, 200))
+    asked = flights.tickets[0]
+    assert (asked.name, asked.id, asked.rank, asked.world_size, asked.shuffle_seed) == ("numbers", "i", 1, 4, 0)
+    assert (list(asked.columns), asked.offset, asked.compression, asked.batch_rows) == (["row"], 120, "lz4", 9)
+    assert asked.HasField("shuffle_seed")
+
+
+@pytest.mark.parametrize("parallel", [2, 3, 20])
+def test_parallel_streams_come_in_order(client, flights, parallel):
+    assert rows_of(client.dataset("numbers").batches(parallel=parallel)) == list(range(200))
+    assert sorted(ticket.offset for ticket in flights.tickets) == list(range(0, 200, 30))
+    # Leaving early ends the threads; what goes wrong in one of them is the caller's to hear.
+    batches = client.dataset("numbers").batches(parallel=parallel)
+    next(batches)
+    batches.close()
+    flights.breaks = [70] * 10
+    with pytest.raises(coeval.Unavailable):
+        rows_of(client.dataset("numbers").batches(parallel=parallel))
+    assert not [t for t in threading.enumerate() if t.name == "coeval-endpoint"]
+
+
+def test_torch_batches(client, flights):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    dataset = client.dataset("numbers")
+    batches = dataset.torch_batches("delay", 16, labels=["late", "row", "gap"], refused="skip")
+    seen = list(batches)
+    assert [len(batch["row"]) for batch in seen] == [16] * 12 + [6]
+    assert (batches.rows, batches.refused) == (200, 2)
+    together = {name: torch.cat([batch[name] for batch in seen]) for name in seen[0]}
+    kept = [row for row in range(200) if row not in (7, 31)]
+    assert set(together) == {"dense", "late", "row", "gap"}
+    assert together["row"].tolist() == kept
+    assert together["dense"].dtype == torch.float32 and together["dense"].tolist() == [[2.0 * r, 2.0 * r + 1] for r in kept]
+    assert together["late"].dtype == torch.bool and together["late"].tolist() == [row % 3 == 0 for row in kept]
+    assert together["gap"].isnan().tolist() == [row == 5 for row in kept]
+    asked = flights.tickets[0]
+    assert (asked.encode_for, list(asked.columns), asked.inputs_only) == ("delay", ["late", "row", "gap"], False)
+
+
+def test_torch_batches_go_on_where_they_were(client, flights):
+    pytest.importorskip("torch", reason="torch is not installed")
+    dataset = client.dataset("numbers")
+    batches = dataset.torch_batches("delay", 16, labels=["row"], refused="skip")
+    before = [row for _ in range(3) for row in next(batches)["row"].tolist()]
+    resume = batches.rows
+    batches.close()
+    after = dataset.torch_batches("delay", 16, labels=["row"], refused="skip", resume=resume, drop_last=True)
+    after = [row for batch in after for row in batch["row"].tolist()]
+    assert before + after == [row for row in range(200) if row not in (7, 31)][: 16 * 12]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "refuse 1 of these rows .the first is row 7 "),
+        ({"refused": "maybe"}, "refused `maybe`"),
+        ({"refused": "skip", "labels": ["word"]}, "label `word` is string"),
+        ({"refused": "skip", "labels": ["lable"]}, "no column `lable`"),
+    ],
+)
+def test_what_cannot_be_a_tensor(client, options, text):
+    pytest.importorskip("torch", reason="torch is not installed")
+    with pytest.raises(coeval.InvalidArgument, match=text):
+        list(client.dataset("numbers").torch_batches("delay", 16, **options))
+
+
+def test_options_of_what_is_not_kept(client):
+    unnamed = client.training_set("delay_inputs", {"event_timestamp": [NOON]})
+    with pytest.raises(coeval.InvalidArgument, match="has no name: give it one"):
+        unnamed.batches(seed=1)
+    with pytest.raises(coeval.InvalidArgument, match="order `up`"):
+        client.training_set("delay_inputs", {"event_timestamp": [NOON]}, order="up")
 
 
 def test_spines_that_are_wrong(client):

@@ -270,6 +270,91 @@ def test_datasets_are_kept(client):
     assert [(d.name, d.id, d.rows) for d in client.datasets() if d.name == "two"] == [("two", dataset.id, 2)]
 
 
+def test_the_same_inputs_are_one_dataset(client):
+    spine = {"event_timestamp": [at(3), at(0.6)], "customer": ["ann", "ann"], "total": [1.0, 2.0], "coupon": [None, "TEN"]}
+    first = client.dataset("two")
+    again = client.training_set("small", spine, name="two", seed=5, order="any")
+    table = again.to_arrow()
+    assert again.existed and again.rows == 2
+    assert table.column("__ordinal").to_pylist() == [0, 1]
+    assert table.drop_columns(["__ordinal"]).equals(first.to_arrow())
+    assert [report.source for report in first.known_at] == [report.source for report in again.known_at]
+    described = first.describe()
+    assert described["id"] == again.id and described["profile"]["spending:orders_24h"]["rows"] == 2
+
+
+def test_readers_share_shuffle_and_resume(client):
+    count = 10_000
+    spine = {
+        "event_timestamp": [at(3)] * count,
+        "customer": ["ann", "bob", None, "zoe"] * (count // 4),
+        "total": np.arange(count, dtype=np.float64),
+        "coupon": [None] * count,
+        "row": np.arange(count),
+    }
+    dataset = client.training_set("small", spine, name="shared").drain()
+
+    def read(**options):
+        return [row for batch in dataset.batches(columns=["row"], **options) for row in batch.column("row").to_pylist()]
+
+    assert read() == list(range(count)) == read(parallel=3) == read(compression="zstd")
+    shuffled = read(seed=1)
+    assert shuffled != read() and sorted(shuffled) == read()
+    shares = [read(rank=rank, world_size=3, seed=1) for rank in range(3)]
+    assert [row for share in shares for row in share] == shuffled
+    assert read(rank=2, world_size=3, seed=1, resume=1_000, batch_rows=100) == shares[2][1_000:]
+    assert read(seed=2) != shuffled
+    with pytest.raises(coeval.InvalidArgument, match="rank 3"):
+        read(rank=3, world_size=3)
+    with pytest.raises(coeval.InvalidArgument, match="`rwo`"):
+        list(dataset.batches(columns=["rwo"]))
+    assert dataset.to_arrow(parallel=2).num_rows == count
+
+
+def test_tensors_are_what_serving_feeds_the_model(client):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    spine = {
+        "event_timestamp": [at(3)] * 3,
+        "customer": ["ann", "bob", "zoe"],
+        "total": [3.0, 1.0, 0.0],
+        "coupon": [None] * 3,
+        "late": [True, False, True],
+    }
+    kept = client.training_set("small", spine, name="tensors")
+    streamed = client.training_set("small", spine)
+    served = client.features("small", spine, at=at(3))
+    expected = torch.tensor(
+        [served["spending:orders_24h"].to_pylist(), served["context:ratio"].to_pylist()], dtype=torch.float64
+    ).T.to(torch.float32)
+    expected = torch.nan_to_num(expected, nan=0.0)
+    for dataset in (kept, streamed):
+        batches = list(dataset.torch_batches("buys", 2, labels=["late"]))
+        assert [list(batch["late"]) for batch in batches] == [[True, False], [True]]
+        assert torch.equal(torch.cat([batch["dense"] for batch in batches]), expected)
+    with pytest.raises(coeval.NotFound, match="bought"):
+        kept.torch_batches("bought", 2).__next__()
+    unlike = client.training_set("buying", rows(event_timestamp=[at(3)] * 4), name="unlike")
+    with pytest.raises(coeval.CoevalError, match="reads feature service `small`"):
+        list(unlike.torch_batches("buys", 2))
+
+
+def test_the_command_line_tells_of_datasets(shop, client):
+    shown = shop.command("--json", "dataset", "show", "two")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    facts = json.loads(shown.stdout)
+    assert facts["rows"] == 2 and len(facts["parts"]) == 1 and isinstance(facts["known_at"], list)
+    assert "parts" in shop.command("dataset", "show", "two").stdout
+    pq.write_table(
+        pa.table({"event_timestamp": pa.array([at(3)]), "customer": ["ann"], "total": [1.0], "coupon": ["TEN"]}),
+        shop.folder / "spine.parquet",
+    )
+    create = ("--json", "dataset", "create", "cli", "--service", "small", "--spine", str(shop.folder / "spine.parquet"))
+    for existed in (False, True):
+        created = shop.command(*create)
+        assert created.returncode == 0, created.stdout + created.stderr
+        assert json.loads(created.stdout)["existed"] is existed
+
+
 def test_pushed_events_count(client):
     now = dt.datetime.now(UTC).replace(microsecond=0) - dt.timedelta(minutes=2)
     events = {
@@ -366,7 +451,7 @@ def test_a_drained_server_ends_well_and_keeps_everything(shop, client):
         again.refresh(timeout=60)
         after = again.features("small", {"customer": ["ann"], "total": [0.0], "coupon": [None]}, at=at(3))
         assert after.to_arrow(statuses=True).equals(before.to_arrow(statuses=True))
-        assert [d.name for d in again.datasets()] == ["two"]
+        assert {"two", "shared"} <= {d.name for d in again.datasets()}
         # Killed in the middle: nothing acknowledged is lost.
         now = dt.datetime.now(UTC) - dt.timedelta(minutes=1)
         with again.pusher("orders") as pusher:

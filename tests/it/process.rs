@@ -31,7 +31,7 @@ feature_services:
 "#;
 
 /// The binary that the workspace's own build put beside this test.
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     let test = std::env::current_exe().expect("a test has a path");
     let folder = test.parent().and_then(Path::parent).expect("tests lie below the profile's folder");
     let binary = folder.join("coeval");
@@ -39,20 +39,27 @@ fn binary() -> PathBuf {
     binary
 }
 
-struct Process {
+pub struct Process {
     child: Child,
     channel: Channel,
+    grpc: String,
 }
 
 impl Process {
     async fn start(project: &Project) -> Process {
-        let ready = project.path().join("ready.json");
+        Process::start_with(project.path(), &[]).await
+    }
+
+    /// With variables of its own.
+    pub async fn start_with(folder: &Path, variables: &[(String, String)]) -> Process {
+        let ready = folder.join("ready.json");
         let _ = std::fs::remove_file(&ready);
         let mut child = Command::new(binary())
             .arg("-C")
-            .arg(project.path())
+            .arg(folder)
             .args(["serve", "--ready-file"])
             .arg(&ready)
+            .envs(variables.iter().cloned())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -71,7 +78,11 @@ impl Process {
         let addresses: serde_json::Value = serde_json::from_str(&text).expect("the ready file is JSON");
         let grpc = addresses["grpc"].as_str().expect("the ready file names the gRPC address");
         let channel = Channel::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
-        Process { child, channel }
+        Process { child, channel, grpc: grpc.to_owned() }
+    }
+
+    pub fn address(&self) -> String {
+        self.grpc.clone()
     }
 
     async fn push(&self, ids: &[String], wait_visible: bool) -> Result<v1::PushResponse, tonic::Status> {

@@ -12,8 +12,10 @@ use arrow_flight::flight_service_client::FlightServiceClient;
 use clap::ValueEnum;
 use feature_defs::value::Type;
 use futures::{StreamExt, TryStreamExt};
+use offline_store::dataset::Manifest;
+use offline_store::point_in_time::SourceReport;
 use prost::Message;
-use proto::v1::{DatasetInfo, ListDatasetsRequest, TrainingSetCommand};
+use proto::v1::{DatasetInfo, DatasetTicket, ListDatasetsRequest, TrainingSetCommand};
 use serde_json::{Value as Json, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -80,6 +82,17 @@ enum VisibilityChoice {
 #[derive(Debug, serde::Deserialize)]
 struct Stored {
     id: String,
+    #[serde(default)]
+    existed: bool,
+}
+
+/// How much a command says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// It was made just now.
+    Created,
+    /// It was asked for and found.
+    Existed,
 }
 
 pub async fn run(place: &Place, command: &DatasetCommand, output: &Output) -> Result<(), CliError> {
@@ -104,7 +117,7 @@ pub async fn run(place: &Place, command: &DatasetCommand, output: &Output) -> Re
             let by_id = datasets.iter().find(|known| known.id == *dataset);
             match by_id.or_else(|| newest(&datasets, dataset)) {
                 Some(found) => {
-                    show(found, output);
+                    show(found, &manifest(&server, found).await?, None, output);
                     Ok(())
                 }
                 None => Err(CliError::unknown("dataset", dataset, datasets.iter().map(|d| d.name.as_str()))),
@@ -124,13 +137,63 @@ fn newest<'a>(datasets: &'a [DatasetInfo], name: &str) -> Option<&'a DatasetInfo
     datasets.iter().filter(|known| known.name == name).max_by(|a, b| a.created_at.cmp(&b.created_at))
 }
 
-fn show(dataset: &DatasetInfo, output: &Output) {
+/// What lies beside the dataset's rows.
+async fn manifest(server: &Server, dataset: &DatasetInfo) -> Result<Manifest, ServerError> {
+    let ticket = DatasetTicket {
+        project: server.project.clone(),
+        name: dataset.name.clone(),
+        id: dataset.id.clone(),
+        ..DatasetTicket::default()
+    };
+    let descriptor = FlightDescriptor::new_cmd(ticket.encode_to_vec());
+    let mut client = FlightServiceClient::new(server.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let info = client.get_flight_info(descriptor).await.map_err(|status| server.failed(status))?.into_inner();
+    serde_json::from_slice(&info.app_metadata).map_err(|error| {
+        let message = format!("the manifest of dataset `{}` cannot be read: {error}", dataset.id);
+        ServerError::Refused { address: server.address.clone(), code: "data loss", message }
+    })
+}
+
+fn show(dataset: &DatasetInfo, manifest: &Manifest, origin: Option<Origin>, output: &Output) {
     output.line(format!("{} {}", dataset.name, dataset.id));
+    if origin == Some(Origin::Existed) {
+        output.line("  these inputs were asked for before: this is the dataset they gave, nothing was computed");
+    }
+    let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     output.line(format!("  rows      {}", dataset.rows));
+    output.line(format!("  parts     {}, {:.1} MiB", manifest.files.len(), bytes as f64 / f64::from(1 << 20)));
     output.line(format!("  service   {} {}", dataset.service, dataset.service_digest));
+    output.line(format!("  seed      {}", manifest.seed));
     output.line(format!("  location  {}", dataset.location));
     output.line(format!("  created   {}", dataset.created_at));
-    output.json(&as_json(dataset));
+    output.line(format!("  visible   {}", manifest.visibility));
+    for report in &manifest.known_at {
+        output.line(format!("  source    {}", hidden(report)));
+    }
+    if origin.is_none() {
+        let parts: Vec<Vec<String>> = manifest
+            .files
+            .iter()
+            .map(|file| vec![file.path.clone(), file.rows.to_string(), file.bytes.to_string()])
+            .collect();
+        output.table(&["PART", "ROWS", "BYTES"], &parts);
+    }
+    output.json(&as_json_with(dataset, manifest, origin));
+}
+
+/// What a source's known-at rule did, in words.
+fn hidden(report: &SourceReport) -> String {
+    let reasons = [
+        (report.hidden_by_created_time, "created later"),
+        (report.hidden_by_delay, "by its delay"),
+        (report.hidden_by_every, "by its grid"),
+        (report.hidden_by_arrival, "arrived later"),
+    ];
+    let reasons: Vec<String> =
+        reasons.iter().filter(|(rows, _)| *rows > 0).map(|(rows, why)| format!("{rows} {why}")).collect();
+    let verb = if report.enforced { "hidden" } else { "would have been hidden" };
+    let why = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
+    format!("{}: {} of {} rows {verb} from some training row{why}", report.source, report.hidden, report.rows)
 }
 
 fn as_json(dataset: &DatasetInfo) -> Json {
@@ -143,6 +206,19 @@ fn as_json(dataset: &DatasetInfo) -> Json {
         "location": dataset.location,
         "created_at": dataset.created_at,
     })
+}
+
+fn as_json_with(dataset: &DatasetInfo, manifest: &Manifest, origin: Option<Origin>) -> Json {
+    let mut json = as_json(dataset);
+    json["visibility"] = manifest.visibility.clone().into();
+    json["seed"] = manifest.seed.into();
+    json["parts"] = json!(manifest.files);
+    json["known_at"] = json!(manifest.known_at);
+    json["profile"] = json!(manifest.profile);
+    if let Some(origin) = origin {
+        json["existed"] = (origin == Origin::Existed).into();
+    }
+    json
 }
 
 async fn create(place: &Place, arguments: &CreateArguments, output: &Output) -> Result<(), CliError> {
@@ -177,6 +253,7 @@ async fn create(place: &Place, arguments: &CreateArguments, output: &Output) -> 
         }
         .to_owned(),
         seed: arguments.seed,
+        ..TrainingSetCommand::default()
     };
     let exchanged = exchange(&server, &command, receiver, &bar).await;
     bar.finish_and_clear();
@@ -190,7 +267,9 @@ async fn create(place: &Place, arguments: &CreateArguments, output: &Output) -> 
     let by_id = datasets.iter().find(|known| stored.as_ref().is_some_and(|stored| stored.id == known.id));
     match by_id.or_else(|| newest(&datasets, &arguments.name)) {
         Some(dataset) => {
-            show(dataset, output);
+            let existed = stored.as_ref().is_some_and(|stored| stored.existed);
+            let origin = if existed { Origin::Existed } else { Origin::Created };
+            show(dataset, &manifest(&server, dataset).await?, Some(origin), output);
             Ok(())
         }
         None => Err(CliError::Failed(format!(

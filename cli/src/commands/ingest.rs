@@ -1,4 +1,5 @@
-//! `coeval ingest`: rows of files, pushed as events to a stream source through the server.
+//! `coeval ingest`: rows of files, pushed as events to a stream source through the server; or, without files, a source's
+//! own files copied into a managed table, by the server when one runs, else here.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,17 +7,21 @@ use std::sync::Arc;
 
 use feature_defs::value::Type;
 use indicatif::ProgressBar;
-use proto::v1::{PushRequest, PushResponse, Rejected};
+use offline_store::source::Sources;
+use offline_store::table::import::{FilesImported, import_source};
+use proto::v1::{ImportFilesRequest, PushRequest, PushResponse, Rejected, TableDone};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::compact::{self, Here};
 use crate::columns::encode_array;
 use crate::error::{CliError, counted};
 use crate::output::Output;
 use crate::project::Place;
 use crate::server::{Server, ServerArguments};
 use crate::tables::{self, Table};
+use crate::times;
 
 /// One message: large enough that the round trip does not count, small enough that progress is seen.
 const MESSAGE_ROWS: usize = 4_096;
@@ -27,10 +32,10 @@ const REJECTED_SHOWN: usize = 20;
 
 #[derive(Debug, clap::Args)]
 pub struct IngestArguments {
-    /// The stream source
+    /// The stream source, or a source with `files:` to import into a managed table
     source: String,
-    /// Parquet or CSV files, pushed in this order
-    #[arg(required = true, value_name = "FILE")]
+    /// Parquet or CSV files, pushed to the stream in this order
+    #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Return only when what is due answers online
     #[arg(long)]
@@ -57,13 +62,29 @@ struct Reason {
     reason: String,
 }
 
+/// What an import of a source's own files did.
+#[derive(Debug, Serialize)]
+struct Imported {
+    source: String,
+    /// False: the table was a copy of these very files already.
+    changed: bool,
+    rows: u64,
+    files: u64,
+    bytes: u64,
+    buckets: u32,
+    seconds: f64,
+}
+
 pub async fn run(place: &Place, arguments: &IngestArguments, output: &Output) -> Result<(), CliError> {
+    if arguments.files.is_empty() {
+        return import(place, arguments, output).await;
+    }
     let server = Server::of(place, &arguments.server, output).await?;
     let source = server.source(&arguments.source).await?;
     if source.kind != "stream" {
         return Err(CliError::Usage(format!(
-            "`{}` is not a stream: its rows are in files; make them visible with `coeval materialize --through TIME --source {}`",
-            source.name, source.name
+            "`{0}` is not a stream: its rows are in files of its own; make them visible with `coeval materialize --through TIME --source {0}`, or copy them into a managed table with `coeval ingest {0}`",
+            source.name
         )));
     }
     let mut types: BTreeMap<String, Type> = server.types(&source.schema)?.into_iter().collect();
@@ -124,6 +145,50 @@ pub async fn run(place: &Place, arguments: &IngestArguments, output: &Output) ->
         "{} can never be applied; they are kept in the dead-letter folder of the store",
         counted(ingested.rejected as usize, "event")
     )))
+}
+
+async fn import(place: &Place, arguments: &IngestArguments, output: &Output) -> Result<(), CliError> {
+    let name = &arguments.source;
+    let stream = || CliError::Usage(format!("`{name}` is a stream: name the files whose rows are to be pushed to it"));
+    let bar = output.progress(None, "rows");
+    bar.set_message(format!("{name}:"));
+    let imported = match Server::if_running(place, &arguments.server, output).await? {
+        Some(server) => {
+            if server.source(name).await?.kind == "stream" {
+                return Err(stream());
+            }
+            let request = ImportFilesRequest { project: server.project.clone(), source: name.clone() };
+            let answers = server.ingest().import_files(request).await.map_err(|status| server.failed(status))?;
+            let done = compact::follow(&server, answers.into_inner(), &bar).await?.pop().unwrap_or_default();
+            let TableDone { source, changed, files_after, bytes_after, rows, buckets, seconds, .. } = done;
+            Imported { source, changed, rows, files: files_after, bytes: bytes_after, buckets, seconds }
+        }
+        None => {
+            let Here { plan, store, project, work } = Here::open(place, output).await?;
+            let source = plan.source(name);
+            let known = || plan.sources.iter().map(|source| &*source.name);
+            let source = source.ok_or_else(|| CliError::unknown("source", name, known()))?;
+            if source.is_stream() {
+                return Err(stream());
+            }
+            let failed = |error| CliError::ManagedTable(Box::new(error));
+            let sources = Sources::new(&place.folder).map_err(|error| failed(error.into()))?;
+            let tell = |rows| bar.inc(rows);
+            let done = import_source(&store, &project, &plan, source, &sources, &work, times::now(), &tell).await;
+            let FilesImported { source, changed, rows, files, bytes, buckets, seconds } = done.map_err(failed)?;
+            Imported { source, changed, rows, files: files as u64, bytes, buckets, seconds }
+        }
+    };
+    bar.finish_and_clear();
+    let Imported { source, changed, rows, files, buckets, seconds, .. } = &imported;
+    output.line(if *changed {
+        let rate = (*rows as f64 / seconds.max(1e-6)).round();
+        format!("{source}: {rows} rows imported in {seconds:.1} s ({rate}/s), {files} files in {buckets} buckets")
+    } else {
+        format!("{source}: its files have not changed since they were imported, {rows} rows")
+    });
+    output.json(&imported);
+    Ok(())
 }
 
 /// Turns files into messages until they end or nobody wants more.

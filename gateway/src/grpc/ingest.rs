@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::answer::Gateway;
 use crate::convert;
-use crate::events::{Events, Mode, Progress, Wait};
+use crate::events::{Events, EventsError, Mode, Progress, TableDone, TableProgress, Wait};
 use crate::status::{Failure, Kind, not_known};
 
 /// Answers that wait for a slow reader. Beyond them the stream is not read on, and the client's own window fills.
@@ -105,11 +105,79 @@ impl IngestService for Ingest {
         Ok(Response::new(Box::pin(reports.chain(end))))
     }
 
+    type CompactStream = Answers<v1::TableProgress>;
+
+    async fn compact(
+        &self,
+        request: Request<v1::CompactRequest>,
+    ) -> Result<Response<Answers<v1::TableProgress>>, Status> {
+        let request = request.into_inner();
+        self.gateway.check_serving()?;
+        self.gateway.check_project(&request.project)?;
+        let events = events(&self.gateway)?;
+        let mode = if request.dry_run { Mode::DryRun } else { Mode::Apply };
+        Ok(table_work(move |progress| async move { events.compact(&request.sources, mode, progress).await }))
+    }
+
+    type ImportFilesStream = Answers<v1::TableProgress>;
+
+    async fn import_files(
+        &self,
+        request: Request<v1::ImportFilesRequest>,
+    ) -> Result<Response<Answers<v1::TableProgress>>, Status> {
+        let request = request.into_inner();
+        self.gateway.check_serving()?;
+        self.gateway.check_project(&request.project)?;
+        let events = events(&self.gateway)?;
+        Ok(table_work(move |progress| async move {
+            events.import_files(&request.source, progress).await.map(|table| vec![table])
+        }))
+    }
+
     async fn flush(&self, request: Request<v1::FlushRequest>) -> Result<Response<v1::FlushResponse>, Status> {
         let gateway = &self.gateway;
         gateway.check_project(&request.into_inner().project)?;
         let written = events(gateway)?.flush().await.map_err(Failure::from)?;
         Ok(Response::new(v1::FlushResponse { events: written }))
+    }
+}
+
+/// Progress as it comes; the last message says what was done, or why it was not.
+fn table_work<F>(work: impl FnOnce(mpsc::Sender<TableProgress>) -> F) -> Response<Answers<v1::TableProgress>>
+where
+    F: Future<Output = Result<Vec<TableDone>, EventsError>> + Send + 'static,
+{
+    let (sender, progress) = mpsc::channel::<TableProgress>(ANSWERS_MAX);
+    let work = tokio::spawn(work(sender));
+    let reports = ReceiverStream::new(progress)
+        .map(|(source, rows_written)| Ok(v1::TableProgress { source, rows_written, ..v1::TableProgress::default() }));
+    let end = futures::stream::once(async move {
+        match work.await {
+            Ok(Ok(tables)) => {
+                let tables = tables.into_iter().map(table_done).collect();
+                Ok(v1::TableProgress { tables, done: true, ..v1::TableProgress::default() })
+            }
+            Ok(Err(error)) => Err(Failure::from(error).into()),
+            Err(error) => Err(Failure::internal("the work on tables ended early", &error).into()),
+        }
+    });
+    Response::new(Box::pin(reports.chain(end)))
+}
+
+fn table_done(done: TableDone) -> v1::TableDone {
+    let TableDone { source, changed, files_before, files_after, files_taken, bytes_before, bytes_after, .. } = done;
+    let TableDone { rows, buckets, seconds, .. } = done;
+    v1::TableDone {
+        source,
+        changed,
+        files_before,
+        files_after,
+        files_taken,
+        bytes_before,
+        bytes_after,
+        rows,
+        buckets,
+        seconds,
     }
 }
 

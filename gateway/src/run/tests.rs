@@ -34,7 +34,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use super::*;
-use crate::events::{EventsError, Mode, Progress, Pushed, Wait};
+use crate::events::{EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
 
 const DEFINITIONS: &str = "
 entities:
@@ -142,6 +142,22 @@ impl Events for Double {
         let report = Progress { source: "x".into(), view: "".into(), rows_read: 2, rows_applied: 1, rows_stale: 0 };
         progress.send(report).await.unwrap();
         Ok(())
+    }
+    async fn compact(
+        &self,
+        sources: &[String],
+        mode: Mode,
+        progress: mpsc::Sender<TableProgress>,
+    ) -> Result<Vec<TableDone>, EventsError> {
+        assert_eq!(mode, Mode::DryRun);
+        if let Some(name) = sources.first() {
+            return Err(EventsError::Unknown(format!("there is no source `{name}`")));
+        }
+        progress.send(("sales".into(), 5)).await.unwrap();
+        Ok(vec![TableDone { source: "sales".into(), changed: true, rows: 9, ..TableDone::default() }])
+    }
+    async fn import_files(&self, source: &str, _: mpsc::Sender<TableProgress>) -> Result<TableDone, EventsError> {
+        Err(EventsError::Invalid(format!("`{source}` is a stream")))
     }
     async fn flush(&self) -> Result<u64, EventsError> {
         Ok(7)
@@ -593,6 +609,22 @@ async fn events_are_pushed_in_order_and_acknowledged_each() {
     let last = progress.message().await.unwrap().unwrap();
     assert!(last.done && last.through == NOW);
     assert!(progress.message().await.unwrap().is_none());
+
+    let request = v1::CompactRequest { project: "shops".into(), sources: Vec::new(), dry_run: true };
+    let mut progress = server.ingest.compact(request.clone()).await.unwrap().into_inner();
+    let first = progress.message().await.unwrap().unwrap();
+    assert_eq!((first.source.as_str(), first.rows_written, first.done), ("sales", 5, false));
+    let last = progress.message().await.unwrap().unwrap();
+    assert!(last.done && last.tables[0].changed && last.tables[0].rows == 9);
+    assert!(progress.message().await.unwrap().is_none());
+    let wrong = v1::CompactRequest { sources: vec!["sails".into()], ..request };
+    let mut progress = server.ingest.compact(wrong).await.unwrap().into_inner();
+    let status = progress.message().await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::NotFound, "there is no source `sails`"));
+    let request = v1::ImportFilesRequest { project: "shops".into(), source: "sales".into() };
+    let mut progress = server.ingest.import_files(request).await.unwrap().into_inner();
+    assert_eq!(progress.message().await.unwrap_err().code(), Code::InvalidArgument);
+
     let flushed = server.ingest.flush(v1::FlushRequest { project: "shops".into() }).await.unwrap();
     assert_eq!(flushed.into_inner().events, 7);
     server.stop().await;

@@ -392,3 +392,55 @@ async fn history_being_away_does_not_stop_what_answers_online() {
     world.ingest().flush().await.unwrap();
     world.check_history().await;
 }
+
+/// Until the history of `sales` has sorted files, which only a compaction writes.
+async fn compacted(world: &World) {
+    for _ in 0..20_000 {
+        if world.history().await.manifest().files.iter().any(|file| file.is_sorted()) {
+            return;
+        }
+        world.ingest().wake();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("the history is not compacted: {:?}", world.ingest().status());
+}
+
+#[tokio::test]
+async fn history_is_compacted_beside_live_events_and_changes_nothing() {
+    let mut world = World::new(STREAM).await;
+    for index in 0..40 {
+        let shop = ["a", "b", "c"][index % 3];
+        world.push(&[sale(shop, index as f64, &format!("e{index}"), T0 - index as i64 * MINUTE)]).await;
+        world.ingest().flush().await.unwrap();
+    }
+    compacted(&world).await;
+    world.push(&[sale("a", 7.0, "later", T0)]).await;
+    world.check_history().await;
+    // A view that is new is built from runs and small files alike, in order of position.
+    world.adopt(&format!("{STREAM}{EXTRA_VIEW}")).await;
+    world.check_online().await;
+    world.crash().await;
+    world.open().await;
+    assert_eq!(world.push(&[sale("a", 0.0, "e3", T0)]).await.duplicates, 1, "ids are found in runs as well");
+
+    // By hand, it is one run; what was applied and not written yet is in it.
+    world.push(&[sale("b", 8.0, "last", T0)]).await;
+    world.settle().await;
+    let (progress, _reports) = tokio::sync::mpsc::channel(16);
+    let looked = world.ingest().compact(&["sales".into()], crate::Mode::DryRun, progress.clone()).await.unwrap();
+    assert!(looked[0].changed && looked[0].files_taken > 1, "{looked:?}");
+    let done = world.ingest().compact(&[], crate::Mode::Apply, progress.clone()).await.unwrap();
+    assert_eq!((done.len(), done[0].changed, done[0].files_after, done[0].rows), (1, true, 1, 42));
+    let again = world.ingest().compact(&[], crate::Mode::Apply, progress.clone()).await.unwrap();
+    assert!(!again[0].changed);
+    world.check_history().await;
+    let error = world.ingest().compact(&["sails".into()], crate::Mode::Apply, progress.clone()).await.unwrap_err();
+    assert!(error.to_string().contains("there is no source `sails`; there are: sales"), "{error}");
+    let error = world.ingest().import_files("sales", progress).await.unwrap_err();
+    assert!(error.to_string().contains("`coeval ingest sales FILE`"), "{error}");
+    world.stop().await;
+    assert!(
+        !world.folder.path().join("spill").exists()
+            || world.folder.path().join("spill").read_dir().unwrap().next().is_none()
+    );
+}

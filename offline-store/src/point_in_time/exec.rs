@@ -352,7 +352,8 @@ impl Run<'_> {
                     runtime: &self.runtime,
                     stop: self.stop,
                     memory: &self.memory,
-                    copies_bytes: free / 3,
+                    event_times: numbers.iter().map(|number| self.join.used[*number].event_time).collect(),
+                    ties_bytes: free / 4,
                     spill: &self.join.spill,
                 };
                 scan.run()?
@@ -446,7 +447,10 @@ impl Run<'_> {
             Ok(collector.finish(index, spine.num_rows(), &applied_positions(spine, &input.alias)?))
         });
         let answers: Result<Vec<ViewAnswer>> = answers.collect();
-        Ok((answers?, SourceReport { source: source.name.to_string(), rows: read, enforced: true, ..Default::default() }))
+        Ok((
+            answers?,
+            SourceReport { source: source.name.to_string(), rows: read, enforced: true, ..Default::default() },
+        ))
     }
 }
 

@@ -9,10 +9,10 @@ use arrow::array::{BooleanArray, RecordBatch};
 use arrow::buffer::BooleanBuffer;
 use bytes::{Buf, Bytes};
 use datafusion::error::{DataFusionError, Result};
-use object_store::path::Path;
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryFutureExt};
 use object_store::ObjectStore;
+use object_store::path::Path;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
@@ -74,7 +74,7 @@ impl Files {
         const AT_ONCE: usize = 16;
         let opened = locations.into_iter().map(|location| async move {
             let Location { store, path, size, shown } = location;
-                let options = ArrowReaderOptions::new();
+            let options = ArrowReaderOptions::new();
             let fetch = Ranges { store: &store, path: &path };
             let metadata = ParquetMetaDataReader::new()
                 .with_page_index_policy(PageIndexPolicy::Optional)
@@ -111,9 +111,10 @@ impl Files {
         let bytes = self.units.iter().map(|unit| {
             let file = &self.files[unit.file];
             let metadata = file.metadata.metadata().row_group(unit.row_group);
-            let leaves = metadata.columns().iter().filter(|column| {
-                column.column_path().parts().first().is_some_and(|root| columns.contains(root))
-            });
+            let leaves = metadata
+                .columns()
+                .iter()
+                .filter(|column| column.column_path().parts().first().is_some_and(|root| columns.contains(root)));
             leaves.map(|column| column.compressed_size().max(0) as usize).sum::<usize>()
         });
         bytes.max().unwrap_or(0) + columns.len() * DECODE_ROWS * 16

@@ -1,10 +1,11 @@
 //! One source, read once for all the inputs of a service that it answers.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, UInt32Array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, BooleanBufferBuilder, RecordBatch, UInt32Array};
+use arrow::buffer::NullBuffer;
 use arrow::compute::{concat_batches, take};
 use arrow::datatypes::{Int64Type, TimestampMicrosecondType, UInt64Type};
 use arrow::error::ArrowError;
@@ -14,13 +15,13 @@ use datafusion::execution::memory_pool::MemoryReservation;
 use feature_defs::as_of::MaxAge;
 use feature_defs::catalog::Visibility;
 use feature_defs::plan::{ServiceInput, SourcePlan, ViewAnswer, ViewPlan, ViewPlanKind};
-use feature_defs::time::{Micros, Position, STATIC, Status};
+use feature_defs::time::{Micros, Position, STATIC, SourceClock, Status};
 use feature_defs::value::{Value, encode_row};
 
 use super::SourceReport;
 use super::files::Files;
 use super::index::{NO_GROUP, SpineIndex};
-use super::latest::{Candidates, Rank, RankParts, comparable};
+use super::latest::{Answers, Buffers, Entry, Hidden, Latest, PlainEntry, Rank, RankParts, Rules, comparable};
 use super::places::{Marks, Place};
 use super::windows::{Windows, WindowsPlan};
 use crate::history::{POSITION_TIME, SEQUENCE};
@@ -37,8 +38,10 @@ pub struct Scan<'a> {
     pub runtime: &'a tokio::runtime::Handle,
     pub stop: &'a AtomicBool,
     pub memory: &'a MemoryReservation,
-    /// Bytes that copies of candidates may take.
-    pub copies_bytes: usize,
+    /// Which inputs' event times are read by somebody, in their order.
+    pub event_times: Vec<bool>,
+    /// Bytes that rows alike in every time may take.
+    pub ties_bytes: usize,
     pub spill: &'a super::spill::Spill,
 }
 
@@ -48,89 +51,62 @@ struct RowTimes {
     /// Rows without an event time are none.
     valid: Option<BooleanArray>,
     created: Option<ArrayRef>,
-    /// When each row may first be seen; None where that is its event time.
+    /// When each row may first be seen, whether that is enforced or not; None where that is its event time.
     from: Option<Vec<Micros>>,
-    /// When each row is known, where that can be later than its event time, and when it would be without the grid.
-    known: Option<(Vec<Micros>, Vec<Micros>)>,
+    /// When each row is known; None where that is its event time.
+    known: Option<Vec<Micros>>,
     positions: Option<(ArrayRef, ArrayRef)>,
 }
 
-/// What one worker collects for one input.
-enum Collector<'a> {
-    Latest(Candidates),
-    Windows(Windows<'a>),
+/// What all workers collect for one input, or one worker.
+enum Collector<L, W> {
+    Latest(L),
+    Windows(W),
 }
 
-#[derive(Debug, Default, Clone)]
-struct Counts {
+/// One worker's.
+struct Worker<'a> {
+    collectors: Vec<Collector<Buffers, Windows<'a>>>,
+    hidden: Hidden,
     rows: u64,
-    hidden: u64,
-    created_time: u64,
-    delay: u64,
-    every: u64,
-    arrival: u64,
 }
 
 impl<'a> Scan<'a> {
     pub fn run(self) -> Result<(Vec<ViewAnswer>, SourceReport)> {
-        let windowed: Vec<Option<WindowsPlan<'a>>> =
-            self.inputs.iter().map(|(input, _)| WindowsPlan::of(&input.view)).collect();
-        let (collectors, counts) = self.collect(&windowed)?;
-        let report = SourceReport {
-            source: self.source.name.to_string(),
-            rows: counts.rows,
-            hidden: counts.hidden,
-            hidden_by_created_time: counts.created_time,
-            hidden_by_delay: counts.delay,
-            hidden_by_every: counts.every,
-            hidden_by_arrival: counts.arrival,
-            enforced: self.rule != Visibility::EventTime,
-        };
+        let mut held: Vec<Collector<Latest, Option<Windows<'a>>>> = self
+            .inputs
+            .iter()
+            .map(|(input, index)| match input.view.is_windowed() {
+                true => Collector::Windows(None),
+                false => Collector::Latest(Latest::new(index.clone(), self.rules())),
+            })
+            .collect();
+        let report = self.collect(&mut held)?;
 
-        // As-of inputs first: they are read with one more pass over the columns that hold values.
+        // As-of inputs are read with one more pass, over the columns that hold values.
         let mut answers: Vec<Option<ViewAnswer>> = Vec::with_capacity(self.inputs.len());
         let mut carried = Vec::new();
         let mut marks = Marks::new(self.files);
-        for (at, (collector, (input, index))) in collectors.into_iter().zip(&self.inputs).enumerate() {
+        for (at, (collector, (input, index))) in held.into_iter().zip(&self.inputs).enumerate() {
             answers.push(None);
             match collector {
-                Collector::Latest(mut candidates) => {
-                    self.decide(&input.view, &mut candidates)?;
-                    let carried_forward = candidates.carry_forward(index, max_age(&input.view));
-                    carried_forward.mark(&mut marks);
-                    carried.push((at, carried_forward));
+                Collector::Latest(mut latest) => {
+                    self.decide(&input.view, &mut latest)?;
+                    let found = latest.answers(max_age(&input.view), self.threads, self.stop)?;
+                    found.iter().for_each(|bucket| bucket.mark(&mut marks));
+                    carried.push((at, found));
                 }
                 Collector::Windows(windows) => {
+                    let Some(windows) = windows else { return internal_err!("no worker collected windows") };
                     answers[at] = Some(windows.finish(index, self.spine_rows, self.threads, self.stop)?);
                 }
             }
         }
         if !carried.is_empty() {
             marks.count();
-            let columns = self.value_columns();
-            let rows = self.fetch(&marks, &columns)?;
-            for (at, carried) in carried {
-                let (input, index) = &self.inputs[at];
-                let values = input.view.values(&rows).map_err(external)?;
-                let mut statuses = vec![Status::NotFound; self.spine_rows];
-                let mut event_times: Vec<Option<Micros>> = vec![None; self.spine_rows];
-                let mut places: Vec<Option<u32>> = vec![None; self.spine_rows];
-                for slot in 0..index.slots() {
-                    let row = index.row(slot);
-                    statuses[row] = carried.statuses[slot];
-                    if carried.places[slot] != Place::NONE {
-                        event_times[row] = Some(carried.event_times[slot]);
-                    }
-                    if carried.statuses[slot] == Status::Present {
-                        places[row] = Some(marks.rank(carried.places[slot]));
-                    }
-                }
-                drop(carried);
-                let places = UInt32Array::from(places);
-                let taken = in_parallel(self.threads, self.stop, values.len(), |feature| {
-                    Ok(take(&values[feature], &places, None)?)
-                })?;
-                answers[at] = Some(ViewAnswer { values: taken, statuses, event_times });
+            let rows = self.fetch(&marks, &self.value_columns())?;
+            for (at, found) in carried {
+                answers[at] = Some(self.answer(at, found, &rows, &marks)?);
             }
         }
         let answers: Option<Vec<ViewAnswer>> = answers.into_iter().collect();
@@ -140,29 +116,47 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Reads the columns that decide, and for windows those that say, of every row group.
-    fn collect(&self, windowed: &[Option<WindowsPlan<'a>>]) -> Result<(Vec<Collector<'a>>, Counts)> {
-        let parts = self.rank_parts();
-        let slots: usize = self
-            .inputs
-            .iter()
-            .zip(windowed)
-            .filter(|(_, windowed)| windowed.is_none())
-            .map(|((_, index), _)| Candidates::bytes_of(index.slots(), parts))
-            .sum();
-        let workers = self.threads.min(self.files.units().len()).max(1);
-        let copies = (self.copies_bytes / slots.max(1)).clamp(1, workers);
-        self.memory.try_grow(slots * copies)?;
-        let fresh = || -> Vec<Collector<'a>> {
-            let make = |((_, index), windowed): (&(&'a ServiceInput, Arc<SpineIndex>), &Option<WindowsPlan<'a>>)| {
-                match windowed {
-                    Some(plan) => Collector::Windows(Windows::new(plan.clone(), index, self.files.rows(), self.rule)),
-                    None => Collector::Latest(Candidates::new(index.slots(), parts)),
+    /// The answer of an as-of input, from what answers at its slots and the rows that were read.
+    fn answer(&self, at: usize, found: Vec<Answers>, rows: &RecordBatch, marks: &Marks) -> Result<ViewAnswer> {
+        let (input, index) = &self.inputs[at];
+        let values = input.view.values(rows).map_err(external)?;
+        let mut statuses = vec![Status::NotFound; self.spine_rows];
+        let mut event_times: Vec<Option<Micros>> =
+            if self.event_times[at] { vec![None; self.spine_rows] } else { Vec::new() };
+        let mut places = vec![0u32; self.spine_rows];
+        let mut present = BooleanBufferBuilder::new(self.spine_rows);
+        present.append_n(self.spine_rows, false);
+        for bucket in &found {
+            for (slot, (status, (event_time, place))) in bucket.statuses.iter().zip(&bucket.best).enumerate() {
+                let row = index.row(bucket.base + slot);
+                statuses[row] = *status;
+                if *status == Status::Present {
+                    places[row] = marks.rank(*place);
+                    present.set_bit(row, true);
                 }
-            };
-            self.inputs.iter().zip(windowed).map(make).collect()
-        };
-        let mut columns: Vec<String> = self.inputs.iter().flat_map(|(input, _)| input.view.deciding_columns()).collect();
+                if self.event_times[at] && *place != Place::NONE {
+                    event_times[row] = Some(*event_time);
+                }
+            }
+        }
+        drop(found);
+        let places = UInt32Array::new(places.into(), Some(NullBuffer::new(present.finish())));
+        let taken =
+            in_parallel(self.threads, self.stop, values.len(), |feature| Ok(take(&values[feature], &places, None)?))?;
+        Ok(ViewAnswer { values: taken, statuses, event_times })
+    }
+
+    /// Reads the columns that decide, and for windows those that say, of every row group.
+    fn collect(&self, held: &mut [Collector<Latest, Option<Windows<'a>>>]) -> Result<SourceReport> {
+        let workers = self.threads.min(self.files.units().len()).max(1);
+        for ((_, index), collector) in self.inputs.iter().zip(held.iter()) {
+            if let Collector::Latest(latest) = collector {
+                let parts = self.rules().parts;
+                self.memory.try_grow(Latest::bytes_of(index.slots(), parts) + latest.buffer_bytes() * workers)?;
+            }
+        }
+        let mut columns: Vec<String> =
+            self.inputs.iter().flat_map(|(input, _)| input.view.deciding_columns()).collect();
         for (input, _) in self.inputs.iter().filter(|(input, _)| input.view.is_windowed()) {
             columns.extend(input.view.value_columns());
         }
@@ -171,21 +165,30 @@ impl<'a> Scan<'a> {
         }
         columns.sort_unstable();
         columns.dedup();
-        let shared: Vec<Mutex<(Vec<Collector<'a>>, Counts)>> =
-            (0..copies).map(|_| Mutex::new((fresh(), Counts::default()))).collect();
         let reading = self.files.unit_bytes(&columns) * workers;
         self.memory.try_grow(reading)?;
-        let turn = AtomicUsize::new(0);
-        in_parallel(workers, self.stop, self.files.units().len(), |unit| {
-            let copy = &shared[turn.fetch_add(1, Ordering::Relaxed) % copies];
+        let fresh = || Worker {
+            collectors: held
+                .iter()
+                .zip(&self.inputs)
+                .map(|(collector, (input, index))| match (collector, WindowsPlan::of(&input.view)) {
+                    (Collector::Latest(latest), _) => Collector::Latest(latest.buffers()),
+                    (Collector::Windows(_), plan) => {
+                        Collector::Windows(Windows::new(plan.unwrap_or_default(), index, self.files.rows()))
+                    }
+                })
+                .collect(),
+            hidden: Hidden::default(),
+            rows: 0,
+        };
+        let units = self.files.units().len();
+        let workers = with_workers(workers, self.stop, units, fresh, |worker: &mut Worker<'a>, unit| {
             let mut first = 0;
             for batch in self.files.read(unit, &columns, None, self.runtime)? {
                 let batch = batch?;
                 let rows = batch.num_rows();
                 let prepared = self.prepare(&batch, &columns)?;
-                let mut copy = copy.lock().unwrap_or_else(PoisonError::into_inner);
-                let (collectors, counts) = &mut *copy;
-                self.add(prepared, unit as u32, first, collectors, counts)?;
+                self.add(prepared, unit as u32, first, held, worker)?;
                 first += rows as u32;
                 if self.stop.load(Ordering::Relaxed) {
                     break;
@@ -194,19 +197,38 @@ impl<'a> Scan<'a> {
             Ok(())
         })?;
         self.memory.shrink(reading);
-        let mut all = shared.into_iter().map(|copy| copy.into_inner().unwrap_or_else(PoisonError::into_inner));
-        let Some((mut collectors, mut counts)) = all.next() else { return internal_err!("no copy of the candidates") };
-        for (others, more) in all {
-            for (collector, other) in collectors.iter_mut().zip(others) {
-                match (collector, other) {
-                    (Collector::Latest(candidates), Collector::Latest(other)) => candidates.merge(other),
-                    (Collector::Windows(windows), Collector::Windows(other)) => windows.merge(other),
+        let mut report = SourceReport {
+            source: self.source.name.to_string(),
+            enforced: self.rule != Visibility::EventTime,
+            ..SourceReport::default()
+        };
+        for worker in workers {
+            report.rows += worker.rows;
+            add_hidden(&mut report, &worker.hidden);
+            for (collector, held) in worker.collectors.into_iter().zip(&mut *held) {
+                match (held, collector) {
+                    (Collector::Latest(latest), Collector::Latest(mut buffers)) => {
+                        latest.flush(&mut buffers);
+                        add_hidden(&mut report, &buffers.hidden);
+                    }
+                    (Collector::Windows(Some(windows)), Collector::Windows(other)) => windows.merge(other),
+                    (Collector::Windows(none), Collector::Windows(other)) => *none = Some(other),
                     _ => return internal_err!("collectors of two workers differ"),
                 }
             }
-            counts.add(&more);
         }
-        Ok((collectors, counts))
+        Ok(report)
+    }
+
+    fn rules(&self) -> Rules {
+        let clock = self.source.clock;
+        Rules {
+            parts: self.rank_parts(),
+            enforced: self.rule != Visibility::EventTime,
+            exact: SourceClock { every: 0, ..clock },
+            every: clock.every > 0,
+            arrival: self.rule == Visibility::Ingested,
+        }
     }
 
     fn rank_parts(&self) -> RankParts {
@@ -285,29 +307,20 @@ impl<'a> Scan<'a> {
             None => (vec![STATIC; rows], None),
         };
         let clock = self.source.clock;
-        let known = if clock.has_created_time || clock.delay != 0 || clock.every != 0 {
+        let known = (clock.has_created_time || clock.delay != 0 || clock.every != 0).then(|| -> Vec<Micros> {
             let created = created.as_ref().map(|created| created.as_primitive::<TimestampMicrosecondType>());
             let created_at = |row: usize| created.filter(|c| c.is_valid(row)).map(|created| created.value(row));
-            let exact = feature_defs::time::SourceClock { every: 0, ..clock };
-            let known = |clock: &feature_defs::time::SourceClock| -> Vec<Micros> {
-                event_times.iter().enumerate().map(|(row, time)| clock.known(*time, created_at(row))).collect()
-            };
-            let rounded = known(&clock);
-            let before = if clock.every > 0 { known(&exact) } else { Vec::new() };
-            Some((rounded, before))
-        } else {
-            None
-        };
+            event_times.iter().enumerate().map(|(row, time)| clock.known(*time, created_at(row))).collect()
+        });
         let from = match self.rule {
-            Visibility::EventTime => None,
-            Visibility::Known => known.as_ref().map(|(known, _)| known.clone()),
+            Visibility::EventTime | Visibility::Known => known.clone(),
             Visibility::Ingested => {
                 let positions = positions.as_ref().map(|(times, _)| times.as_primitive::<Int64Type>());
-                Some(match (positions, &known) {
-                    (Some(positions), _) => positions.values().to_vec(),
-                    (None, Some((known, _))) => known.iter().zip(&event_times).map(|(k, e)| *k.max(e)).collect(),
-                    (None, None) => event_times.clone(),
-                })
+                match (positions, &known) {
+                    (Some(positions), _) => Some(positions.values().to_vec()),
+                    (None, Some(known)) => Some(known.iter().zip(&event_times).map(|(k, e)| *k.max(e)).collect()),
+                    (None, None) => None,
+                }
             }
         };
         Ok(RowTimes { event_times, valid, created, from, known, positions })
@@ -318,36 +331,33 @@ impl<'a> Scan<'a> {
         batch: Prepared,
         unit: u32,
         first: u32,
-        collectors: &mut [Collector<'a>],
-        counts: &mut Counts,
+        held: &[Collector<Latest, Option<Windows<'a>>>],
+        worker: &mut Worker<'a>,
     ) -> Result<()> {
         let times = &batch.times;
-        let mut hidden = self.reports(times).then(|| vec![None; batch.rows]);
-        for ((input, prepared), collector) in self.inputs.iter().zip(&batch.inputs).zip(&mut *collectors) {
-            let index = &input.1;
-            if let Some(hidden) = &mut hidden {
-                self.find_hidden(times, &prepared.groups, index, input.0.view.is_windowed(), hidden);
-            }
-            match collector {
-                Collector::Latest(candidates) => {
-                    self.scatter(candidates, index, times, &prepared.groups, batch.deleted.as_ref(), unit, first);
-                    let bytes = candidates.tie_bytes();
-                    if bytes > self.copies_bytes.max(64 << 20) {
+        worker.rows += batch.rows as u64;
+        let inputs = self.inputs.iter().zip(&batch.inputs).zip(held).zip(&mut worker.collectors);
+        for ((((_, index), prepared), held), collector) in inputs {
+            match (held, collector) {
+                (Collector::Latest(latest), Collector::Latest(buffers)) => {
+                    scatter(latest, buffers, times, &prepared.groups, batch.deleted.as_ref(), unit, first);
+                    if first == 0 && latest.tie_bytes() > self.ties_bytes {
                         return Err(DataFusionError::ResourcesExhausted(format!(
                             "source `{}` has more than {} rows alike in entity and every time, and only what they say \
                              decides between them",
                             self.source.name,
-                            bytes / 40
+                            self.ties_bytes / 40
                         )));
                     }
                 }
-                Collector::Windows(windows) => {
+                (_, Collector::Windows(windows)) => {
+                    self.find_hidden(times, &prepared.groups, index, &mut worker.hidden);
                     let created = times.created.as_ref().map(|c| c.as_primitive::<TimestampMicrosecondType>());
                     let positions = times.positions.as_ref();
                     let row_times = |row: usize| {
                         let event_time = times.event_times[row];
                         let created_time = created.filter(|c| c.is_valid(row)).map(|created| created.value(row));
-                        let known_time = times.known.as_ref().map_or(event_time, |(known, _)| known[row]);
+                        let known_time = times.known.as_ref().map_or(event_time, |known| known[row]);
                         let position = positions.map_or(
                             Position { time: known_time.max(event_time), sequence: 0 },
                             |(times, sequences)| Position {
@@ -357,118 +367,49 @@ impl<'a> Scan<'a> {
                         );
                         feature_defs::as_of::Times { event_time, created_time, known_time, position }
                     };
-                    windows.add(
-                        index,
-                        &prepared.groups,
-                        &times.event_times,
-                        times.from.as_deref(),
-                        &row_times,
-                        &prepared.values,
-                    );
+                    let from = if self.rule == Visibility::EventTime { None } else { times.from.as_deref() };
+                    windows.add(index, &prepared.groups, &times.event_times, from, &row_times, &prepared.values);
                     windows.account(self.memory, self.spill)?;
                 }
-            }
-        }
-        counts.rows += batch.rows as u64;
-        for reason in hidden.into_iter().flatten().flatten() {
-            counts.hidden += 1;
-            match reason {
-                Reason::Created => counts.created_time += 1,
-                Reason::Delay => counts.delay += 1,
-                Reason::Every => counts.every += 1,
-                Reason::Arrival => counts.arrival += 1,
+                _ => return internal_err!("a worker's collectors are not those of its source"),
             }
         }
         Ok(())
     }
 
-    /// Whether rows of this source can be hidden at all.
-    fn reports(&self, times: &RowTimes) -> bool {
-        times.known.is_some() || times.from.is_some()
-    }
-
-    fn find_hidden(
-        &self,
-        times: &RowTimes,
-        groups: &[u32],
-        index: &SpineIndex,
-        windowed: bool,
-        hidden: &mut [Option<Reason>],
-    ) {
-        let seen_from = match (&times.from, &times.known) {
-            (Some(from), _) => from,
-            (None, Some((known, _))) => known,
-            (None, None) => return,
-        };
+    /// Counts the rows that a windowed input's slots would hold by their event time, and do not hold because they may
+    /// not be seen yet.
+    fn find_hidden(&self, times: &RowTimes, groups: &[u32], index: &SpineIndex, hidden: &mut Hidden) {
+        let Some(seen_from) = &times.from else { return };
+        let rules = self.rules();
         for (row, group) in groups.iter().enumerate() {
             let (event_time, from) = (times.event_times[row], seen_from[row]);
             if *group == NO_GROUP || from <= event_time {
                 continue;
             }
-            // A window's head is exclusive where it is not declared otherwise: there the event's own time does not count.
-            let (first, end) = index.first_at_or_after(*group, event_time.saturating_add(i64::from(windowed)));
+            // A window's head is exclusive where it is not declared otherwise: the event's own time does not count.
+            let (first, end) = index.first_at_or_after(*group, event_time.saturating_add(1));
             if first == end || index.time(first) >= from {
                 continue;
             }
-            let (seen, _) = index.first_at_or_after(*group, from);
-            let last_hidden = index.time(seen - 1);
-            let reason = match (&times.known, self.rule) {
-                (Some((known, _)), Visibility::Ingested) if last_hidden >= known[row] => Reason::Arrival,
-                (None, _) => Reason::Arrival,
-                (Some((_, exact)), _) if exact.get(row).is_some_and(|exact| last_hidden >= *exact) => Reason::Every,
-                _ if self.source.clock.has_created_time => Reason::Created,
-                _ => Reason::Delay,
-            };
-            hidden[row] = hidden[row].max(Some(reason));
-        }
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "the parts of a batch")]
-    fn scatter(
-        &self,
-        candidates: &mut Candidates,
-        index: &SpineIndex,
-        times: &RowTimes,
-        groups: &[u32],
-        deleted: Option<&BooleanArray>,
-        unit: u32,
-        first: u32,
-    ) {
-        const NO_SLOT: u32 = u32::MAX;
-        // Two loops, so that the memory that one row waits for is asked for while others are worked on.
-        let slots: Vec<u32> = groups
-            .iter()
-            .enumerate()
-            .map(|(row, group)| {
-                if *group == NO_GROUP {
-                    return NO_SLOT;
-                }
-                let event_time = times.event_times[row];
-                let from = times.from.as_ref().map_or(event_time, |from| from[row].max(event_time));
-                let (slot, end) = index.first_at_or_after(*group, from);
-                if slot == end { NO_SLOT } else { slot as u32 }
-            })
-            .collect();
-        let created = times.created.as_ref().map(|created| created.as_primitive::<TimestampMicrosecondType>());
-        let sequences = times.positions.as_ref().map(|(_, sequences)| sequences.as_primitive::<UInt64Type>());
-        for (row, slot) in slots.iter().enumerate() {
-            if *slot == NO_SLOT {
-                continue;
+            let last_hidden = index.time(index.first_at_or_after(*group, from).0 - 1);
+            let created = times.created.as_ref().map(|created| created.as_primitive::<TimestampMicrosecondType>());
+            let created = created.filter(|created| created.is_valid(row)).map(|created| created.value(row));
+            let known = times.known.as_ref().map_or(event_time, |known| known[row]);
+            if rules.arrival && last_hidden >= known {
+                hidden.arrival += 1;
+            } else if rules.every && last_hidden >= rules.exact.known(event_time, created) {
+                hidden.every += 1;
+            } else if rules.exact.has_created_time {
+                hidden.created_time += 1;
+            } else {
+                hidden.delay += 1;
             }
-            let rank = Rank {
-                event_time: times.event_times[row],
-                created_time: created.map_or(Micros::MIN, |created| {
-                    comparable(created.is_valid(row).then(|| created.value(row)))
-                }),
-                sequence: sequences.map_or(0, |sequences| sequences.value(row)),
-            };
-            let is_deleted = deleted.is_some_and(|deleted| deleted.is_valid(row) && deleted.value(row));
-            candidates.offer(*slot as usize, Place::new(unit, first + row as u32, is_deleted), rank);
         }
     }
 
     /// Among rows alike in every time, the one that says more wins: the larger canonical encoding.
-    fn decide(&self, view: &ViewPlan, candidates: &mut Candidates) -> Result<()> {
+    fn decide(&self, view: &ViewPlan, candidates: &mut Latest) -> Result<()> {
         let contests = candidates.contests();
         if contests.is_empty() {
             return Ok(());
@@ -536,15 +477,6 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// Why a row was hidden; the later reason counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Reason {
-    Created,
-    Delay,
-    Every,
-    Arrival,
-}
-
 struct Prepared {
     rows: usize,
     times: RowTimes,
@@ -558,14 +490,48 @@ struct PreparedInput {
     values: Vec<ArrayRef>,
 }
 
-impl Counts {
-    fn add(&mut self, other: &Counts) {
-        self.rows += other.rows;
-        self.hidden += other.hidden;
-        self.created_time += other.created_time;
-        self.delay += other.delay;
-        self.every += other.every;
-        self.arrival += other.arrival;
+fn add_hidden(report: &mut SourceReport, hidden: &Hidden) {
+    report.hidden += hidden.created_time + hidden.delay + hidden.every + hidden.arrival;
+    report.hidden_by_created_time += hidden.created_time;
+    report.hidden_by_delay += hidden.delay;
+    report.hidden_by_every += hidden.every;
+    report.hidden_by_arrival += hidden.arrival;
+}
+
+/// Sends the rows of a batch on their way to their slots.
+fn scatter(
+    latest: &Latest,
+    buffers: &mut Buffers,
+    times: &RowTimes,
+    groups: &[u32],
+    deleted: Option<&BooleanArray>,
+    unit: u32,
+    first: u32,
+) {
+    let created = times.created.as_ref().map(|created| created.as_primitive::<TimestampMicrosecondType>());
+    let sequences = times.positions.as_ref().map(|(_, sequences)| sequences.as_primitive::<UInt64Type>());
+    if created.is_none() && sequences.is_none() && times.from.is_none() && deleted.is_none() {
+        for (row, (group, event_time)) in groups.iter().zip(&times.event_times).enumerate() {
+            if *group != NO_GROUP {
+                let place = Place::new(unit, first + row as u32, false);
+                latest.add_plain(buffers, PlainEntry { event_time: *event_time, place, group: *group });
+            }
+        }
+        return;
+    }
+    for (row, group) in groups.iter().enumerate() {
+        if *group == NO_GROUP {
+            continue;
+        }
+        let event_time = times.event_times[row];
+        let created_time =
+            created.map_or(Micros::MIN, |created| comparable(created.is_valid(row).then(|| created.value(row))));
+        let rank = Rank { event_time, created_time, sequence: sequences.map_or(0, |sequences| sequences.value(row)) };
+        let is_deleted = deleted.is_some_and(|deleted| deleted.is_valid(row) && deleted.value(row));
+        let place = Place::new(unit, first + row as u32, is_deleted);
+        let from = times.from.as_ref().map_or(event_time, |from| from[row]);
+        let known = times.known.as_ref().map_or(event_time, |known| known[row]);
+        latest.add(buffers, Entry { group: *group, place, rank, from, known });
     }
 }
 
@@ -602,40 +568,56 @@ pub fn in_parallel<T: Send>(
     tasks: usize,
     run: impl Fn(usize) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
+    let done = with_workers(threads.min(tasks), stop, tasks, Vec::new, |done: &mut Vec<(usize, T)>, task| {
+        done.push((task, run(task)?));
+        Ok(())
+    })?;
+    let mut done: Vec<(usize, T)> = done.into_iter().flatten().collect();
+    done.sort_by_key(|(task, _)| *task);
+    Ok(done.into_iter().map(|(_, result)| result).collect())
+}
+
+/// Runs so many tasks on so many threads, each with a state of its own, and gives the states. The first failure stops the
+/// rest.
+pub fn with_workers<W: Send>(
+    threads: usize,
+    stop: &AtomicBool,
+    tasks: usize,
+    fresh: impl Fn() -> W + Sync,
+    run: impl Fn(&mut W, usize) -> Result<()> + Sync,
+) -> Result<Vec<W>> {
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
-    let work = || {
-        let mut done: Vec<(usize, Result<T>)> = Vec::new();
+    let gone = || DataFusionError::Execution("the reader has gone".into());
+    let work = || -> Result<W> {
+        let mut worker = fresh();
         loop {
             let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks || failed.load(Ordering::Relaxed) || stop.load(Ordering::Relaxed) {
-                return done;
+            if task >= tasks || failed.load(Ordering::Relaxed) {
+                return Ok(worker);
             }
-            let result = run(task);
-            if result.is_err() {
+            if stop.load(Ordering::Relaxed) {
+                return Err(gone());
+            }
+            if let Err(error) = run(&mut worker, task) {
                 failed.store(true, Ordering::Relaxed);
-            }
-            done.push((task, result));
-        }
-    };
-    let mut done = if threads <= 1 || tasks <= 1 {
-        work()
-    } else {
-        let results = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads.min(tasks)).map(|_| scope.spawn(work)).collect();
-            workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>()
-        });
-        let mut done = Vec::new();
-        for result in results {
-            match result {
-                Ok(mut part) => done.append(&mut part),
-                Err(panic) => std::panic::resume_unwind(panic),
+                return Err(error);
             }
         }
-        done
     };
-    done.sort_by_key(|(task, _)| *task);
-    let complete = done.len() == tasks;
-    let results: Vec<T> = done.into_iter().map(|(_, result)| result).collect::<Result<_>>()?;
-    if complete { Ok(results) } else { Err(DataFusionError::Execution("the reader has gone".into())) }
+    if threads <= 1 {
+        return Ok(vec![work()?]);
+    }
+    let joined: Vec<std::thread::Result<Result<W>>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().map(|worker| worker.join()).collect()
+    });
+    let mut states = Vec::with_capacity(joined.len());
+    for result in joined {
+        match result {
+            Ok(state) => states.push(state?),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+    Ok(states)
 }

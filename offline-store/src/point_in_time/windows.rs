@@ -4,11 +4,11 @@
 //! An event is kept only where some window of its entity holds it. Parts are ranges of groups, so that what comes out of
 //! them is in the order of slots; memory that does not suffice for all events is met by writing parts to disk.
 
-pub mod kernel;
 pub mod events;
+pub mod kernel;
 
-use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use arrow::array::{Array, ArrayRef, UInt32Array};
 use arrow::compute::{concat, take};
@@ -16,7 +16,7 @@ use datafusion::error::Result;
 use datafusion::execution::memory_pool::MemoryReservation;
 use feature_defs::aggregate::Aggregate;
 use feature_defs::as_of::Times;
-use feature_defs::catalog::{Head, Visibility};
+use feature_defs::expression::Expression;
 use feature_defs::plan::{ViewAggregate, ViewAnswer, ViewPlan, ViewPlanKind, WindowOutput};
 use feature_defs::time::{Micros, Status};
 use feature_defs::value::{Type, Value};
@@ -34,7 +34,7 @@ const PARTS_MAX: usize = 2_048;
 const TASK_SLOTS: usize = 32 << 10;
 
 /// A windowed view, as the engine computes it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct WindowsPlan<'p> {
     aggregates: &'p [ViewAggregate],
     outputs: &'p [WindowOutput],
@@ -62,17 +62,16 @@ impl<'p> WindowsPlan<'p> {
     pub fn of(view: &'p ViewPlan) -> Option<WindowsPlan<'p>> {
         let ViewPlanKind::Windowed { aggregates, outputs, windows, .. } = &view.kind else { return None };
         let text = |aggregate: &ViewAggregate| {
-            let of = aggregate.of.as_ref().map(|of| of.canonical_text());
-            let filter = aggregate.filter.as_ref().map(|filter| filter.canonical_text());
-            // The input of a split aggregate holds its buckets.
-            let by = aggregate.by.as_ref().map(|by| by.canonical_text());
-            (of, filter, by, aggregate.aggregate.split().map(|(buckets, _)| buckets.canonical_text()))
+            let text = |expression: &Option<Expression>| expression.as_ref().map(Expression::canonical_text);
+            // With `by`, the input is dealt into the buckets of that very aggregate.
+            let own = aggregate.by.is_some().then(|| aggregate.name.clone());
+            (text(&aggregate.of), text(&aggregate.filter), own)
         };
         let mut texts = Vec::new();
         let mut kinds: Vec<Kind> = Vec::new();
         let mut columns = Vec::with_capacity(aggregates.len());
-        for aggregate in aggregates {
-            let kind = kernel::kind_of(aggregate);
+        for (aggregate, input) in aggregates.iter().zip(view.row_types()) {
+            let kind = kernel::kind_of(aggregate, &input);
             let text = text(aggregate);
             match texts.iter().position(|other| *other == text) {
                 Some(column) => {
@@ -89,7 +88,7 @@ impl<'p> WindowsPlan<'p> {
                 }
             }
         }
-        let ordered = aggregates.iter().any(|aggregate| kernel::looks_at_times(&aggregate.aggregate));
+        let ordered = aggregates.iter().any(|aggregate| aggregate.aggregate.is_ordered());
         Some(WindowsPlan { aggregates, outputs, windows, columns: columns.into(), kinds: kinds.into(), ordered })
     }
 
@@ -104,16 +103,22 @@ pub struct Windows<'p> {
     parts: Vec<Events>,
     /// Slots of the index, to find a group's part.
     slots: usize,
-    late: bool,
     accounted: usize,
-    rule: Visibility,
+    /// Of each group: the start of its first slot's longest window, and the time of its last slot.
+    spans: Vec<(Micros, Micros)>,
 }
 
 impl<'p> Windows<'p> {
-    pub fn new(plan: WindowsPlan<'p>, index: &SpineIndex, source_rows: usize, rule: Visibility) -> Windows<'p> {
+    pub fn new(plan: WindowsPlan<'p>, index: &SpineIndex, source_rows: usize) -> Windows<'p> {
         let parts = (source_rows / PART_EVENTS).clamp(1, PARTS_MAX).min(index.slots().max(1));
         let parts = (0..parts).map(|_| Events::new(&plan.kinds, plan.ordered)).collect();
-        Windows { plan, parts, slots: index.slots(), late: false, accounted: 0, rule }
+        let span = |group: u32| {
+            let times = index.times(group);
+            let earliest = plan.windows.iter().map(|window| window.start(times[0])).min().unwrap_or(times[0]);
+            (earliest, times[times.len() - 1])
+        };
+        let spans = (0..index.groups() as u32).map(span).collect();
+        Windows { plan, parts, slots: index.slots(), accounted: 0, spans }
     }
 
     fn part_of(&self, first_slot: usize) -> usize {
@@ -131,23 +136,19 @@ impl<'p> Windows<'p> {
     ) {
         let mut picked: Vec<u32> = Vec::with_capacity(groups.len());
         let mut parts: Vec<u32> = Vec::with_capacity(groups.len());
-        let windows = self.plan.windows;
-        let inclusive = windows.iter().any(|window| window.head == Head::Inclusive);
         for (row, group) in groups.iter().enumerate() {
             if *group == NO_GROUP {
                 continue;
             }
+            // Whether some window of the entity can hold the event; to look for the slot itself would wait for memory.
             let event_time = event_times[row];
-            let past_head = if inclusive { event_time } else { event_time.saturating_add(1) };
-            let seen = from.map_or(past_head, |from| from[row].max(past_head));
-            let (slot, end) = index.first_at_or_after(*group, seen);
-            if slot == end || windows.iter().all(|window| window.start(index.time(slot)) > event_time) {
+            let (earliest, last) = self.spans[*group as usize];
+            if event_time < earliest || event_time > last || from.is_some_and(|from| from[row] > last) {
                 continue;
             }
             picked.push(row as u32);
             parts.push(self.part_of(index.range(*group).start) as u32);
         }
-        self.late |= from.is_some();
         let inputs: Vec<Option<&ArrayRef>> = (0..self.plan.kinds.len())
             .map(|column| self.plan.columns.iter().position(|c| *c == column).map(|aggregate| &values[aggregate]))
             .collect();
@@ -201,7 +202,6 @@ impl<'p> Windows<'p> {
         for (part, other) in self.parts.iter_mut().zip(other.parts) {
             part.append(other);
         }
-        self.late |= other.late;
         self.accounted += other.accounted;
     }
 
@@ -213,7 +213,6 @@ impl<'p> Windows<'p> {
         threads: usize,
         stop: &AtomicBool,
     ) -> Result<ViewAnswer> {
-        debug_assert!(self.late || self.rule != Visibility::Ingested || self.parts.iter().all(|p| p.from.is_empty()));
         let plan = self.plan.clone();
         // The groups of each part, found as their events were.
         let count = self.parts.len();
@@ -224,7 +223,6 @@ impl<'p> Windows<'p> {
         for part in 1..bounds.len() {
             bounds[part] = bounds[part].max(bounds[part - 1]);
         }
-        let accounted = self.accounted;
         // The largest parts first, so that no thread ends with one of them alone.
         let mut order: Vec<usize> = (0..count).collect();
         order.sort_unstable_by_key(|part| std::cmp::Reverse(self.parts[*part].len()));
@@ -259,7 +257,6 @@ impl<'p> Windows<'p> {
                 Ok(kernel::run(&plan, index, &events, groups.clone(), starts[task]..end))
             })?;
         }
-        let _ = accounted;
 
         // Slot order back to the spine's; a row of no group still has an empty window.
         let slots = index.slots();
@@ -271,7 +268,8 @@ impl<'p> Windows<'p> {
         let values = in_parallel(threads, stop, plan.outputs.len(), |output| {
             let aggregate = plan.aggregate(&plan.outputs[output]);
             let empty = Value::to_array([&aggregate.finish(&aggregate.zero())], &plan.outputs[output].feature_type);
-            let mut arrays: Vec<&dyn Array> = results.iter().flatten().map(|columns| columns[output].as_ref()).collect();
+            let mut arrays: Vec<&dyn Array> =
+                results.iter().flatten().map(|columns| columns[output].as_ref()).collect();
             arrays.push(empty.as_ref());
             Ok(take(&concat(&arrays)?, &places, None)?)
         })?;

@@ -913,6 +913,62 @@ pub struct FlushResponse {
     #[prost(uint64, tag = "1")]
     pub events: u64,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CompactRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    /// Empty: every source that has a table.
+    #[prost(string, repeated, tag = "2")]
+    pub sources: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Say what would be done, and do nothing.
+    #[prost(bool, tag = "3")]
+    pub dry_run: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImportFilesRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub source: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TableProgress {
+    #[prost(string, tag = "1")]
+    pub source: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub rows_written: u64,
+    /// On the last message: what became of each table.
+    #[prost(message, repeated, tag = "3")]
+    pub tables: ::prost::alloc::vec::Vec<TableDone>,
+    #[prost(bool, tag = "4")]
+    pub done: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TableDone {
+    #[prost(string, tag = "1")]
+    pub source: ::prost::alloc::string::String,
+    /// False: there was nothing to do.
+    #[prost(bool, tag = "2")]
+    pub changed: bool,
+    #[prost(uint64, tag = "3")]
+    pub files_before: u64,
+    #[prost(uint64, tag = "4")]
+    pub files_after: u64,
+    /// Of those before, how many were (or would be) rewritten.
+    #[prost(uint64, tag = "5")]
+    pub files_taken: u64,
+    #[prost(uint64, tag = "6")]
+    pub bytes_before: u64,
+    #[prost(uint64, tag = "7")]
+    pub bytes_after: u64,
+    /// Rows written; of a table of files that was there already, its rows.
+    #[prost(uint64, tag = "8")]
+    pub rows: u64,
+    #[prost(uint32, tag = "9")]
+    pub buckets: u32,
+    #[prost(double, tag = "10")]
+    pub seconds: f64,
+}
 /// Generated client implementations.
 pub mod ingest_client {
     #![allow(
@@ -1059,6 +1115,53 @@ pub mod ingest_client {
             req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Ingest", "Flush"));
             self.inner.unary(req, path, codec).await
         }
+        /// Makes one sorted run of the managed table of each source.
+        pub async fn compact(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CompactRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::TableProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/coeval.v1.Ingest/Compact");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Ingest", "Compact"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Copies the files of a source into a managed table, unless that was done and they are the same.
+        pub async fn import_files(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ImportFilesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::TableProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Ingest/ImportFiles",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Ingest", "ImportFiles"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1104,6 +1207,31 @@ pub mod ingest_server {
             &self,
             request: tonic::Request<super::FlushRequest>,
         ) -> std::result::Result<tonic::Response<super::FlushResponse>, tonic::Status>;
+        /// Server streaming response type for the Compact method.
+        type CompactStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::TableProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Makes one sorted run of the managed table of each source.
+        async fn compact(
+            &self,
+            request: tonic::Request<super::CompactRequest>,
+        ) -> std::result::Result<tonic::Response<Self::CompactStream>, tonic::Status>;
+        /// Server streaming response type for the ImportFiles method.
+        type ImportFilesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::TableProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Copies the files of a source into a managed table, unless that was done and they are the same.
+        async fn import_files(
+            &self,
+            request: tonic::Request<super::ImportFilesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::ImportFilesStream>,
+            tonic::Status,
+        >;
     }
     #[derive(Debug)]
     pub struct IngestServer<T> {
@@ -1310,6 +1438,98 @@ pub mod ingest_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Ingest/Compact" => {
+                    #[allow(non_camel_case_types)]
+                    struct CompactSvc<T: Ingest>(pub Arc<T>);
+                    impl<
+                        T: Ingest,
+                    > tonic::server::ServerStreamingService<super::CompactRequest>
+                    for CompactSvc<T> {
+                        type Response = super::TableProgress;
+                        type ResponseStream = T::CompactStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CompactRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Ingest>::compact(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CompactSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Ingest/ImportFiles" => {
+                    #[allow(non_camel_case_types)]
+                    struct ImportFilesSvc<T: Ingest>(pub Arc<T>);
+                    impl<
+                        T: Ingest,
+                    > tonic::server::ServerStreamingService<super::ImportFilesRequest>
+                    for ImportFilesSvc<T> {
+                        type Response = super::TableProgress;
+                        type ResponseStream = T::ImportFilesStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ImportFilesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Ingest>::import_files(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ImportFilesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -2254,7 +2474,8 @@ pub mod control_server {
     }
 }
 /// DoExchange: the client sends the spine as record batches under a descriptor whose `cmd` is this message; the server
-/// answers with the training set's batches, in the spine's order.
+/// answers with the training set's batches. The last message holds no batch; its `app_metadata` is JSON that says what
+/// known-at rules hid and, with a dataset name, what was kept.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TrainingSetCommand {
     #[prost(string, tag = "1")]
@@ -2262,6 +2483,7 @@ pub struct TrainingSetCommand {
     #[prost(string, tag = "2")]
     pub service: ::prost::alloc::string::String,
     /// Keep the result as a dataset of this name. Empty: do not keep it.
+    /// The same inputs under the same name are one dataset: when it is there, it is streamed and nothing is computed.
     #[prost(string, tag = "3")]
     pub dataset: ::prost::alloc::string::String,
     /// Add `<feature>__status` columns.
@@ -2272,8 +2494,23 @@ pub struct TrainingSetCommand {
     pub visibility: ::prost::alloc::string::String,
     #[prost(uint64, tag = "6")]
     pub seed: u64,
+    /// `spine` (default): rows come in the spine's order. `any`: as they are ready, each with its place in the spine in the
+    /// UInt64 column `__ordinal`. What is kept is in the spine's order either way.
+    #[prost(string, tag = "7")]
+    pub order: ::prost::alloc::string::String,
+    /// A model that reads this service: features come as its input tensors (see DatasetTicket.encode_for).
+    #[prost(string, tag = "8")]
+    pub encode_for: ::prost::alloc::string::String,
+    /// Of the buffers of the answer: `none` (default), `lz4` or `zstd`.
+    #[prost(string, tag = "9")]
+    pub compression: ::prost::alloc::string::String,
 }
-/// DoGet ticket: the batches of a stored dataset, in order.
+/// DoGet ticket: the batches of a stored dataset. GetFlightInfo takes the same message as the `cmd` of a descriptor and
+/// answers with endpoints, whose tickets one after the other give the same rows; its `app_metadata` is the manifest.
+///
+/// Which rows, in this order of precedence: the dataset's rows as stored, or shuffled by `shuffle_seed`, are one sequence.
+/// Of `n` rows, rank r of w reads those from floor(r*n/w) to floor((r+1)*n/w). Of these, `offset` are left out and at most
+/// `limit` are sent.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DatasetTicket {
     #[prost(string, tag = "1")]
@@ -2283,4 +2520,38 @@ pub struct DatasetTicket {
     /// Empty: the newest of that name.
     #[prost(string, tag = "3")]
     pub id: ::prost::alloc::string::String,
+    /// Which of `world_size` readers this is, from 0. A world size of 0 is one reader.
+    #[prost(uint32, tag = "4")]
+    pub rank: u32,
+    #[prost(uint32, tag = "5")]
+    pub world_size: u32,
+    /// Rows come in an order that depends on the dataset and this seed alone.
+    #[prost(uint64, optional, tag = "6")]
+    pub shuffle_seed: ::core::option::Option<u64>,
+    /// Rows of this reader's share that are not sent: those that were received before a stream broke off.
+    #[prost(uint64, tag = "7")]
+    pub offset: u64,
+    /// Rows that are sent at most.
+    #[prost(uint64, optional, tag = "8")]
+    pub limit: ::core::option::Option<u64>,
+    /// Columns, in this order; none named: all. With `encode_for`: which of the columns beside the features.
+    #[prost(string, repeated, tag = "9")]
+    pub columns: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// A model that reads the dataset's service. Instead of the features come the model's inputs, one fixed-size list per
+    /// row and input, made by the encoder that serving runs (booleans as bytes of 0 and 1); with `missing: refuse` also
+    /// `__refused`: true where serving would refuse the row.
+    #[prost(string, tag = "10")]
+    pub encode_for: ::prost::alloc::string::String,
+    /// Of the buffers that are sent: `none` (default), `lz4` or `zstd`.
+    #[prost(string, tag = "11")]
+    pub compression: ::prost::alloc::string::String,
+    /// Rows per batch at most; 0 lets the server choose.
+    #[prost(uint32, tag = "12")]
+    pub batch_rows: u32,
+    /// GetFlightInfo only: how many endpoints to deal this reader's rows to; 0: one per stored part.
+    #[prost(uint32, tag = "13")]
+    pub endpoints: u32,
+    /// With `encode_for`: send no columns beside the inputs (an empty `columns` would mean all).
+    #[prost(bool, tag = "14")]
+    pub inputs_only: bool,
 }

@@ -32,7 +32,7 @@ from ._generated import (
     ingest_pb2_grpc,
 )
 from .columns import to_column
-from .dataset import Dataset, SpineWriter, Stream
+from .dataset import Dataset, Flights, SpineWriter, Stream
 from .types import (
     TIMESTAMP,
     Catalog,
@@ -168,6 +168,7 @@ class Client:
         *,
         statuses: bool = False,
         visibility: str = "known",
+        order: str = "spine",
         seed: int = 0,
     ) -> Dataset:
         """The features of `service` as they were known at each row's `event_timestamp`.
@@ -175,12 +176,16 @@ class Client:
         `spine` is a DataFrame, an Arrow table, batch or `RecordBatchReader`, or a dict of columns: entity keys, request
         fields, `event_timestamp` and any other columns. Every row comes back, in order, its own columns first. With `name`
         the server keeps the result as a dataset; with `statuses` each feature is followed by `<feature>__status`.
-        `visibility` is `known`, `event_time` or `ingested`.
+        `visibility` is `known`, `event_time` or `ingested`. With `order="any"` rows come as they are ready, each with its
+        place in the spine in the column `__ordinal`; what the server keeps is in the spine's order either way. The same
+        inputs under the same name are one dataset: where the server has it, nothing is computed (`Dataset.existed`).
 
         Nothing is sent before the result is read.
         """
         if visibility not in ("known", "event_time", "ingested"):
             raise errors.InvalidArgument(f"visibility `{visibility}`: known, event_time or ingested")
+        if order not in ("spine", "any"):
+            raise errors.InvalidArgument(f"order `{order}`: spine or any")
         types = {**self._input_types(service), "event_timestamp": TIMESTAMP}
         schema, batches = tables.to_batches(spine, types)
         if "event_timestamp" not in schema.names:
@@ -188,10 +193,17 @@ class Client:
                 f"the spine has no column `event_timestamp`; it has {', '.join(f'`{n}`' for n in schema.names)}"
             )
         command = flight_pb2.TrainingSetCommand(
-            project=self.project, service=service, dataset=name or "", statuses=statuses, visibility=visibility, seed=seed
+            project=self.project,
+            service=service,
+            dataset=name or "",
+            statuses=statuses,
+            visibility=visibility,
+            seed=seed,
+            order=order,
         )
 
-        def open_stream() -> Stream:
+        def compute(encode_for: str) -> Stream:
+            command.encode_for = encode_for
             descriptor = flight.FlightDescriptor.for_command(command.SerializeToString())
             try:
                 writer, reader = self._flight().do_exchange(descriptor)
@@ -201,11 +213,11 @@ class Client:
             spine_writer.start()
             return Stream(reader, spine_writer)
 
-        return Dataset(open_stream, self._stored, name)
+        return Dataset(Flights(self.project, self._flight), name, compute=compute)
 
     def dataset(self, name: str, id: str | None = None) -> Dataset:
         """A dataset the server keeps; the newest of that name unless `id` says which."""
-        return Dataset(lambda: self._stored(name, id or ""), self._stored, name)
+        return Dataset(Flights(self.project, self._flight), name, id or "")
 
     # Serving.
 
@@ -390,13 +402,6 @@ class Client:
             options = [("grpc.max_receive_message_length", RECEIVE_BYTES_MAX)]
             self._flight_client = flight.FlightClient(self._flight_location, generic_options=options)
         return self._flight_client
-
-    def _stored(self, name: str, identity: str) -> Stream:
-        ticket = flight_pb2.DatasetTicket(project=self.project, name=name, id=identity)
-        try:
-            return Stream(self._flight().do_get(flight.Ticket(ticket.SerializeToString())))
-        except (flight.FlightError, pa.ArrowException) as error:
-            raise errors.from_flight(error) from error
 
     def _service(self, name: str) -> Service:
         service = self.catalog().services.get(name) or self.catalog(refresh=True).services.get(name)

@@ -1,48 +1,95 @@
-"""Training sets as they stream in.
+"""Training sets as they stream in, and datasets that the server keeps.
 
 The server answers a spine with the training set's batches while the spine is still being sent. Both directions are
 bounded, so a client that sent everything before reading anything would wait for a server that waits for the client:
 the spine is written by a thread of its own.
+
+A kept dataset is read by tickets, each of which names a range of its rows, so a reader can be one of many, begin
+anywhere, and go on where a broken stream ended.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from . import errors
-from .types import _pandas
+from ._generated import flight_pb2
+from .endpoints import in_parallel
+from .types import SourceReport, _pandas
 
 if TYPE_CHECKING:
     import pandas
     import polars
 
+    from .tensors import TorchBatches
+
+# How often a stream of a kept dataset that the network or a restart broke off is taken up again without any progress.
+RESUMES_MAX = 3
+RESUME_PAUSE = 0.2
+# Endpoints per concurrent reader: enough that none waits for the last, few enough that calls do not count.
+ENDPOINTS_PER_READER = 8
+
+
+class Flights:
+    """What datasets ask of the connection."""
+
+    def __init__(self, project: str, client: Callable[[], Any]) -> None:
+        self.project = project
+        self._client = client
+
+    def get(self, ticket: flight_pb2.DatasetTicket) -> Stream:
+        try:
+            return Stream(self._client().do_get(flight.Ticket(ticket.SerializeToString())))
+        except (flight.FlightError, pa.ArrowException) as error:
+            raise errors.from_flight(error) from error
+
+    def info(self, ticket: flight_pb2.DatasetTicket) -> Any:
+        try:
+            descriptor = flight.FlightDescriptor.for_command(ticket.SerializeToString())
+            return self._client().get_flight_info(descriptor)
+        except (flight.FlightError, pa.ArrowException) as error:
+            raise errors.from_flight(error) from error
+
 
 class Dataset:
-    """A training set. It streams: `batches()` yields it once; `to_arrow()` and friends read it to its end and keep it.
+    """A training set.
 
-    The facts about a kept dataset (`id`, `location`, `rows`) are known once it has been read to its end.
+    One that the server computes streams: `batches()` yields it once; `to_arrow()` and friends read it to its end and keep
+    it. One that the server keeps can be read again and again, by many readers, in shuffled order, and from any row on.
+
+    The facts about a kept dataset (`id`, `location`, `rows`, `existed`, `known_at`) are known once it has been made.
     """
 
-    def __init__(self, open_stream: Callable[[], Stream], reopen: Callable[[str, str], Stream], name: str | None) -> None:
-        self._open_stream: Callable[[], Stream] | None = open_stream
-        self._reopen = reopen
+    def __init__(
+        self, flights: Flights, name: str | None, id: str = "", compute: Callable[[str], Stream] | None = None
+    ) -> None:
+        self._flights = flights
+        # What starts the computation; None where there is nothing to compute (any more).
+        self._compute = compute
+        self._computed = compute is not None
         self._stream: Stream | None = None
         self._schema: pa.Schema | None = None
         self._table: pa.Table | None = None
-        self._finished = False
         self._manifest: dict[str, Any] = {"dataset": name} if name else {}
+        if id:
+            self._manifest["id"] = id
 
     @property
     def schema(self) -> pa.Schema:
         """The columns: those of the spine, then the features. Starts the stream."""
         if self._schema is None:
-            self._schema = self._started().schema()
+            if self._compute is None and self._stream is None and self._is_kept():
+                self._schema = self._flights.info(self._ticket()).schema
+            else:
+                self._schema = self._started().schema()
         return self._schema
 
     @property
@@ -63,41 +110,137 @@ class Dataset:
         return self._manifest.get("rows")
 
     @property
+    def existed(self) -> bool | None:
+        """Whether the server had it before: the same inputs under the same name are one dataset, computed once."""
+        return self._manifest.get("existed")
+
+    @property
+    def known_at(self) -> list[SourceReport]:
+        """How many rows of each source known-at rules hid, and why; empty before the training set has been read."""
+        reports = self._manifest.get("known_at")
+        if reports is None and self._compute is None and self._stream is None and self._is_kept():
+            reports = self.describe()["known_at"]
+        known = [field.name for field in dataclasses.fields(SourceReport)]
+        return [SourceReport(**{name: report[name] for name in known}) for report in reports or []]
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """What the server said about the dataset."""
         return dict(self._manifest)
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The record batches in the spine's order. A dataset the server keeps can be read again; any other only once."""
-        if self._table is not None:
-            yield from self._table.to_batches()
-            return
-        stream = self._started()
-        self._stream = None
-        self._open_stream = None
-        self._schema = stream.schema()
-        try:
-            for batch in stream:
-                yield batch
-            self._finished = True
-        finally:
-            stream.close()
-            self._manifest.update(stream.manifest)
-            if self.id:
-                name, identity = self.name or "", self.id
-                self._open_stream = lambda: self._reopen(name, identity)
+    def describe(self) -> dict[str, Any]:
+        """The manifest of a kept dataset: what it was made from, its parts, and a profile of every feature."""
+        self._make_sure_it_is_kept("describe")
+        described: dict[str, Any] = json.loads(self._flights.info(self._ticket()).app_metadata)
+        return described
+
+    def batches(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        columns: Sequence[str] | None = None,
+        resume: int = 0,
+        parallel: int = 1,
+        compression: str = "none",
+        batch_rows: int = 0,
+    ) -> Iterator[pa.RecordBatch]:
+        """The record batches, in the order of the spine (or, with `order="any"`, as they are ready).
+
+        A training set that is computed and not kept is yielded once. Of one that the server keeps (which is made first,
+        where it is not there) each of `world_size` readers gets its share: disjoint, together complete, and equal to
+        within one row.
+
+        - `seed` shuffles: the order depends on the dataset and the seed alone. It is no uniform permutation: blocks of
+          rows are shuffled, and within groups of blocks (about 64 MiB) all rows. A share is cut from that order, so give
+          each epoch a seed of its own, the same for all ranks.
+        - `resume` leaves out so many rows of the share, those that were seen before an interruption. A stream that
+          breaks off is taken up again by itself.
+        - `parallel` streams at a time are read ahead within bounds; rows come in the same order.
+        - `compression` (`none`, `lz4`, `zstd`) is of the bytes on the wire: for networks slower than the codec.
+        """
+        options = dict(
+            rank=rank, world_size=world_size, seed=seed, columns=columns, resume=resume, batch_rows=batch_rows
+        )
+        plain = options == dict(rank=0, world_size=1, seed=None, columns=None, resume=0, batch_rows=0)
+        if self._table is not None and plain:
+            return iter(self._table.to_batches())
+        if plain and parallel == 1 and (self._compute is not None or self._stream is not None):
+            return self._computed_batches(self._started())
+        self._make_sure_it_is_kept("batches")
+        ticket = self._ticket(
+            rank=rank,
+            world_size=world_size,
+            shuffle_seed=seed,
+            columns=columns or (),
+            offset=resume,
+            compression=compression,
+            batch_rows=batch_rows,
+        )
+        return self._stored_batches(ticket, parallel)
+
+    def torch_batches(
+        self,
+        model: str,
+        batch_size: int,
+        *,
+        labels: Sequence[str] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        resume: int = 0,
+        parallel: int = 1,
+        drop_last: bool = False,
+        refused: str = "error",
+        compression: str = "none",
+    ) -> TorchBatches:
+        """Batches of `batch_size` rows as dicts of torch tensors: the inputs of `model`, and `labels`, by name.
+
+        The server makes the inputs, with the encoder that serves predictions; they become tensors without being copied
+        (but for batches that lie across two messages). `refused` says what to do with rows that serving would refuse
+        because a feature is null where the model says `missing: refuse`: `error`, or `skip`, which counts them in
+        `.refused`. The other options are those of `batches`; `.rows` is what to give as `resume` later.
+        """
+        from .tensors import TorchBatches
+
+        if refused not in ("error", "skip"):
+            raise errors.InvalidArgument(f"refused `{refused}`: error or skip")
+        if batch_size < 1:
+            raise errors.InvalidArgument(f"batch_size {batch_size}: at least 1")
+        shared = rank != 0 or world_size != 1 or seed is not None or resume != 0 or parallel != 1
+        if self._table is None and self.name is None and not shared:
+            if self._compute is None:
+                raise self._gone()
+            compute, self._compute = self._compute, None
+            batches = self._computed_batches(compute(model))
+        else:
+            self._make_sure_it_is_kept("torch_batches")
+            ticket = self._ticket(
+                rank=rank,
+                world_size=world_size,
+                shuffle_seed=seed,
+                columns=labels,
+                inputs_only=not labels,
+                offset=resume,
+                compression=compression,
+                encode_for=model,
+            )
+            batches = self._stored_batches(ticket, parallel)
+        return TorchBatches(batches, batch_size, labels, first=resume, drop_last=drop_last, skip=refused == "skip")
 
     def drain(self) -> Dataset:
         """Reads to the end and keeps nothing here: for a dataset that only the server should keep."""
-        for _ in self.batches():
-            pass
+        if self._compute is not None or self._stream is not None:
+            for _ in self._computed_batches(self._started()):
+                pass
         return self
 
-    def to_arrow(self) -> pa.Table:
+    def to_arrow(self, *, parallel: int = 1) -> pa.Table:
         """All of it as an Arrow table."""
         if self._table is None:
-            batches = list(self.batches())
-            self._table = pa.Table.from_batches(batches, schema=self._schema)
+            batches = list(self.batches(parallel=parallel))
+            self._table = pa.Table.from_batches(batches, schema=batches[0].schema if batches else self.schema)
         return self._table
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -129,14 +272,83 @@ class Dataset:
     def __repr__(self) -> str:
         return f"<coeval.Dataset {self.name or 'not kept'}{f' {self.id}' if self.id else ''}>"
 
+    def _is_kept(self) -> bool:
+        return self.name is not None and (not self._computed or self.id is not None)
+
+    def _make_sure_it_is_kept(self, call: str) -> None:
+        if self.name is None and self._compute is None and self._stream is None:
+            raise self._gone()
+        if self.name is None:
+            raise errors.InvalidArgument(
+                f"{call} with these options reads a dataset that the server keeps, and this training set has no name: "
+                "give it one"
+            )
+        self.drain()
+        if not self._is_kept():
+            raise self._gone()
+
+    def _ticket(self, **options: Any) -> flight_pb2.DatasetTicket:
+        return flight_pb2.DatasetTicket(
+            project=self._flights.project, name=self.name or "", id=self.id or "", **options
+        )
+
     def _started(self) -> Stream:
         if self._stream is None:
-            if self._open_stream is None:
-                raise errors.CoevalError(
-                    "this training set was streamed and is gone: give it a name to keep it, or read it with to_arrow()"
-                )
-            self._stream = self._open_stream()
+            if self._compute is None:
+                raise self._gone()
+            compute, self._compute = self._compute, None
+            self._stream = compute("")
         return self._stream
+
+    def _computed_batches(self, stream: Stream) -> Iterator[pa.RecordBatch]:
+        try:
+            # Also where there are no rows.
+            schema = stream.schema()
+            if self._stream is stream:
+                self._schema = schema
+                self._stream = None
+            yield from stream
+        finally:
+            stream.close()
+            self._manifest.update(stream.manifest)
+
+    def _stored_batches(self, ticket: flight_pb2.DatasetTicket, parallel: int) -> Iterator[pa.RecordBatch]:
+        if parallel <= 1:
+            return self._resumed(ticket)
+        asked = flight_pb2.DatasetTicket()
+        asked.CopyFrom(ticket)
+        asked.endpoints = parallel * ENDPOINTS_PER_READER
+        endpoints = self._flights.info(asked).endpoints
+        tickets = [flight_pb2.DatasetTicket.FromString(endpoint.ticket.ticket) for endpoint in endpoints]
+        return in_parallel([lambda ticket=ticket: self._resumed(ticket) for ticket in tickets], parallel)
+
+    def _resumed(self, ticket: flight_pb2.DatasetTicket) -> Iterator[pa.RecordBatch]:
+        """Reads what a ticket gives, over as many calls as it takes."""
+        ticket = flight_pb2.DatasetTicket.FromString(ticket.SerializeToString())
+        failures = 0
+        while True:
+            try:
+                stream = self._flights.get(ticket)
+                try:
+                    for batch in stream:
+                        failures = 0
+                        ticket.offset += batch.num_rows
+                        if ticket.HasField("limit"):
+                            ticket.limit -= batch.num_rows
+                        yield batch
+                    return
+                finally:
+                    stream.close()
+            except errors.Unavailable:
+                failures += 1
+                if failures > RESUMES_MAX:
+                    raise
+                time.sleep(RESUME_PAUSE * failures)
+
+    def _gone(self) -> errors.CoevalError:
+        return errors.CoevalError(
+            "this training set was streamed and is gone: give it a name to keep it, or read it with to_arrow()"
+        )
 
 
 class Stream:

@@ -495,6 +495,26 @@ class Deployed:
 
 
 @dataclass(frozen=True)
+class SourceReport:
+    """What a source's known-at rule did to one training set.
+
+    A row is hidden when some row of the spine was late enough for its event time, but not for the time it became known.
+    """
+
+    source: str
+    #: Rows that were read.
+    rows: int
+    #: Rows hidden from at least one row of the spine, each counted once and under one of the reasons that follow.
+    hidden: int
+    hidden_by_created_time: int
+    hidden_by_delay: int
+    hidden_by_every: int
+    hidden_by_arrival: int
+    #: False with `visibility="event_time"`, which let them through: the numbers then say what would have been hidden.
+    enforced: bool
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """A stored training set."""
 

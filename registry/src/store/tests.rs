@@ -21,19 +21,31 @@ fn urls_become_folders_or_reasons() {
              write an absolute path after file://, or a plain path"),
     );
     check(
-        "s3://bucket/prefix",
-        Err("store `s3://bucket/prefix` cannot be opened: this build has no s3 support; \
-             use a folder, or a build with s3"),
-    );
-    check(
         "abfss://c@a/p",
-        Err("store `abfss://c@a/p` cannot be opened: this build has no az support; use a folder, or a build with az"),
+        Err("store `abfss://c@a/p` cannot be opened: az is not supported in this version; use a folder or s3://"),
     );
     check(
         "ftp://host",
         Err("store `ftp://host` has the unknown scheme `ftp`; use a folder, file://, s3://, gs:// or az://"),
     );
     check("", Err("store `` is not a folder: it is empty; write an absolute path after file://, or a plain path"));
+}
+
+#[test]
+fn urls_become_buckets_or_reasons() {
+    let keys = |endpoint: &str| -> Variables {
+        [("AWS_ENDPOINT_URL", endpoint), ("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .to_vec()
+    };
+    let open = |url: &str| open_bucket(url, &keys("http://127.0.0.1:1"));
+    assert_eq!(open("s3://bucket/a/b/").unwrap().1, Path::from("a/b"));
+    assert_eq!(open("s3a://bucket").unwrap().1, Path::default());
+    for url in ["s3://", "s3:///a", "s3://bucket:9000/a", "s3://user@bucket"] {
+        assert!(matches!(open(url), Err(StoreError::NoBucket { .. })), "{url}");
+    }
+    let bad = open_bucket("s3://bucket", &vec![("AWS_CONDITIONAL_PUT".to_owned(), "perhaps".to_owned())]).unwrap_err();
+    assert!(bad.to_string().starts_with("`s3://bucket` cannot be opened as a bucket; check AWS_ENDPOINT_URL"), "{bad}");
 }
 
 #[tokio::test]

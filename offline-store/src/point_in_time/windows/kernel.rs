@@ -26,26 +26,18 @@ use crate::point_in_time::index::{SpineIndex, first_at_or_after};
 /// Events of a range that are looked at one by one rather than through states of blocks.
 const BLOCK: usize = 32;
 
-/// How an aggregate's input is kept.
-pub fn kind_of(aggregate: &ViewAggregate) -> Kind {
-    let input = aggregate.aggregate.input();
-    if aggregate.by.is_some() {
-        return Kind::Values(input.cloned().unwrap_or(Type::Bool));
+/// How an aggregate's input, of this type, is kept.
+pub fn kind_of(aggregate: &ViewAggregate, input: &Type) -> Kind {
+    if aggregate.aggregate.split().is_some() {
+        return Kind::Values(input.clone());
     }
     match (aggregate.aggregate.function(), input) {
         (Function::Count, _) if aggregate.of.is_none() && aggregate.filter.is_none() => Kind::Rows,
         (Function::Count, _) => Kind::Flags,
-        (_, Some(Type::Float32 | Type::Float64)) => Kind::Float(input.cloned().unwrap_or(Type::Float64)),
-        (_, Some(Type::Int32 | Type::Int64 | Type::Date | Type::Timestamp)) => {
-            Kind::Integer(input.cloned().unwrap_or(Type::Int64))
-        }
-        (_, input) => Kind::Values(input.cloned().unwrap_or(Type::Bool)),
+        (_, Type::Float32 | Type::Float64) => Kind::Float(input.clone()),
+        (_, Type::Int32 | Type::Int64 | Type::Date | Type::Timestamp) => Kind::Integer(input.clone()),
+        _ => Kind::Values(input.clone()),
     }
-}
-
-/// Whether an aggregate's state depends on more of an event's times than that it is in the window.
-pub fn looks_at_times(aggregate: &Aggregate) -> bool {
-    aggregate.is_ordered()
 }
 
 /// One column per output, in the order of `slots`, which belong to `groups`.
@@ -63,8 +55,13 @@ pub fn run(
             let kind = &events.kinds[plan.columns[output.aggregate]];
             let aggregate = &plan.aggregates[output.aggregate].aggregate;
             let task = Task { index, events, groups: groups.clone(), slots: slots.clone(), window: output.window };
+            let plain = Plain { aggregate, column, kind, events };
+            if aggregate.split().is_some() {
+                let values = task.any(&plain);
+                return Value::to_array(&values, &output.feature_type);
+            }
             match (aggregate.function(), &column.data) {
-                (Function::Count, _) if aggregate.split().is_none() => task.count(column),
+                (Function::Count, _) => task.count(column),
                 (Function::Sum | Function::Mean, Data::Float(values)) => task.float_sum(aggregate, column, values),
                 (Function::Sum | Function::Mean, Data::Integer(values)) => {
                     task.integer_sum(aggregate, output, column, values)
@@ -100,9 +97,7 @@ pub fn run(
                     }
                 }
                 _ => {
-                    let cell = Plain { aggregate, column, kind, events };
-                    let values =
-                        if aggregate.laws().invertible { task.by_difference(&cell) } else { task.by_blocks(&cell) };
+                    let values = task.any(&plain);
                     Value::to_array(&values, &output.feature_type)
                 }
             }
@@ -196,6 +191,10 @@ impl Task<'_> {
         late
     }
 
+    fn any(&self, cell: &Plain<'_>) -> Vec<Value> {
+        if cell.aggregate.laws().invertible { self.by_difference(cell) } else { self.by_blocks(cell) }
+    }
+
     fn count(&self, column: &Column) -> ArrayRef {
         let cell = Count { column };
         Arc::new(Int64Array::from(self.by_difference(&cell)))
@@ -206,13 +205,7 @@ impl Task<'_> {
         Arc::new(self.by_difference(&cell).into_iter().collect::<Float64Array>())
     }
 
-    fn integer_sum(
-        &self,
-        aggregate: &Aggregate,
-        output: &WindowOutput,
-        column: &Column,
-        values: &[i64],
-    ) -> ArrayRef {
+    fn integer_sum(&self, aggregate: &Aggregate, output: &WindowOutput, column: &Column, values: &[i64]) -> ArrayRef {
         let found = self.by_difference(&IntegerSum { aggregate, column, values });
         Value::to_array(&found, &output.feature_type)
     }

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63oeval/v1/flight.proto\x12\tcoeval.v1\"{\n\x12TrainingSetCommand\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x10\n\x08statuses\x18\x04 \x01(\x08\x12\x12\n\nvisibility\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x04\":\n\rDatasetTicket\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63oeval/v1/flight.proto\x12\tcoeval.v1\"\xb3\x01\n\x12TrainingSetCommand\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x10\n\x08statuses\x18\x04 \x01(\x08\x12\x12\n\nvisibility\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\r\n\x05order\x18\x07 \x01(\t\x12\x12\n\nencode_for\x18\x08 \x01(\t\x12\x13\n\x0b\x63ompression\x18\t \x01(\t\"\xac\x02\n\rDatasetTicket\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x19\n\x0cshuffle_seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x07 \x01(\x04\x12\x12\n\x05limit\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\x0f\n\x07\x63olumns\x18\t \x03(\t\x12\x12\n\nencode_for\x18\n \x01(\t\x12\x13\n\x0b\x63ompression\x18\x0b \x01(\t\x12\x12\n\nbatch_rows\x18\x0c \x01(\r\x12\x11\n\tendpoints\x18\r \x01(\r\x12\x13\n\x0binputs_only\x18\x0e \x01(\x08\x42\x0f\n\r_shuffle_seedB\x08\n\x06_limitb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'coeval._generated.flight_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAININGSETCOMMAND']._serialized_start=37
-  _globals['_TRAININGSETCOMMAND']._serialized_end=160
-  _globals['_DATASETTICKET']._serialized_start=162
-  _globals['_DATASETTICKET']._serialized_end=220
+  _globals['_TRAININGSETCOMMAND']._serialized_start=38
+  _globals['_TRAININGSETCOMMAND']._serialized_end=217
+  _globals['_DATASETTICKET']._serialized_start=220
+  _globals['_DATASETTICKET']._serialized_end=520
 # @@protoc_insertion_point(module_scope)

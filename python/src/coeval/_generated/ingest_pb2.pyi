@@ -82,3 +82,57 @@ class FlushResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     events: int
     def __init__(self, events: _Optional[int] = ...) -> None: ...
+
+class CompactRequest(_message.Message):
+    __slots__ = ("project", "sources", "dry_run")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    sources: _containers.RepeatedScalarFieldContainer[str]
+    dry_run: bool
+    def __init__(self, project: _Optional[str] = ..., sources: _Optional[_Iterable[str]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class ImportFilesRequest(_message.Message):
+    __slots__ = ("project", "source")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    source: str
+    def __init__(self, project: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+
+class TableProgress(_message.Message):
+    __slots__ = ("source", "rows_written", "tables", "done")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    rows_written: int
+    tables: _containers.RepeatedCompositeFieldContainer[TableDone]
+    done: bool
+    def __init__(self, source: _Optional[str] = ..., rows_written: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableDone, _Mapping]]] = ..., done: _Optional[bool] = ...) -> None: ...
+
+class TableDone(_message.Message):
+    __slots__ = ("source", "changed", "files_before", "files_after", "files_taken", "bytes_before", "bytes_after", "rows", "buckets", "seconds")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    FILES_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    FILES_AFTER_FIELD_NUMBER: _ClassVar[int]
+    FILES_TAKEN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_AFTER_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    changed: bool
+    files_before: int
+    files_after: int
+    files_taken: int
+    bytes_before: int
+    bytes_after: int
+    rows: int
+    buckets: int
+    seconds: float
+    def __init__(self, source: _Optional[str] = ..., changed: _Optional[bool] = ..., files_before: _Optional[int] = ..., files_after: _Optional[int] = ..., files_taken: _Optional[int] = ..., bytes_before: _Optional[int] = ..., bytes_after: _Optional[int] = ..., rows: _Optional[int] = ..., buckets: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...

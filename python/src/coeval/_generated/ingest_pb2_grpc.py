@@ -49,6 +49,16 @@ class IngestStub:
                 request_serializer=coeval_dot_v1_dot_ingest__pb2.FlushRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_ingest__pb2.FlushResponse.FromString,
                 _registered_method=True)
+        self.Compact = channel.unary_stream(
+                '/coeval.v1.Ingest/Compact',
+                request_serializer=coeval_dot_v1_dot_ingest__pb2.CompactRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_ingest__pb2.TableProgress.FromString,
+                _registered_method=True)
+        self.ImportFiles = channel.unary_stream(
+                '/coeval.v1.Ingest/ImportFiles',
+                request_serializer=coeval_dot_v1_dot_ingest__pb2.ImportFilesRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_ingest__pb2.TableProgress.FromString,
+                _registered_method=True)
 
 
 class IngestServicer:
@@ -75,6 +85,20 @@ class IngestServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compact(self, request, context):
+        """Makes one sorted run of the managed table of each source.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportFiles(self, request, context):
+        """Copies the files of a source into a managed table, unless that was done and they are the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +116,16 @@ def add_IngestServicer_to_server(servicer, server):
                     servicer.Flush,
                     request_deserializer=coeval_dot_v1_dot_ingest__pb2.FlushRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_ingest__pb2.FlushResponse.SerializeToString,
+            ),
+            'Compact': grpc.unary_stream_rpc_method_handler(
+                    servicer.Compact,
+                    request_deserializer=coeval_dot_v1_dot_ingest__pb2.CompactRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_ingest__pb2.TableProgress.SerializeToString,
+            ),
+            'ImportFiles': grpc.unary_stream_rpc_method_handler(
+                    servicer.ImportFiles,
+                    request_deserializer=coeval_dot_v1_dot_ingest__pb2.ImportFilesRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_ingest__pb2.TableProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +209,60 @@ class Ingest:
             '/coeval.v1.Ingest/Flush',
             coeval_dot_v1_dot_ingest__pb2.FlushRequest.SerializeToString,
             coeval_dot_v1_dot_ingest__pb2.FlushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/coeval.v1.Ingest/Compact',
+            coeval_dot_v1_dot_ingest__pb2.CompactRequest.SerializeToString,
+            coeval_dot_v1_dot_ingest__pb2.TableProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/coeval.v1.Ingest/ImportFiles',
+            coeval_dot_v1_dot_ingest__pb2.ImportFilesRequest.SerializeToString,
+            coeval_dot_v1_dot_ingest__pb2.TableProgress.FromString,
             options,
             channel_credentials,
             insecure,
