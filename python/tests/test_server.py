@@ -339,16 +339,17 @@ def test_tensors_are_what_serving_feeds_the_model(client):
 
 
 def test_the_command_line_tells_of_datasets(shop, client):
-    shown = shop.command("--json", "dataset", "show", "two")
+    server = ("--server", client._flight_location.partition("//")[2])
+    shown = shop.command("--json", "dataset", "show", "two", *server)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     facts = json.loads(shown.stdout)
     assert facts["rows"] == 2 and len(facts["parts"]) == 1 and isinstance(facts["known_at"], list)
-    assert "parts" in shop.command("dataset", "show", "two").stdout
+    assert "parts" in shop.command("dataset", "show", "two", *server).stdout
     pq.write_table(
         pa.table({"event_timestamp": pa.array([at(3)]), "customer": ["ann"], "total": [1.0], "coupon": ["TEN"]}),
         shop.folder / "spine.parquet",
     )
-    create = ("--json", "dataset", "create", "cli", "--service", "small", "--spine", str(shop.folder / "spine.parquet"))
+    create = ("--json", "dataset", "create", "cli", "--service", "small", "--spine", str(shop.folder / "spine.parquet"), *server)
     for existed in (False, True):
         created = shop.command(*create)
         assert created.returncode == 0, created.stdout + created.stderr

@@ -500,3 +500,5 @@ async fn an_empty_spine_gives_an_empty_answer() {
     let names: Vec<String> = output.schema().fields().iter().take(5).map(|field| field.name().clone()).collect();
     assert_eq!(names, ["row", "p", "q", "event_timestamp", "latest:x"]);
 }
+
+mod functions;
