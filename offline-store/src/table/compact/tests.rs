@@ -53,11 +53,11 @@ fn a_compaction_takes_the_newest_part_that_pays() {
     check(&[4_000], 0, "shop", All, None);
     check(&[4_000, 10], 0, "shop", All, Some((0, 4)));
     check(&[4_000], 1, "shop", All, Some((0, 4)));
-    check(&[20_000], 0, "shop", All, Some((0, 16)));
+    check(&[20_000], 0, "shop", All, Some((0, 32)));
     // Another order means writing everything, when something is written.
-    check(&[5_000], 0, "till", All, Some((0, 4)));
+    check(&[5_000], 0, "till", All, Some((0, 8)));
     check(&[5_000], 31, "till", Due, None);
-    check(&[5_000], 32, "till", Due, Some((0, 4)));
+    check(&[5_000], 32, "till", Due, Some((0, 8)));
 }
 
 #[test]
