@@ -28,7 +28,8 @@ use crate::point_in_time::files::{Files, Location};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
 use crate::point_in_time::spill::Spill;
 use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, Read, SourceReport, Used, exec, position_columns};
-use crate::source::{Format, SourceError, Sources, file_url, plain_parquet};
+use crate::source::{Format, SourceError, Sources};
+use crate::table::{Table, TableFile};
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -134,7 +135,7 @@ impl Engine {
 
     /// Begins a training set. Everything wrong with the spine is found before the first row is computed.
     pub async fn training_set(&self, request: TrainingSetRequest) -> Result<TrainingSet, EngineError> {
-        let TrainingSetRequest { service, spine_schema, spine, statuses, visibility, order: _ } = request;
+        let TrainingSetRequest { service, spine_schema, spine, statuses, visibility, order } = request;
         let as_known = service
             .inputs
             .iter()
@@ -229,27 +230,42 @@ impl Engine {
                 let history = History::open(self.options.store.clone(), self.project_path(), &source.name)
                     .await
                     .map_err(|error| failed(error.to_string()))?;
-                let mut fingerprint = feature_defs::digest::Canonical::new("history");
-                let mut locations = Vec::new();
-                for file in &history.manifest().files {
-                    fingerprint.add("file", &file.path);
-                    fingerprint.add("rows", file.rows);
-                    let path = history.object_path(file);
-                    let shown = path.to_string();
-                    locations.push(Location { store: self.options.store.clone(), path, size: file.bytes, shown });
-                }
-                let files = Files::open(locations).await.map_err(|error| failed(error.strip_backtrace()))?;
-                return Ok((Read::Files(Arc::new(files)), fingerprint.digest().to_string()));
+                let files = self.open_table(history.table()).await.map_err(|error| failed(error.strip_backtrace()))?;
+                return Ok((Read::Files(Arc::new(files)), history.manifest().fingerprint()));
             }
         }
         let files = self.sources.files_of(source, columns).await?;
         let fingerprint = self.sources.fingerprint_of(&files);
+        // A copy of the files is read in their place only while they are the very same files.
+        let table = Table::of_files(self.options.store.clone(), &self.project_path(), &source.name).await;
+        match table {
+            Ok(table) if table.is_copy_of(&fingerprint) => {
+                let opened = self.open_table(&table).await.map_err(run)?;
+                return Ok((Read::Files(Arc::new(opened)), fingerprint));
+            }
+            Ok(_) => {}
+            // What the files say is still there to be read.
+            Err(error) => tracing::warn!(source = %source.name, %error, "a managed table could not be opened"),
+        }
         if files.format() == Format::Parquet && files.is_all_in_files() {
             let opened = Files::open(files.locations()).await.map_err(run)?;
             return Ok((Read::Files(Arc::new(opened)), fingerprint));
         }
         inputs.push(self.sources.frame(source, &files).await?.into_unoptimized_plan());
         Ok((Read::Plan(inputs.len() - 2), fingerprint))
+    }
+
+    async fn open_table(&self, table: &Table) -> Result<Files, DataFusionError> {
+        let location = |file: &TableFile| {
+            let path = table.object_path(file);
+            let shown = path.to_string();
+            Location { store: self.options.store.clone(), path, size: file.bytes, shown }
+        };
+        let files = &table.manifest().files;
+        let locations = files.iter().map(location).collect();
+        let mut opened = Files::open(locations).await?;
+        opened.sorted = !files.is_empty() && files.iter().all(TableFile::is_sorted);
+        Ok(opened)
     }
 
     /// One batch of the spine: all its columns, those that the service reads in their declared types.
@@ -328,6 +344,15 @@ fn refuse_nulls(column: &ArrayRef, name: &str, why: &str) -> Result<(), EngineEr
 fn memory_or_run(error: DataFusionError, limit_mib: u64) -> EngineError {
     match error.find_root() {
         DataFusionError::ResourcesExhausted(what) => EngineError::Memory { limit_mib, what: what.clone() },
+        DataFusionError::External(source) => {
+            let mut text = source.to_string();
+            let mut cause = source.source();
+            while let Some(error) = cause {
+                text.push_str(&format!(": {error}"));
+                cause = error.source();
+            }
+            EngineError::Run(text)
+        }
         _ => EngineError::Run(error.strip_backtrace()),
     }
 }

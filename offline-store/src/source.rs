@@ -845,28 +845,5 @@ impl Remembered {
     }
 }
 
-/// Parquet whose strings are read as plain strings, as they were written.
-pub(crate) fn plain_parquet() -> ParquetFormat {
-    ParquetFormat::default().with_force_view_types(false)
-}
-
-/// The URL of one object. Percent signs in object paths are doubled by URL encoding, as DataFusion expects.
-pub(crate) fn file_url(
-    store: &ObjectStoreUrl,
-    path: &object_store::path::Path,
-) -> Result<ListingTableUrl, DataFusionError> {
-    let encoded: String = path
-        .as_ref()
-        .bytes()
-        .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b'=' => {
-                char::from(byte).to_string()
-            }
-            other => format!("%{other:02X}"),
-        })
-        .collect();
-    ListingTableUrl::parse(format!("{}{encoded}", store.as_str()))
-}
-
 #[cfg(test)]
 mod tests;

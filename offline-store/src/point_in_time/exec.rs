@@ -76,7 +76,9 @@ impl DisplayAs for PitJoinExec {
         for (source, read) in self.join.sources.iter().zip(&self.join.reads) {
             match read {
                 Read::Files(files) => {
-                    write!(f, ", {}={} rows in {} row groups", source.name, files.rows(), files.units().len())?;
+                    let storage = if files.sorted { "sorted storage" } else { "files" };
+                    let (rows, units) = (files.rows(), files.units().len());
+                    write!(f, ", {}={storage} of {rows} rows in {units} row groups", source.name)?;
                 }
                 Read::Plan(_) => write!(f, ", {}=written down first", source.name)?,
             }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use arrow::array::{BooleanArray, RecordBatch};
 use arrow::buffer::BooleanBuffer;
+use arrow::datatypes::{DataType, TimeUnit};
 use bytes::{Buf, Bytes};
 use datafusion::error::{DataFusionError, Result};
 use futures::future::BoxFuture;
@@ -21,6 +22,7 @@ use parquet::arrow::async_reader::MetadataFetch;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaDataReader};
 use parquet::file::reader::{ChunkReader, Length};
+use parquet::file::statistics::Statistics;
 
 use super::places::Marks;
 
@@ -39,6 +41,8 @@ pub struct Files {
     files: Vec<File>,
     /// Row groups of all files.
     units: Vec<Unit>,
+    /// Every file is sorted by entity and time: a compacted table.
+    pub sorted: bool,
 }
 
 #[derive(Debug)]
@@ -95,7 +99,7 @@ impl Files {
                 }
             }
         }
-        Ok(Files { files, units })
+        Ok(Files { files, units, sorted: false })
     }
 
     pub fn units(&self) -> &[Unit] {
@@ -118,6 +122,22 @@ impl Files {
             leaves.map(|column| column.compressed_size().max(0) as usize).sum::<usize>()
         });
         bytes.max().unwrap_or(0) + columns.len() * DECODE_ROWS * 16
+    }
+
+    /// The least and the greatest value of an integer or timestamp column in a row group, where its file says so.
+    pub fn range(&self, unit: usize, column: &str) -> Option<(i64, i64)> {
+        let unit = self.units[unit];
+        let file = &self.files[unit.file];
+        let field = file.metadata.schema().field_with_name(column).ok()?;
+        if !matches!(field.data_type(), DataType::Int64 | DataType::Timestamp(TimeUnit::Microsecond, _)) {
+            return None;
+        }
+        let row_group = file.metadata.metadata().row_group(unit.row_group);
+        let leaf = row_group.columns().iter().find(|leaf| leaf.column_path().parts() == [column])?;
+        match leaf.statistics()? {
+            Statistics::Int64(values) => Some((*values.min_opt()?, *values.max_opt()?)),
+            _ => None,
+        }
     }
 
     /// Decodes the named columns of one row group, those that the file has; with `wanted`, only the rows marked.

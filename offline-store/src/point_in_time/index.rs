@@ -60,12 +60,14 @@ impl SpineIndex {
         self.keys.find(columns, rows, groups);
     }
 
-    /// The smallest and the largest key, where keys are single integers.
-    pub fn integer_range(&self) -> Option<(i64, i64)> {
-        match &self.keys.kind {
-            Kind::Integers(integers) if self.keys.groups > 0 => Some((integers.least, integers.greatest)),
-            _ => None,
-        }
+    /// All keys in order, where they are single integers.
+    pub fn integer_keys(&self) -> Option<Vec<i64>> {
+        let Kind::Integers(integers) = &self.keys.kind else { return None };
+        let dense = integers.dense.iter().enumerate().filter(|(_, group)| **group != NO_GROUP);
+        let mut keys: Vec<i64> = dense.map(|(at, _)| integers.least + at as i64).collect();
+        keys.extend(integers.table.iter().filter(|(_, group)| *group != NO_GROUP).map(|(key, _)| *key));
+        keys.sort_unstable();
+        Some(keys)
     }
 
     pub fn groups(&self) -> usize {

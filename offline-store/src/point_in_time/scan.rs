@@ -181,8 +181,9 @@ impl<'a> Scan<'a> {
             hidden: Hidden::default(),
             rows: 0,
         };
-        let units = self.files.units().len();
-        let workers = with_workers(workers, self.stop, units, fresh, |worker: &mut Worker<'a>, unit| {
+        let units = self.units_that_matter();
+        let workers = with_workers(workers, self.stop, units.len(), fresh, |worker: &mut Worker<'a>, task| {
+            let unit = units[task];
             let mut first = 0;
             for batch in self.files.read(unit, &columns, None, self.runtime)? {
                 let batch = batch?;
@@ -218,6 +219,51 @@ impl<'a> Scan<'a> {
             }
         }
         Ok(report)
+    }
+
+    /// The row groups of which some row can matter to some row of the spine, by what the files say of their columns: a small
+    /// spine, or a table sorted by entity, leaves most of them unread.
+    fn units_that_matter(&self) -> Vec<usize> {
+        let keys: Vec<Option<(&str, Vec<i64>)>> = self
+            .inputs
+            .iter()
+            .map(|(input, index)| match input.view.keys.as_slice() {
+                [key] => Some((key.column.as_str(), index.integer_keys()?)),
+                _ => None,
+            })
+            .collect();
+        let clock = self.source.clock;
+        let hides = clock.has_created_time || clock.delay != 0 || clock.every != 0 || self.rule == Visibility::Ingested;
+        let spans: Vec<Option<(Micros, Micros)>> = self
+            .inputs
+            .iter()
+            .map(|(input, index)| {
+                let (first, last) = index.time_range()?;
+                let earliest = match &input.view.kind {
+                    // Events before every window still count among those that a rule hides.
+                    ViewPlanKind::Windowed { windows, .. } if !hides => {
+                        windows.iter().map(|window| window.start(first)).min().unwrap_or(first)
+                    }
+                    _ => Micros::MIN,
+                };
+                Some((earliest, last))
+            })
+            .collect();
+        let matters = |unit: &usize| {
+            let times = self.source.event_time.as_deref().and_then(|column| self.files.range(*unit, column));
+            keys.iter().zip(&spans).any(|(keys, span)| {
+                // An input without slots asks for nothing.
+                let Some((earliest, last)) = span else { return false };
+                if times.is_some_and(|(least, greatest)| least > *last || greatest < *earliest) {
+                    return false;
+                }
+                let Some((column, keys)) = keys else { return true };
+                let Some((least, greatest)) = self.files.range(*unit, column) else { return true };
+                let first = keys.partition_point(|key| *key < least);
+                keys.get(first).is_some_and(|key| *key <= greatest)
+            })
+        };
+        (0..self.files.units().len()).filter(matters).collect()
     }
 
     fn rules(&self) -> Rules {

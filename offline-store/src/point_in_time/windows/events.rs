@@ -231,12 +231,12 @@ impl Events {
 
     pub fn append(&mut self, other: Events) {
         let (before, added) = (self.groups.len(), other.groups.len());
-        // One worker may have seen late rows only, the other none.
-        if !other.from.is_empty() && self.from.is_empty() {
-            self.from = self.event_times.clone();
-        }
-        if !self.from.is_empty() {
-            if other.from.is_empty() { self.from.extend(&other.event_times) } else { self.from.extend(&other.from) }
+        // One worker may have seen late rows, the other none. Who has no events has no opinion.
+        if added > 0 && (!self.from.is_empty() || !other.from.is_empty()) {
+            if self.from.is_empty() {
+                self.from.clone_from(&self.event_times);
+            }
+            self.from.extend(if other.from.is_empty() { &other.event_times } else { &other.from });
         }
         self.groups.extend(other.groups);
         self.event_times.extend(other.event_times);
