@@ -238,9 +238,14 @@ impl Iterator for Batches<'_> {
     type Item = Result<RecordBatch>;
 
     fn next(&mut self) -> Option<Result<RecordBatch>> {
-        let batch = match self.reader.next()? {
-            Ok(batch) => batch,
-            Err(error) => return Some(Err(unreadable(self.shown, &error))),
+        // The decoder panics on some pages that were damaged; it is not asked again after.
+        let reader = std::panic::AssertUnwindSafe(&mut self.reader);
+        let batch = match std::panic::catch_unwind(|| { reader }.next()) {
+            Ok(batch) => match batch? {
+                Ok(batch) => batch,
+                Err(error) => return Some(Err(unreadable(self.shown, &error))),
+            },
+            Err(_) => return Some(Err(unreadable(self.shown, &"a page of it is damaged"))),
         };
         let Some(kept) = &self.kept else { return Some(Ok(batch)) };
         let kept = kept.slice(self.at, batch.num_rows());
