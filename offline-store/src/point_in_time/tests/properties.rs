@@ -589,7 +589,7 @@ fn config(cases: u32) -> ProptestConfig {
 #[test]
 fn generated_tables_agree_with_the_reference() {
     let runtime = runtime();
-    proptest!(config(120), |(case in case(), layout in layout())| {
+    proptest!(config(80), |(case in case(), layout in layout())| {
         let mut layout = layout;
         let case = case.in_format(&mut layout);
         let (plan, found) = runtime.block_on(answer(&case, &layout));
@@ -615,7 +615,7 @@ fn neither_order_nor_layout_matters() {
         let asked = Just((0..case.asked.len()).collect::<Vec<usize>>()).prop_shuffle();
         (Just(case), Just(layout), given, asked)
     });
-    proptest!(config(60), |((case, layout, given, order) in shuffled)| {
+    proptest!(config(40), |((case, layout, given, order) in shuffled)| {
         let mut layout = layout;
         let case = case.in_format(&mut layout);
         let given = given.into_iter();
@@ -643,7 +643,7 @@ fn neither_order_nor_layout_matters() {
 #[test]
 fn row_by_row_finds_the_same() {
     let runtime = runtime();
-    proptest!(config(60), |(case in case())| {
+    proptest!(config(40), |(case in case())| {
         let folder = tempfile::tempdir().unwrap();
         let layout = Layout { file_rows: 20, group_rows: 7, ..Layout::plain() };
         case.write(folder.path(), &layout);
