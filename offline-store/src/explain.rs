@@ -271,8 +271,7 @@ impl Engine {
     pub async fn explain_service(&self, service: &Arc<ServicePlan>) -> Result<String, EngineError> {
         let columns = service.columns.iter().map(|column| (column.name.as_str(), column.column_type.arrow()));
         let fields = columns.chain([(EVENT_TIMESTAMP, Type::Timestamp.arrow())]);
-        let schema =
-            Arc::new(Schema::new(fields.map(|(name, of)| Field::new(name, of, true)).collect::<Vec<Field>>()));
+        let schema = Arc::new(Schema::new(fields.map(|(name, of)| Field::new(name, of, true)).collect::<Vec<Field>>()));
         let request = TrainingSetRequest {
             service: service.clone(),
             spine_schema: schema.clone(),
@@ -610,9 +609,7 @@ impl Needed {
                     let (name, feature_type, _) = input.view.features()[feature];
                     (format!("{}:{name}", input.alias), feature_type.clone())
                 }
-                Slot::EventTime { input } => {
-                    (format!("event_time({})", service.inputs[input].alias), Type::Timestamp)
-                }
+                Slot::EventTime { input } => (format!("event_time({})", service.inputs[input].alias), Type::Timestamp),
                 Slot::At => ("at()".to_owned(), Type::Timestamp),
                 Slot::Request(column) => {
                     let column = &service.columns[column];
@@ -764,18 +761,8 @@ impl Greatest {
 
 /// What was found so far of the rows of an entity.
 enum Found<'q> {
-    AsOf {
-        question: &'q Question<'q>,
-        types: Vec<Type>,
-        visible: Greatest,
-        hidden: Greatest,
-        later: u64,
-    },
-    Windows {
-        question: &'q Question<'q>,
-        types: Vec<Type>,
-        windows: Vec<FoundWindow>,
-    },
+    AsOf { question: &'q Question<'q>, types: Vec<Type>, visible: Greatest, hidden: Greatest, later: u64 },
+    Windows { question: &'q Question<'q>, types: Vec<Type>, windows: Vec<FoundWindow> },
 }
 
 struct FoundWindow {
@@ -888,14 +875,8 @@ impl<'q> Found<'q> {
                         ));
                     }
                     let visibility = question.visibility();
-                    let value = window_value(
-                        &found.events,
-                        0,
-                        &aggregate.aggregate,
-                        &found.window,
-                        question.at,
-                        visibility,
-                    );
+                    let value =
+                        window_value(&found.events, 0, &aggregate.aggregate, &found.window, question.at, visibility);
                     answer.values[found.feature] = Value::to_array([&value], &output.feature_type);
                     let of = unchecked.is_none().then(|| to_json(&value, &output.feature_type));
                     let of = of.unwrap_or(Json::Null);
@@ -1090,7 +1071,7 @@ fn columns(source: &SourcePlan, batch: &RecordBatch, row: usize) -> Map<String, 
 }
 
 /// A value as people write it: times in RFC 3339, decimals in digits, bytes in hexadecimal, NaN and infinities as text.
-fn to_json(value: &Value, of: &Type) -> Json {
+pub fn to_json(value: &Value, of: &Type) -> Json {
     let float = |x: f64| serde_json::Number::from_f64(x).map_or_else(|| Json::from(x.to_string()), Json::Number);
     // Through the shortest text, so that 0.1 stays 0.1.
     let float32 = |x: f32| x.to_string().parse().map_or(Json::Null, float);
