@@ -118,7 +118,10 @@ pub async fn run(place: &Place, arguments: &ExplainArguments, output: &Output) -
         let same = stored == explained.value;
         output.line(match same {
             true => "the dataset has the same value".to_owned(),
-            false => format!("the dataset has {}: sources or definitions have changed since", cell(&stored)),
+            false => format!(
+                "the dataset has {}: sources, definitions or the visibility are not what they were",
+                cell(&stored)
+            ),
         });
         shown["stored"] = json!({"value": stored, "same": same});
     }
