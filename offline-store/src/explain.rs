@@ -4,7 +4,8 @@
 //! the rows of this entity alone, and the reference functions of `feature_defs` are asked; where they do not agree with the
 //! engine to the last bit, that is the answer. So an explanation is also a proof, or the report of a bug.
 //!
-//! Of the rows of an entity only those that are shown are kept, and the events inside a window up to [`EVENTS_MAX`].
+//! A lookup is a maximum and a state takes one event at a time, so of the rows of an entity only those that are shown are
+//! kept, however many there are.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use arrow::compute::kernels::cmp::eq;
 use arrow::compute::{and, filter, filter_record_batch};
 use arrow::datatypes::{Field, Int64Type, Schema, TimestampMicrosecondType, UInt8Type, UInt64Type};
 use chrono::{DateTime, NaiveDate, SecondsFormat, TimeDelta};
+use feature_defs::aggregate::{Aggregate, State};
 use feature_defs::as_of::{Row, Visibility, as_of, feature_value};
 use feature_defs::catalog::{self, Head};
 use feature_defs::diagnose::nearest;
@@ -23,7 +25,7 @@ use feature_defs::plan::{
 };
 use feature_defs::time::{Micros, Position, STATIC, Status};
 use feature_defs::value::{Type, Value};
-use feature_defs::window::{Window, WindowEvent, window_value};
+use feature_defs::window::Window;
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value as Json, json};
@@ -33,9 +35,6 @@ use crate::history::{POSITION_TIME, SEQUENCE};
 use crate::point_in_time::{EVENT_TIMESTAMP, Order, position_columns};
 use crate::source::SourceError;
 use crate::table::{Table, TableError, read};
-
-/// Events of one window that are kept for the reference; of more only the newest and their number are.
-pub const EVENTS_MAX: usize = 1_000_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ExplainError {
@@ -127,7 +126,7 @@ impl Serialize for Length {
     }
 }
 
-/// Why a cell of a training set is what it is.
+/// Why a cell of a training set is what it is. There is one only where the reference agrees with the engine.
 #[derive(Debug, Clone, Serialize)]
 pub struct Explanation {
     pub service: String,
@@ -139,9 +138,6 @@ pub struct Explanation {
     pub status: String,
     /// How the engine joins the sources of this service.
     pub strategy: String,
-    /// Whether the reference was asked and agreed; false only where it was not, for the reason in `unchecked`.
-    pub checked: bool,
-    pub unchecked: Option<String>,
     /// From what was read to the value, each after what it reads.
     pub steps: Vec<Step>,
     /// The views that were read.
@@ -307,7 +303,6 @@ impl Engine {
         let needed = Needed::of(service, service.outputs[output].slot);
         let mut inputs = Vec::new();
         let mut answers = Vec::with_capacity(service.inputs.len());
-        let mut unchecked = None;
         for (number, input) in service.inputs.iter().enumerate() {
             let wanted = needed.features(number);
             if wanted.is_none() {
@@ -325,10 +320,9 @@ impl Engine {
                 features: wanted.unwrap_or_default(),
                 limit: *limit,
             };
-            let (answer, explained, left_out) = self.explain_input(question).await?;
+            let (answer, explained) = self.explain_input(question).await?;
             answers.push(answer);
             inputs.push(explained);
-            unchecked = unchecked.or(left_out);
         }
 
         let steps_plan = needed.plan(service);
@@ -343,7 +337,7 @@ impl Engine {
             // The feature itself comes last: everything else is read by it.
             reference = (value, status);
         }
-        if unchecked.is_none() && reference != (engine.value.clone(), engine.status) {
+        if reference != (engine.value.clone(), engine.status) {
             let again = self.training_set(training_set()).await?;
             if again.sources != sources {
                 return Err(ExplainError::SourcesChanged { feature: feature.clone() });
@@ -365,17 +359,12 @@ impl Engine {
             event_timestamp: Moment(engine.at),
             status: engine.status.to_string(),
             strategy,
-            checked: unchecked.is_none(),
-            unchecked,
             steps,
             inputs,
         })
     }
 
-    async fn explain_input(
-        &self,
-        question: Question<'_>,
-    ) -> Result<(ViewAnswer, InputExplanation, Option<String>), ExplainError> {
+    async fn explain_input(&self, question: Question<'_>) -> Result<(ViewAnswer, InputExplanation), ExplainError> {
         let view = &question.input.view;
         let source = &view.source;
         let key_is_null = question.keys.iter().any(Value::is_null);
@@ -403,7 +392,7 @@ impl Engine {
                 found.add(&rows, &batch);
             }
         }
-        let (answer, status, lookup, unchecked) = found.finish();
+        let (answer, status, lookup) = found.finish();
         let keys = view.keys.iter().zip(&question.keys);
         let explained = InputExplanation {
             alias: question.input.alias.clone(),
@@ -425,7 +414,7 @@ impl Engine {
             status: status.to_string(),
             lookup,
         };
-        Ok((answer, explained, unchecked))
+        Ok((answer, explained))
     }
 
     /// Batches that hold every row of an entity, with rows of others among them. Where a managed table is sorted by the
@@ -762,15 +751,17 @@ impl Greatest {
 /// What was found so far of the rows of an entity.
 enum Found<'q> {
     AsOf { question: &'q Question<'q>, types: Vec<Type>, visible: Greatest, hidden: Greatest, later: u64 },
-    Windows { question: &'q Question<'q>, types: Vec<Type>, windows: Vec<FoundWindow> },
+    Windows { question: &'q Question<'q>, types: Vec<Type>, windows: Vec<FoundWindow<'q>> },
 }
 
-struct FoundWindow {
+struct FoundWindow<'q> {
     feature: usize,
-    aggregate: usize,
+    /// Index of the aggregate in the view.
+    number: usize,
+    aggregate: &'q Aggregate,
     window: Window,
-    /// For the reference; emptied when there are too many.
-    events: Vec<WindowEvent>,
+    /// As `window_value` makes it, an event at a time.
+    state: State,
     inside: u64,
     contributing: Greatest,
     hidden: Greatest,
@@ -786,15 +777,20 @@ impl<'q> Found<'q> {
                 let visible = Greatest::new(question.limit.saturating_add(1));
                 Found::AsOf { question, types, visible, hidden: Greatest::new(question.limit), later: 0 }
             }
-            ViewPlanKind::Windowed { outputs, .. } => {
-                let window = |feature: &usize| FoundWindow {
-                    feature: *feature,
-                    aggregate: outputs[*feature].aggregate,
-                    window: outputs[*feature].window,
-                    events: Vec::new(),
-                    inside: 0,
-                    contributing: Greatest::new(question.limit),
-                    hidden: Greatest::new(question.limit),
+            ViewPlanKind::Windowed { aggregates, outputs, .. } => {
+                let window = |feature: &usize| {
+                    let output = &outputs[*feature];
+                    let aggregate = &aggregates[output.aggregate].aggregate;
+                    FoundWindow {
+                        feature: *feature,
+                        number: output.aggregate,
+                        aggregate,
+                        window: output.window,
+                        state: aggregate.zero(),
+                        inside: 0,
+                        contributing: Greatest::new(question.limit),
+                        hidden: Greatest::new(question.limit),
+                    }
                 };
                 Found::Windows { question, types, windows: question.features.iter().map(window).collect() }
             }
@@ -828,21 +824,16 @@ impl<'q> Found<'q> {
                         if !found.window.contains(times.event_time, question.at) {
                             continue;
                         }
-                        let input = Value::from_array(&rows.columns[found.aggregate], i, &types[found.aggregate]);
-                        let row = Row { times, deleted: false, values: vec![input.clone()] };
+                        let input = Value::from_array(&rows.columns[found.number], i, &types[found.number]);
                         let columns = || columns(&question.input.view.source, batch, rows.source_rows[i] as usize);
                         if !visibility.admits(&times, question.at) {
-                            found.hidden.offer(row, columns);
+                            found.hidden.offer(Row { times, deleted: false, values: vec![input] }, columns);
                             continue;
                         }
                         found.inside += 1;
+                        found.aggregate.push(&mut found.state, &input, &times);
                         if !input.is_null() {
-                            found.contributing.offer(row, columns);
-                        }
-                        if found.inside <= EVENTS_MAX as u64 {
-                            found.events.push(WindowEvent { times, inputs: vec![input] });
-                        } else if !found.events.is_empty() {
-                            found.events = Vec::new();
+                            found.contributing.offer(Row { times, deleted: false, values: vec![input] }, columns);
                         }
                     }
                 }
@@ -850,39 +841,29 @@ impl<'q> Found<'q> {
         }
     }
 
-    /// The answer of the reference, and what led to it; beside it why the reference could not be asked.
-    fn finish(self) -> (ViewAnswer, Status, Lookup, Option<String>) {
+    /// The answer of the reference, and what led to it.
+    fn finish(self) -> (ViewAnswer, Status, Lookup) {
         match self {
             Found::AsOf { question, types, visible, hidden, later } => {
                 let (answer, status, explained) = finish_as_of(question, &types, visible, hidden, later);
-                (answer, status, Lookup::AsOf(explained), None)
+                (answer, status, Lookup::AsOf(explained))
             }
             Found::Windows { question, types, windows } => {
                 let view = &question.input.view;
                 let mut answer = no_answer(view);
                 answer.statuses = vec![Status::Present];
-                let mut unchecked = None;
                 let mut explained = Vec::with_capacity(windows.len());
                 let ViewPlanKind::Windowed { aggregates, outputs, .. } = &view.kind else {
-                    return (answer, Status::Present, Lookup::Windows(explained), None);
+                    return (answer, Status::Present, Lookup::Windows(explained));
                 };
                 for found in windows {
-                    let (output, aggregate) = (&outputs[found.feature], &aggregates[found.aggregate]);
-                    if found.inside > EVENTS_MAX as u64 {
-                        unchecked = Some(format!(
-                            "{} events are in the window of `{}`, and at most {EVENTS_MAX} are kept to recompute it",
-                            found.inside, output.name
-                        ));
-                    }
-                    let visibility = question.visibility();
-                    let value =
-                        window_value(&found.events, 0, &aggregate.aggregate, &found.window, question.at, visibility);
+                    let (output, aggregate) = (&outputs[found.feature], &aggregates[found.number]);
+                    let value = found.aggregate.finish(&found.state);
                     answer.values[found.feature] = Value::to_array([&value], &output.feature_type);
-                    let of = unchecked.is_none().then(|| to_json(&value, &output.feature_type));
-                    let of = of.unwrap_or(Json::Null);
-                    explained.push(found.explain(question, &types, aggregate, &output.name, of));
+                    let value = to_json(&value, &output.feature_type);
+                    explained.push(found.explain(question, &types, aggregate, &output.name, value));
                 }
-                (answer, Status::Present, Lookup::Windows(explained), unchecked)
+                (answer, Status::Present, Lookup::Windows(explained))
             }
         }
     }
@@ -990,7 +971,7 @@ fn lost(winner: &Row, row: &Row) -> String {
     "same times: the larger encoding of the view's row wins".to_owned()
 }
 
-impl FoundWindow {
+impl FoundWindow<'_> {
     fn explain(
         self,
         question: &Question<'_>,
@@ -999,7 +980,7 @@ impl FoundWindow {
         name: &str,
         value: Json,
     ) -> WindowExplanation {
-        let of = &types[self.aggregate];
+        let of = &types[self.number];
         // Rows are counted by a constant that says nothing.
         let says = aggregate.of.is_some();
         let show = |(row, columns): (Row, Map<String, Json>), why: String| {
