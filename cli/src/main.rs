@@ -89,6 +89,8 @@ enum Command {
     /// Training sets that are kept
     #[command(subcommand)]
     Dataset(dataset::DatasetCommand),
+    /// Why one value of a training set is what it is: which rows of the sources made it
+    Explain(explain::ExplainArguments),
     /// Model versions
     #[command(subcommand)]
     Model(model::ModelCommand),
@@ -137,6 +139,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Features(command) => features::run(place, &command, output).await,
             Command::Predict(arguments) => predict::run(place, &arguments, output).await,
             Command::Dataset(command) => dataset::run(place, &command, output).await,
+            Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
             Command::Doctor => doctor::run(place, output).await,
         }
