@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt8Array};
 use arrow::compute::concat_batches;
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimestampMicrosecondType, TimestampNanosecondType};
 use datafusion::datasource::MemTable;
 use datafusion::error::DataFusionError;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
@@ -39,6 +39,11 @@ pub enum EngineError {
     WrongType { column: String, found: String, wanted: String, why: String },
     #[error("spine column `{column}` is null in {count} rows (the first is row {first}), but {why}")]
     Null { column: String, count: usize, first: usize, why: String },
+    #[error(
+        "spine column `{column}` has nanoseconds beyond whole microseconds in {count} rows (the first is row {first}), \
+         and would be cut; round it to microseconds"
+    )]
+    Nanoseconds { column: String, count: usize, first: usize },
     #[error("spine column `{column}` has the name of a feature; rename it")]
     NameTaken { column: String },
     #[error(
@@ -308,6 +313,7 @@ impl Engine {
             let known: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
             return Err(EngineError::MissingColumn { column: name.into(), why: why.into(), known: known.join(", ") });
         };
+        refuse_nanoseconds(found, name)?;
         let aligned = align_batch("spine", std::iter::once((name, wanted)), spine, false).map_err(|_| {
             EngineError::WrongType {
                 column: name.into(),
@@ -340,6 +346,17 @@ fn refuse_nulls(column: &ArrayRef, name: &str, why: &str) -> Result<(), EngineEr
     }
     let first = (0..column.len()).find(|row| column.is_null(*row)).unwrap_or(0);
     Err(EngineError::Null { column: name.into(), count: column.null_count(), first, why: why.into() })
+}
+
+/// A time that is cut would see rows, or miss them, that the time itself does not.
+fn refuse_nanoseconds(column: &ArrayRef, name: &str) -> Result<(), EngineError> {
+    let Some(times) = column.as_primitive_opt::<TimestampNanosecondType>() else { return Ok(()) };
+    let cut = |row: &usize| times.is_valid(*row) && times.value(*row) % 1_000 != 0;
+    let mut rows = (0..times.len()).filter(cut);
+    match rows.next() {
+        None => Ok(()),
+        Some(first) => Err(EngineError::Nanoseconds { column: name.into(), count: 1 + rows.count(), first }),
+    }
 }
 
 fn memory_or_run(error: DataFusionError, limit_mib: u64) -> EngineError {

@@ -184,6 +184,7 @@ fn engine_status(error: &EngineError) -> Status {
         EngineError::MissingColumn { .. }
         | EngineError::WrongType { .. }
         | EngineError::Null { .. }
+        | EngineError::Nanoseconds { .. }
         | EngineError::NameTaken { .. } => Status::invalid_argument(text),
         EngineError::Memory { .. } => Status::resource_exhausted(text),
         EngineError::Source(_) => Status::failed_precondition(text),

@@ -44,7 +44,7 @@ const BATCH_ROWS: usize = 32 << 10;
 const BATCHES_AHEAD: usize = 2;
 
 /// A slice of the spine smaller than this is not worth reading all sources for.
-const SLICE_ROWS_MIN: usize = 1_024;
+const SLICE_ROWS_MIN: usize = if cfg!(test) { 8 } else { 1_024 };
 
 #[derive(Debug)]
 pub struct PitJoinExec {

@@ -27,7 +27,7 @@ use parquet::file::statistics::Statistics;
 use super::places::Marks;
 
 /// Rows decoded at a time.
-const DECODE_ROWS: usize = 16 << 10;
+const DECODE_ROWS: usize = if cfg!(test) { 32 } else { 16 << 10 };
 
 /// A row group in which fewer than one in this many rows are wanted is read by skipping, else whole.
 const SPARSE: usize = 64;

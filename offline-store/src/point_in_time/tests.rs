@@ -502,3 +502,4 @@ async fn an_empty_spine_gives_an_empty_answer() {
 }
 
 mod functions;
+mod properties;

@@ -28,10 +28,13 @@ use super::spill::Spill;
 use events::Events;
 
 /// Events of one part, about: as many as fit a core's cache while they are sorted.
-const PART_EVENTS: usize = 16 << 10;
+const PART_EVENTS: usize = if cfg!(test) { 16 } else { 16 << 10 };
 const PARTS_MAX: usize = 2_048;
 /// Slots of one entity that are worked on at a time, so that one hot entity is shared by all threads.
-const TASK_SLOTS: usize = 32 << 10;
+const TASK_SLOTS: usize = if cfg!(test) { 8 } else { 32 << 10 };
+
+/// What is taken from the memory bound at a time.
+const ACCOUNT_BYTES: usize = if cfg!(test) { 256 } else { 8 << 20 };
 
 /// A windowed view, as the engine computes it.
 #[derive(Debug, Clone, Default)]
@@ -180,7 +183,7 @@ impl<'p> Windows<'p> {
         // Looking at thousands of parts after every batch would cost more than it tells.
         let now: usize = self.parts.iter().map(Events::bytes).sum();
         if now > self.accounted {
-            let more = (now - self.accounted).max(8 << 20);
+            let more = (now - self.accounted).max(ACCOUNT_BYTES);
             if let Err(full) = memory.try_grow(more) {
                 if self.accounted == 0 {
                     return Err(full);
