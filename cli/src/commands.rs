@@ -16,6 +16,7 @@ pub mod features;
 pub mod predict;
 
 pub mod dataset;
+pub mod explain;
 pub mod model;
 
 pub mod doctor;

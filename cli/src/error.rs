@@ -50,6 +50,10 @@ pub enum CliError {
     #[error(transparent)]
     ManagedTable(Box<offline_store::table::TableError>),
     #[error(transparent)]
+    Explain(Box<offline_store::explain::ExplainError>),
+    #[error(transparent)]
+    Dataset(Box<offline_store::dataset::DatasetError>),
+    #[error(transparent)]
     Column(#[from] ColumnError),
     #[error(transparent)]
     Serve(#[from] ServeError),

@@ -36,6 +36,20 @@ struct Written {
     quoted: bool,
 }
 
+impl Written {
+    fn parse(text: &str) -> Written {
+        match text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
+            Some(inside) => Written { text: inside.replace("\"\"", "\""), quoted: true },
+            None => Written { text: text.to_owned(), quoted: false },
+        }
+    }
+}
+
+/// One value as it is written for a column.
+pub fn value(column: &str, text: &str, wanted: &Type) -> Result<Value, RowError> {
+    parse_value(column, &Written::parse(text.trim()), wanted)
+}
+
 /// The rows as the columns of a request to `service`.
 pub fn to_columns(server: &Server, service: &ServiceInfo, rows: &[String]) -> Result<Vec<Column>, CliError> {
     let types = server.types(&service.inputs)?;
@@ -90,11 +104,7 @@ fn split(row: &str) -> Result<Vec<(String, Written)>, RowError> {
         if pairs.iter().any(|(name, _)| *name == column) {
             return Err(RowError::Twice { row: row.to_owned(), column });
         }
-        let written = match value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
-            Some(inside) => Written { text: inside.replace("\"\"", "\""), quoted: true },
-            None => Written { text: value.to_owned(), quoted: false },
-        };
-        pairs.push((column, written));
+        pairs.push((column, Written::parse(value)));
     }
     Ok(pairs)
 }

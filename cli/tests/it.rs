@@ -481,6 +481,19 @@ fn from_definitions_to_features_and_a_dataset() {
     assert_eq!((dataset["name"].as_str(), dataset["rows"].as_u64()), (Some("first"), Some(2)));
     let said = on(&["dataset", "list"]);
     assert!(said.out.contains(dataset["id"].as_str().unwrap()), "{}", said.out);
+    // The store says why a row of it is what it is, while the server runs.
+    let explain = |row: &str| {
+        let row = ["--dataset", "first", "--row", row];
+        project.run(&[&["explain", "buying", "spending:amount_mean_24h"], &row[..]].concat())
+    };
+    let said = explain("0");
+    for text in
+        ["spending:amount_mean_24h = 10.0  PRESENT\n", "2 inside\n", "id=o2", "the dataset has the same value\n"]
+    {
+        assert!(said.out.contains(text), "no `{text}` in:\n{}{}", said.out, said.err);
+    }
+    let said = explain("2");
+    assert!(said.err.contains("dataset `first` has 2 rows, counted from 0: there is no row 2"), "{}", said.err);
     let said = on(&["dataset", "show", "frist"]);
     assert!(said.err.contains("there is no dataset `frist`; did you mean `first`?"), "{}", said.err);
 
@@ -572,4 +585,44 @@ fn tables_without_a_server() {
     assert_eq!(said.status, 2);
     let said = project.run(&["compact", "--server", "127.0.0.1:1"]);
     assert!(said.err.contains("no server answers at 127.0.0.1:1"), "{}", said.err);
+}
+
+#[test]
+fn one_cell_is_explained_without_a_server() {
+    let project = Project::new();
+    project.free_ports();
+    let row = ["--at", "2024-03-10T12:00:00Z", "--key", "customer=ann", "--field", "total=3"];
+    let explain =
+        |feature: &str, more: &[&str]| project.run(&[&["explain", "buying", feature], &row[..], more].concat());
+    let said = explain("profile:country", &[]);
+    assert!(said.out.starts_with("profile:country = NO  PRESENT\n"), "{}{}", said.out, said.err);
+    for text in ["gives the same to the last bit", "from customer=ann country=NO", "a static row is of any age"] {
+        assert!(said.out.contains(text), "no `{text}` in:\n{}", said.out);
+    }
+    let said = explain("context:ratio", &["--json"]);
+    let answer: serde_json::Value = serde_json::from_str(&said.out).expect(&said.err);
+    assert_eq!((answer["value"].as_f64(), answer["status"].as_str()), (Some(3.0), Some("PRESENT")));
+    let window = &answer["inputs"][0]["lookup"]["windows"][0];
+    assert_eq!(window["start"], "2024-03-09T12:00:00Z");
+    assert_eq!((window["events"].as_u64(), window["length"].as_str()), (Some(0), Some("1d")));
+    assert!(!project.path(".coeval").exists(), "`explain` reads only");
+
+    let said = project.run(&["explain", "buying"]);
+    assert!(said.out.contains("PitJoin") && said.out.contains("customers"), "{}{}", said.out, said.err);
+
+    let said = explain("profile:contry", &[]);
+    assert_eq!(said.status, 1);
+    assert!(said.err.contains("there is no feature `profile:contry`; did you mean `profile:country`?"), "{}", said.err);
+    let said = project.run(&["explain", "buing"]);
+    assert!(said.err.contains("there is no feature service `buing`; did you mean `buying`?"), "{}", said.err);
+    let usage = |arguments: &[&str], expected: &str| {
+        let said = project.run(&[&["explain", "buying", "profile:country"], arguments].concat());
+        assert_eq!(said.status, 2, "{arguments:?}: {}", said.out);
+        assert!(said.err.contains(expected), "{arguments:?}: {}", said.err);
+    };
+    usage(&row[..4], "service `buying` takes `total`, a float64; write `--field total=...`");
+    usage(&[&row[..2], &row[4..]].concat(), "service `buying` takes `customer`, a string; write `--key customer=...`");
+    usage(&["--at", "soon", "--key", "customer=ann"], "`soon` is not a time");
+    usage(&row[2..], "write `--at 2024-03-10T12:00:00Z`");
+    usage(&["--dataset", "first"], "--row");
 }

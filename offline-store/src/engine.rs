@@ -84,6 +84,7 @@ pub struct TrainingSetRequest {
     /// Add `<feature>__status` columns.
     pub statuses: bool,
     pub visibility: Option<Visibility>,
+    /// Rows are kept by ordinal either way, and come as the spine's; with [`Order::Any`] a reader must not rely on it.
     pub order: Order,
 }
 
@@ -140,7 +141,7 @@ impl Engine {
 
     /// Begins a training set. Everything wrong with the spine is found before the first row is computed.
     pub async fn training_set(&self, request: TrainingSetRequest) -> Result<TrainingSet, EngineError> {
-        let TrainingSetRequest { service, spine_schema, spine, statuses, visibility, order } = request;
+        let TrainingSetRequest { service, spine_schema, spine, statuses, visibility, order: _ } = request;
         let as_known = service
             .inputs
             .iter()

@@ -17,4 +17,6 @@ pub mod flight;
 
 mod engine;
 
+pub mod explain;
+
 pub use engine::{Engine, EngineError, EngineOptions, TrainingSet, TrainingSetRequest};

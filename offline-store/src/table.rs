@@ -20,7 +20,7 @@ pub mod import;
 pub(crate) mod run;
 
 mod folder;
-mod read;
+pub(crate) mod read;
 mod sort;
 
 use std::sync::Arc;

@@ -10,6 +10,7 @@ use arrow_flight::encode::FlightDataEncoderBuilder;
 use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_client::FlightServiceClient;
 use clap::ValueEnum;
+use feature_defs::catalog::Visibility;
 use feature_defs::value::Type;
 use futures::{StreamExt, TryStreamExt};
 use offline_store::dataset::Manifest;
@@ -72,10 +73,20 @@ pub struct CreateArguments {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 #[value(rename_all = "snake_case")]
-enum VisibilityChoice {
+pub enum VisibilityChoice {
     Known,
     EventTime,
     Ingested,
+}
+
+impl VisibilityChoice {
+    pub fn rule(self) -> Visibility {
+        match self {
+            VisibilityChoice::Known => Visibility::Known,
+            VisibilityChoice::EventTime => Visibility::EventTime,
+            VisibilityChoice::Ingested => Visibility::Ingested,
+        }
+    }
 }
 
 /// What the server says of the training set that it has kept.

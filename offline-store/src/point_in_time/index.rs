@@ -100,7 +100,9 @@ impl SpineIndex {
     #[inline]
     pub fn prefetch(&self, group: u32) {
         let (start, end) = (self.starts[group as usize] as usize, self.starts[group as usize + 1] as usize);
-        prefetch(&self.times, start + (end - start) / 2);
+        // Most entities have few slots: their times lie in one or two lines of the cache.
+        prefetch(&self.times, start);
+        prefetch(&self.times, end.saturating_sub(1));
     }
 
     pub fn time(&self, slot: usize) -> Micros {
@@ -147,7 +149,7 @@ pub fn first_at_or_after(times: &[Micros], time: Micros) -> usize {
     let (mut base, mut size) = (0, times.len());
     while size > 1 {
         let half = size / 2;
-        base = if times[base + half - 1] < time { base + half } else { base };
+        base = std::hint::select_unpredictable(times[base + half - 1] < time, base + half, base);
         size -= half;
     }
     base + usize::from(size == 1 && times[base] < time)
@@ -246,7 +248,6 @@ fn raw(column: &ArrayRef, row: usize) -> &[u8] {
 struct Integers {
     len: usize,
     least: i64,
-    greatest: i64,
     /// Group by key - least; empty where keys are spread out.
     dense: Vec<u32>,
     /// A power of two of places, at most half of them taken.
@@ -264,7 +265,7 @@ impl Integers {
             Some(span) if count > 0 && span / 8 <= count => (vec![NO_GROUP; span + 1], Vec::new()),
             _ => (Vec::new(), vec![(0, NO_GROUP); (count * 2).next_power_of_two().max(2)]),
         };
-        Integers { len: 0, least, greatest, dense, table }
+        Integers { len: 0, least, dense, table }
     }
 
     fn insert(&mut self, key: i64) -> u32 {

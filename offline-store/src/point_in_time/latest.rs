@@ -195,7 +195,7 @@ impl Answers {
 /// Bytes of candidates in a bucket: about half of a core's cache.
 const BUCKET_BYTES: usize = if cfg!(test) { 128 } else { 256 << 10 };
 /// Rows of a bucket that a worker collects before it takes them.
-const BUCKET_ROWS: usize = if cfg!(test) { 8 } else { 2_048 };
+const BUCKET_ROWS: usize = if cfg!(test) { 8 } else { 4_096 };
 /// More buckets would be too many places to write to.
 const BUCKETS_MAX: usize = 512;
 
