@@ -19,6 +19,7 @@ use feature_defs::aggregate::{Aggregate, State};
 use feature_defs::as_of::{Row, Visibility, as_of, feature_value};
 use feature_defs::catalog::{self, Head};
 use feature_defs::diagnose::nearest;
+use feature_defs::expression::Expression;
 use feature_defs::plan::{
     AssembleError, RowsError, ServiceInput, ServiceOutput, ServicePlan, Slot, SourceKind, SourcePlan, TransformFeature,
     ViewAggregate, ViewAnswer, ViewPlan, ViewPlanKind,
@@ -191,7 +192,7 @@ pub struct Applied {
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Lookup {
-    AsOf(AsOfExplanation),
+    AsOf(Box<AsOfExplanation>),
     Windows(Vec<WindowExplanation>),
 }
 
@@ -326,8 +327,7 @@ impl Engine {
         }
 
         let steps_plan = needed.plan(service);
-        let requests: Vec<ArrayRef> = engine.requests.clone();
-        let assembled = steps_plan.assemble(&answers, &requests, &[engine.at])?;
+        let assembled = steps_plan.assemble(&answers, &engine.requests, &[engine.at])?;
         let mut steps = Vec::new();
         let mut reference = (Value::Null, Status::NotFound);
         for (i, planned) in steps_plan.outputs.iter().enumerate() {
@@ -655,13 +655,12 @@ fn of_entity(
 ) -> Result<(RecordBatch, Option<Vec<Position>>), ExplainError> {
     let source = &view.source;
     let aligned = source.align(batch, Some(columns))?;
-    let failed = |error: arrow::error::ArrowError| RowsError::Arrow(error);
     let mut mask: Option<BooleanArray> = None;
     for ((column, key_type), value) in view.key_columns(&aligned)?.into_iter().zip(keys) {
         let wanted = Scalar::new(Value::to_array([value], key_type));
-        let same = eq(&column, &wanted).map_err(failed)?;
+        let same = eq(&column, &wanted).map_err(RowsError::Arrow)?;
         mask = Some(match mask {
-            Some(mask) => and(&mask, &same).map_err(failed)?,
+            Some(mask) => and(&mask, &same).map_err(RowsError::Arrow)?,
             None => same,
         });
     }
@@ -673,7 +672,7 @@ fn of_entity(
         let column = |name: &str| -> Result<ArrayRef, ExplainError> {
             let column = batch.column_by_name(name).ok_or_else(damaged)?;
             match &mask {
-                Some(mask) => Ok(filter(column, mask).map_err(failed)?),
+                Some(mask) => Ok(filter(column, mask).map_err(RowsError::Arrow)?),
                 None => Ok(column.clone()),
             }
         };
@@ -686,7 +685,7 @@ fn of_entity(
         None
     };
     let aligned = match &mask {
-        Some(mask) if aligned.num_columns() > 0 => filter_record_batch(&aligned, mask).map_err(failed)?,
+        Some(mask) if aligned.num_columns() > 0 => filter_record_batch(&aligned, mask).map_err(RowsError::Arrow)?,
         _ => aligned,
     };
     Ok((aligned, positions))
@@ -846,7 +845,7 @@ impl<'q> Found<'q> {
         match self {
             Found::AsOf { question, types, visible, hidden, later } => {
                 let (answer, status, explained) = finish_as_of(question, &types, visible, hidden, later);
-                (answer, status, Lookup::AsOf(explained))
+                (answer, status, Lookup::AsOf(Box::new(explained)))
             }
             Found::Windows { question, types, windows } => {
                 let view = &question.input.view;
@@ -990,9 +989,7 @@ impl FoundWindow<'_> {
             };
             source_row(&row, values, columns, why)
         };
-        let text = |expression: &Option<feature_defs::expression::Expression>| {
-            expression.as_ref().map(|expression| expression.canonical_text())
-        };
+        let text = |expression: &Option<Expression>| expression.as_ref().map(Expression::canonical_text);
         let contributing = self.contributing.count;
         WindowExplanation {
             feature: name.to_owned(),

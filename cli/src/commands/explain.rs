@@ -324,7 +324,7 @@ fn show_as_of(found: &AsOfExplanation, output: &Output) {
 }
 
 fn show_window(found: &WindowExplanation, output: &Output) {
-    let of = found.of.as_ref().map_or_else(|| "rows".to_owned(), Clone::clone);
+    let of = found.of.clone().unwrap_or_else(|| "rows".to_owned());
     let filter = found.filter.as_ref().map_or_else(String::new, |text| format!(" where {text}"));
     let by = found.by.as_ref().map_or_else(String::new, |text| format!(" by {text}"));
     output.line(format!(
@@ -333,7 +333,7 @@ fn show_window(found: &WindowExplanation, output: &Output) {
         found.function,
         cell(&found.aggregate)
     ));
-    let hop = found.hop.map_or_else(|| "none: the tail is exact".to_owned(), |hop| format!("{hop}"));
+    let hop = found.hop.map_or_else(|| "none: the tail is exact".to_owned(), |hop| hop.to_string());
     let closed = if found.head == "inclusive" { ']' } else { ')' };
     output.line(format!("    window    {}, [{}, {}{closed}, hop {hop}", found.length, found.start, found.end));
     let skipped = found.events - found.contributing;
