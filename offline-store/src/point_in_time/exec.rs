@@ -287,9 +287,9 @@ impl Run<'_> {
             return Err(DataFusionError::ResourcesExhausted(format!(
                 "a slice of {SLICE_ROWS_MIN} spine rows takes about {} KiB, and reading takes {} KiB beside it; at least {} \
                  MiB are needed",
-                (per_row + largest) * SLICE_ROWS_MIN >> 10,
+                ((per_row + largest) * SLICE_ROWS_MIN) >> 10,
                 reading >> 10,
-                ((per_row + largest) * SLICE_ROWS_MIN + reading + self.memory.size() >> 20) + 1,
+                (((per_row + largest) * SLICE_ROWS_MIN + reading + self.memory.size()) >> 20) + 1,
             )));
         }
         // Slices of one size: the last is not a leftover for which everything is read once more.

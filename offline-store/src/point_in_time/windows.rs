@@ -185,7 +185,7 @@ impl<'p> Windows<'p> {
         if now > self.accounted {
             let more = (now - self.accounted).max(ACCOUNT_BYTES);
             if let Err(full) = memory.try_grow(more) {
-                if self.accounted == 0 {
+                if self.parts.iter().all(|part| part.groups.is_empty()) {
                     return Err(full);
                 }
                 for part in &mut self.parts {
