@@ -97,6 +97,11 @@ impl Buckets {
         self.other() as usize + 1
     }
 
+    /// Never: there is always a bucket for the rest.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
     /// The number of OTHER.
     pub fn other(&self) -> u32 {
         match &self.kind {

@@ -88,7 +88,10 @@ fn quotient(limbs: &[u64], exponent: i32, divisors: &[u64]) -> (Vec<u64>, i32, b
     let zeros = divisors.len() + 3;
     let mut quotient = vec![0; zeros];
     quotient.extend_from_slice(limbs);
-    let inexact = divisors.iter().fold(false, |inexact, divisor| divide(&mut quotient, *divisor) != 0 || inexact);
+    let mut inexact = false;
+    for divisor in divisors {
+        inexact |= divide(&mut quotient, *divisor) != 0;
+    }
     (quotient, exponent - 64 * zeros as i32, inexact)
 }
 

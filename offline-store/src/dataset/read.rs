@@ -525,7 +525,7 @@ impl SplitMix {
 
     fn shuffle<T>(&mut self, places: &mut [T]) {
         for last in (1..places.len()).rev() {
-            let other = (u128::from(self.next()) * (last as u128 + 1) >> 64) as usize;
+            let other = ((u128::from(self.next()) * (last as u128 + 1)) >> 64) as usize;
             places.swap(last, other);
         }
     }

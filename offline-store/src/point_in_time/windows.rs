@@ -228,7 +228,7 @@ impl<'p> Windows<'p> {
         }
         // The largest parts first, so that no thread ends with one of them alone.
         let mut order: Vec<usize> = (0..count).collect();
-        order.sort_unstable_by_key(|part| std::cmp::Reverse(self.parts[*part].len()));
+        order.sort_unstable_by_key(|part| std::cmp::Reverse(self.parts[*part].count()));
         let parts: Vec<std::sync::Mutex<Option<Events>>> =
             self.parts.into_iter().map(|part| std::sync::Mutex::new(Some(part))).collect();
         let sorted = in_parallel(threads, stop, count, |at| {

@@ -83,8 +83,8 @@ fn times(values: Vec<Option<Micros>>) -> ArrayRef {
 
 /// Events with these sequences, the same for the same sequences: few entities, ties, nulls, NaN, rows out of order.
 fn events(source: &SourcePlan, sequences: Range<u64>) -> Positioned {
-    let mut columns: (Vec<Option<String>>, Vec<Option<i64>>, Vec<Option<String>>, Vec<Option<f64>>) =
-        Default::default();
+    type Columns = (Vec<Option<String>>, Vec<Option<i64>>, Vec<Option<String>>, Vec<Option<f64>>);
+    let mut columns: Columns = Default::default();
     let (mut seen, mut sold, mut positions) = (Vec::new(), Vec::new(), Vec::new());
     for sequence in sequences {
         let mut rng = SmallRng::seed_from_u64(sequence);

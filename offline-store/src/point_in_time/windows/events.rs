@@ -213,7 +213,8 @@ impl Events {
         }
     }
 
-    pub fn len(&self) -> usize {
+    /// Events here and on disk.
+    pub fn count(&self) -> usize {
         self.groups.len() + self.spilled_rows
     }
 
