@@ -15,7 +15,6 @@ const SLOTS: usize = 16_384;
 /// Running nodes: the masters, then one replica of each if there are any.
 pub struct RedisCluster {
     pub nodes: Vec<RedisServer>,
-    masters: usize,
 }
 
 impl RedisCluster {
@@ -31,11 +30,12 @@ impl RedisCluster {
             let bus = free_port().to_string();
             let mut all = vec!["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-port", &bus];
             all.extend(["--repl-diskless-sync-delay", "0", "--cluster-replica-validity-factor", "0"]);
+            all.extend(["--repl-ping-replica-period", "1"]);
             all.extend(options);
             nodes.push(RedisServer::start_with(&folder, &all)?);
             buses.push(bus);
         }
-        let cluster = RedisCluster { nodes, masters };
+        let cluster = RedisCluster { nodes };
         for (number, node) in cluster.nodes[..masters].iter().enumerate() {
             let [first, last] = [number, number + 1].map(|number| number * SLOTS / masters);
             ask(node, &["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &(last - 1).to_string()]);
@@ -54,14 +54,8 @@ impl RedisCluster {
         }
         cluster.wait_until_ok();
         if has_replicas {
-            cluster.wait(|cluster| {
-                let (masters, replicas) = cluster.nodes.split_at(cluster.masters);
-                masters.iter().all(|node| says(node, &["INFO", "replication"], "state=online"))
-                    && replicas.iter().all(|node| says(node, &["INFO", "replication"], "master_link_status:up"))
-                    // Everybody has heard who is whose replica.
-                    && cluster.nodes.iter().all(|node| shown(node, &["CLUSTER", "NODES"]).matches(" slave ").count()
-                        + shown(node, &["CLUSTER", "NODES"]).matches("myself,slave").count() == cluster.masters)
-            });
+            // A replica is named once it has taken over everything and said so to everybody.
+            cluster.wait(|cluster| cluster.nodes.iter().all(names_replicas));
         }
         Some(cluster)
     }
@@ -99,6 +93,12 @@ fn ask(node: &RedisServer, parts: &[&str]) -> Value {
 /// A text answer; empty from a node that is away.
 fn shown(node: &RedisServer, parts: &[&str]) -> String {
     node.ask(parts).ok().and_then(|value| String::from_redis_value(value).ok()).unwrap_or_default()
+}
+
+fn names_replicas(node: &RedisServer) -> bool {
+    let Ok(Value::Array(ranges)) = node.ask(&["CLUSTER", "SLOTS"]) else { return false };
+    // First slot, last slot, master, replica.
+    ranges.iter().all(|range| matches!(range, Value::Array(parts) if parts.len() == 4))
 }
 
 fn says(node: &RedisServer, parts: &[&str], part: &str) -> bool {
