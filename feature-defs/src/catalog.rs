@@ -408,8 +408,8 @@ pub enum OnlineUrl {
     Embedded,
     /// `redis://` or `rediss://`, whole.
     Redis(String),
-    /// Host:port of the seeds of `redis+cluster://`.
-    RedisCluster(Vec<String>),
+    /// `redis+cluster://` or `rediss+cluster://`, whole.
+    RedisCluster(String),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

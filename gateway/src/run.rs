@@ -143,8 +143,9 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
                 opened.map_err(|error| ServeError::Server { what: "online store", source: Box::new(error) })?;
             Arc::new(opened?)
         }
-        OnlineUrl::Redis(url) => Arc::new(RedisStore::connect(url, REDIS_TIMEOUT).await?),
-        OnlineUrl::RedisCluster(_) => return Err(ServeError::NoCluster),
+        OnlineUrl::Redis(url) | OnlineUrl::RedisCluster(url) => {
+            Arc::new(RedisStore::connect(url, REDIS_TIMEOUT).await?)
+        }
     };
     let runtime = options.runtime.clone().or_else(default_runtime);
     let offline = data::open_engine(options, project.as_str(), objects.clone(), root.clone())?;

@@ -246,18 +246,21 @@ fn online(reader: &mut Reader<'_>, node: &Node) -> Option<Spanned<OnlineUrl>> {
     let parsed = match url.split_once("://") {
         None if *url == "embedded" => Some(OnlineUrl::Embedded),
         Some(("redis" | "rediss", rest)) if !rest.is_empty() => Some(OnlineUrl::Redis(url.value.clone())),
-        Some(("redis+cluster", rest)) => {
-            let seeds: Vec<String> =
-                rest.trim_end_matches('/').split(',').map(|seed| seed.trim().to_string()).collect();
-            seeds.iter().all(|seed| is_address(seed)).then_some(OnlineUrl::RedisCluster(seeds))
+        Some(("redis+cluster" | "rediss+cluster", rest)) => {
+            // Between the password and the certificates.
+            let hosts = rest.split('?').next().unwrap_or_default();
+            let hosts = hosts.rsplit_once('@').map_or(hosts, |(_, hosts)| hosts);
+            let mut seeds = hosts.trim_end_matches('/').split(',');
+            seeds.all(|seed| is_address(seed.trim())).then(|| OnlineUrl::RedisCluster(url.value.clone()))
         }
         _ => None,
     };
     if parsed.is_none() {
-        let diagnostic = Diagnostic::error(format!("`{}` is not an online store", shown(&url)), url.span);
+        let diagnostic =
+            Diagnostic::error(format!("`{}` is not an online store", shown(&without_password(&url))), url.span);
         let help = match url.split_once("://") {
             None => nearest(&url, ["embedded"]).map(|near| format!("did you mean `{near}`?")),
-            Some((scheme, _)) => nearest(scheme, ["redis", "rediss", "redis+cluster"])
+            Some((scheme, _)) => nearest(scheme, ["redis", "rediss", "redis+cluster", "rediss+cluster"])
                 .filter(|near| *near != scheme)
                 .map(|near| format!("did you mean `{near}://`?")),
         };
@@ -266,6 +269,14 @@ fn online(reader: &mut Reader<'_>, node: &Node) -> Option<Spanned<OnlineUrl>> {
         })));
     }
     Some(Spanned::new(parsed?, url.span))
+}
+
+/// An address as it may be shown.
+fn without_password(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, hosts))) => format!("{scheme}://***@{hosts}"),
+        _ => url.to_string(),
+    }
 }
 
 /// `host:port`.
