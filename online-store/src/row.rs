@@ -52,7 +52,16 @@ pub fn encode_header(times: &Times, deleted: bool, bytes: &mut Vec<u8>) {
     bytes.push(u8::from(deleted));
 }
 
-pub fn decode(blob: &[u8], types: &[Type]) -> Result<Row, DecodeError> {
+/// A blob taken apart, its values still encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts<'a> {
+    pub times: Times,
+    pub deleted: bool,
+    /// As [`encode_row`] wrote them.
+    pub values: &'a [u8],
+}
+
+pub fn parts(blob: &[u8]) -> Result<Parts<'_>, DecodeError> {
     let mut bytes = blob;
     let [version] = take::<1>(&mut bytes)?;
     if version != VERSION {
@@ -65,10 +74,14 @@ pub fn decode(blob: &[u8], types: &[Type]) -> Result<Row, DecodeError> {
     let created = decode_i64(take(&mut bytes)?);
     take::<8>(&mut bytes)?; // The tie: the applied position may have moved past the row's own.
     let [deleted] = take::<1>(&mut bytes)?;
-    let values = decode_row(bytes, types)?;
     let created_time = (has_created == 1).then_some(created);
     let times = Times { event_time, created_time, known_time, position: applied };
-    Ok(Row { times, deleted: deleted == 1, values })
+    Ok(Parts { times, deleted: deleted == 1, values: bytes })
+}
+
+pub fn decode(blob: &[u8], types: &[Type]) -> Result<Row, DecodeError> {
+    let Parts { times, deleted, values } = parts(blob)?;
+    Ok(Row { times, deleted, values: decode_row(values, types)? })
 }
 
 /// The bytes by which two blobs of one entity are ordered.
