@@ -1,16 +1,21 @@
 //! What is fetched against the reference of `feature-defs`, on online state made by hand.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::{ArrayRef, StringArray};
 use async_trait::async_trait;
-use feature_defs::as_of::{MaxAge, Times, Visibility as Seen, as_of};
+use bytes::Bytes;
+use feature_defs::as_of::{MaxAge, Row, Times, Visibility as Seen, as_of};
 use feature_defs::catalog::{Files, SourceFile};
-use feature_defs::plan::{Plan, SourceSchemas, compile_definitions};
-use feature_defs::value::encode;
-use feature_defs::window::{DAY, HOUR, MINUTE, WindowEvent, window_value};
+use feature_defs::plan::{Plan, ServicePlan, SourceSchemas, ViewPlanKind, compile_definitions};
+use feature_defs::time::Status;
+use feature_defs::value::{Type, Value, encode};
+use feature_defs::window::{DAY, HOUR, MINUTE, Window, WindowEvent, window_value};
+use online_store::key::Generation;
 use online_store::memory::MemoryStore;
-use online_store::{NodeReport, Write, WriteOutcome};
+use online_store::tile::{Layout, Tiles};
+use online_store::{Answer, NodeReport, Read, Write, WriteOutcome, row};
 
 use super::*;
 
@@ -358,7 +363,8 @@ fn every_entity_is_read_once() {
     let plan = plan();
     let service = plan.service("selling").unwrap();
     let rows = ask(&[Some("a"), Some("b"), Some("a"), None, Some("b")]);
-    let read = ReadPlan::new(service, PROJECT, &rows);
-    assert_eq!(read.generations.len(), 2);
+    let reader = reader(service);
+    let read = Asked::new(&reader, &rows);
+    assert_eq!(read.reader.inputs.len(), 2);
     assert_eq!(read.slots.len(), 4);
 }
