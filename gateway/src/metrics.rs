@@ -96,6 +96,43 @@ struct OutputCounters {
     inputs: Vec<usize>,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Source {
+    source: String,
+}
+
+/// From a millisecond to half a day: events come late by what lies before the push, which nothing here bounds.
+const FRESHNESS_BUCKETS: [f64; 14] =
+    [0.001, 0.004, 0.016, 0.032, 0.064, 0.256, 1.0, 4.0, 16.0, 64.0, 256.0, 1_024.0, 8_192.0, 65_536.0];
+
+/// How long events took to be visible online, by source. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Freshness {
+    /// Since their event time.
+    event: Family<Source, Histogram, fn() -> Histogram>,
+    /// Since they arrived, or were due if that was later.
+    push: Family<Source, Histogram, fn() -> Histogram>,
+}
+
+impl Default for Freshness {
+    fn default() -> Freshness {
+        let event = || Histogram::new(FRESHNESS_BUCKETS);
+        Freshness { event: Family::new_with_constructor(event), push: Family::new_with_constructor(seconds) }
+    }
+}
+
+impl Freshness {
+    /// Events of a source became visible, so many seconds after their event time and after they arrived.
+    pub fn observe(&self, source: &str, events: impl Iterator<Item = (f64, f64)>) {
+        let source = Source { source: source.to_owned() };
+        let (event, push) = (self.event.get_or_create(&source), self.push.get_or_create(&source));
+        for (since_event, since_arrival) in events {
+            event.observe(since_event);
+            push.observe(since_arrival);
+        }
+    }
+}
+
 /// Every metric of the process. Cheap to clone handles inside; one per process.
 pub struct Metrics {
     registry: Registry,
@@ -215,6 +252,14 @@ impl Metrics {
         );
         registry.register("ready", "1 when the process wants traffic", metrics.ready.clone());
         metrics
+    }
+
+    pub fn add_freshness(&mut self, freshness: &Freshness) {
+        let registry = &mut self.registry;
+        let help = "From the time of an event to when it can be read online";
+        registry.register("event_freshness_seconds", help, freshness.event.clone());
+        let help = "From when an event arrived, or was due if later, to when it can be read online";
+        registry.register("push_visible_seconds", help, freshness.push.clone());
     }
 
     pub fn call(&self, method: &str, of: &str, code: &str, took: Duration) {

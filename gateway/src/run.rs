@@ -152,9 +152,19 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let sources = Arc::new(offline.engine.sources().clone());
     let log = local.join("log");
     let clock = options.clock.clone();
-    let ingest = IngestOptions::new(project.as_str(), log, objects, root, store.clone(), sources, clock);
+    let mut ingest = IngestOptions::new(project.as_str(), log, objects, root, store.clone(), sources, clock);
+    // Where requests bring their own times, the server's clock says neither what is due nor what is garbage.
+    ingest.schedule = settings.serve.request_time == RequestTime::Refused;
+    // A Redis forgets by its own clock, which has to be this server's.
+    ingest.expires = settings.serve.request_time == RequestTime::Refused && is_wall_clock(&options.clock);
     let events = data::open_events(ingest).await?;
     Ok(Opened { project, registry, store, events: Some(events), runtime, flight: Some(offline.mount()) })
+}
+
+/// Whether a clock tells the time, give or take an hour: simulations bring their own.
+fn is_wall_clock(clock: &Clock) -> bool {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    clock().abs_diff(i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX)) < 3_600_000_000
 }
 
 /// The control log's entries carry a date; ours is in microseconds.
@@ -171,7 +181,11 @@ pub async fn start(
     clock: Clock,
 ) -> Result<Running, ServeError> {
     let Opened { project, registry, store, events, runtime, flight } = opened;
-    let metrics = Arc::new(Metrics::new());
+    let mut metrics = Metrics::new();
+    if let Some(freshness) = events.as_ref().and_then(|events| events.freshness()) {
+        metrics.add_freshness(&freshness);
+    }
+    let metrics = Arc::new(metrics);
     // Whoever writes goes past the cache.
     let store = match serve.cache {
         None => store,

@@ -28,11 +28,20 @@ pub const POSITION_AT: usize = 1;
 /// Where the bytes that order rows begin.
 pub const ORDER_AT: usize = 25;
 const CONTENT_AT: usize = 50;
+/// Bytes before the validity bits.
+pub const HEADER_BYTES: usize = CONTENT_AT + 1;
 
 /// The blob of a row. Streams break ties by log sequence, which is the position's.
 pub fn encode(row: &Row) -> Bytes {
-    let Times { event_time, created_time, known_time, position } = row.times;
-    let mut bytes = Vec::with_capacity(CONTENT_AT + 1 + row.values.len() * 9);
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + row.values.len() * 9);
+    encode_header(&row.times, row.deleted, &mut bytes);
+    encode_row(&row.values, &mut bytes);
+    bytes.into()
+}
+
+/// What comes before the validity bits and values, for whoever encodes those from columns.
+pub fn encode_header(times: &Times, deleted: bool, bytes: &mut Vec<u8>) {
+    let Times { event_time, created_time, known_time, position } = *times;
     bytes.push(VERSION);
     bytes.extend_from_slice(&encode_position(position));
     bytes.extend_from_slice(&encode_i64(known_time));
@@ -40,9 +49,7 @@ pub fn encode(row: &Row) -> Bytes {
     bytes.push(u8::from(created_time.is_some()));
     bytes.extend_from_slice(&created_time.map_or([0; 8], encode_i64));
     bytes.extend_from_slice(&position.sequence.to_be_bytes());
-    bytes.push(u8::from(row.deleted));
-    encode_row(&row.values, &mut bytes);
-    bytes.into()
+    bytes.push(u8::from(deleted));
 }
 
 /// A blob taken apart, its values still encoded.

@@ -140,7 +140,7 @@ impl Events for Double {
         progress: mpsc::Sender<Progress>,
     ) -> Result<(), EventsError> {
         assert!(sources.is_empty(), "a stream is no file source");
-        let report = Progress { source: "x".into(), view: "".into(), rows_read: 2, rows_applied: 1, rows_stale: 0 };
+        let report = Progress { source: "x".into(), rows_read: 2, rows_applied: 1, ..Progress::default() };
         progress.send(report).await.unwrap();
         Ok(())
     }
