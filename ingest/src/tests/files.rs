@@ -365,7 +365,7 @@ async fn many_rows_stream_to_the_store_and_losses_on_the_way_are_noticed() {
     world.open().await;
     world.online.until_loss.store(20_000, Ordering::SeqCst);
     let error = materialize(&world, &["prices"], T0, Mode::Apply).await.unwrap_err();
-    assert!(matches!(error, IngestError::Lost { .. }) && error.is_retryable(), "{error}");
+    assert!(matches!(error, IngestError::Lost) && error.is_retryable(), "{error}");
     let done = materialize(&world, &["prices"], T0, Mode::Apply).await.unwrap();
     let price = &counts(done.last().unwrap())[0];
     assert_eq!((price.1, price.2 + price.3), (40_000, 40_000), "{price:?}");
@@ -447,6 +447,12 @@ async fn sources_are_materialized_on_their_grid_by_themselves() {
     sales.push(sale("c", 1.0, "", T0));
     world.write_parquet("prices/1.parquet", &sales[40..]);
     until_run(&world, "after the failure", |run| run.through == T0 + 65 * MINUTE).await;
+    for _ in 0..5_000 {
+        if world.ingest().troubles().is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
     assert_eq!(world.ingest().troubles(), Vec::<String>::new());
     check(&world, &sales, T0 + 65 * MINUTE).await;
 }
