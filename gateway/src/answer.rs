@@ -330,7 +330,16 @@ impl Gateway {
 
     /// Asks the online store how it is, and remembers the answer for [`Gateway::readiness`].
     pub async fn look_at_store(&self) {
-        let problem = self.store.ping().await.err().map(|error| error.to_string());
+        let problem = match self.store.ping().await {
+            Err(error) => Some(error.to_string()),
+            // It answers; it may still be about to stop, or have lost what would take over.
+            Ok(()) => self.store.report().await.ok().and_then(|nodes| {
+                let problems = nodes.iter().flat_map(|node| {
+                    node.problems.iter().map(|problem| format!("the online store at {}: {problem}", node.place))
+                });
+                problems.reduce(|all, problem| format!("{all}; {problem}"))
+            }),
+        };
         *self.store_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
 }

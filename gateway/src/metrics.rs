@@ -146,6 +146,7 @@ pub struct Metrics {
     forward_seconds: Family<What, Histogram, fn() -> Histogram>,
     models: Family<ModelCount, Gauge>,
     store_errors: Family<What, Counter>,
+    cache_reads: Family<What, Counter>,
     events: Family<What, Counter>,
     control_log_age: Gauge<f64, AtomicU64>,
     control_log_head: Gauge,
@@ -198,6 +199,7 @@ impl Metrics {
             forward_seconds: Family::new_with_constructor(seconds),
             models: Family::default(),
             store_errors: Family::default(),
+            cache_reads: Family::default(),
             events: Family::default(),
             control_log_age: Gauge::default(),
             control_log_head: Gauge::default(),
@@ -231,6 +233,11 @@ impl Metrics {
             "Reads that the online store did not answer",
             metrics.store_errors.clone(),
         );
+        registry.register(
+            "feature_cache_reads",
+            "Reads of the online store answered from the cache in memory, or not",
+            metrics.cache_reads.clone(),
+        );
         registry.register("events", "Events pushed, by what became of them", metrics.events.clone());
         registry.register(
             "control_log_age_seconds",
@@ -260,6 +267,11 @@ impl Metrics {
         self.calls.get_or_create(&call).inc();
         let method = Method { method: method.to_owned(), of: of.to_owned() };
         self.seconds.get_or_create(&method).observe(took.as_secs_f64());
+    }
+
+    /// Reads that the cache in memory answered, or did not.
+    pub fn cache_reads(&self, what: &str) -> Counter {
+        self.cache_reads.get_or_create(&What { what: what.to_owned() }).clone()
     }
 
     /// The series of one service.

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use chrono::DateTime;
-use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, Settings};
+use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, ServeSettings, Settings};
 use inference::model::Runtime;
 use ingest::IngestOptions;
 use online_store::OnlineStore;
@@ -23,6 +23,7 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
 use crate::answer::{Clock, Gateway, Parts};
+use crate::cache::CachedStore;
 use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runtime, listen, local_folder, place};
 use crate::events::Events;
 use crate::follow::{Follower, Retry};
@@ -109,7 +110,7 @@ impl Running {
 pub async fn serve(options: ServeOptions) -> Result<Running, ServeError> {
     let listeners = bind(&options.settings).await?;
     let opened = open(&options).await?;
-    start(listeners, opened, options.settings.serve.request_time, options.clock).await
+    start(listeners, opened, &options.settings.serve, options.clock).await
 }
 
 /// Listens on both ports.
@@ -142,8 +143,9 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
                 opened.map_err(|error| ServeError::Server { what: "online store", source: Box::new(error) })?;
             Arc::new(opened?)
         }
-        OnlineUrl::Redis(url) => Arc::new(RedisStore::connect(url, REDIS_TIMEOUT).await?),
-        OnlineUrl::RedisCluster(_) => return Err(ServeError::NoCluster),
+        OnlineUrl::Redis(url) | OnlineUrl::RedisCluster(url) => {
+            Arc::new(RedisStore::connect(url, REDIS_TIMEOUT).await?)
+        }
     };
     let runtime = options.runtime.clone().or_else(default_runtime);
     let offline = data::open_engine(options, project.as_str(), objects.clone(), root.clone())?;
@@ -175,7 +177,7 @@ fn wall_clock(clock: &Clock) -> registry::Clock {
 pub async fn start(
     listeners: Listeners,
     opened: Opened,
-    request_time: RequestTime,
+    serve: &ServeSettings,
     clock: Clock,
 ) -> Result<Running, ServeError> {
     let Opened { project, registry, store, events, runtime, flight } = opened;
@@ -184,6 +186,11 @@ pub async fn start(
         metrics.add_freshness(&freshness);
     }
     let metrics = Arc::new(metrics);
+    // Whoever writes goes past the cache.
+    let store = match serve.cache {
+        None => store,
+        Some(cache) => Arc::new(CachedStore::new(store, cache, &metrics)),
+    };
     let follower = Follower::new(registry.clone(), project.clone(), events.clone(), runtime, metrics.clone());
     let follower = Arc::new(follower);
     let draining = CancellationToken::new();
@@ -194,7 +201,7 @@ pub async fn start(
         follower,
         events,
         clock,
-        request_time,
+        request_time: serve.request_time,
         metrics,
         drain: draining.clone(),
     }));
