@@ -51,7 +51,7 @@ use crate::event_ids::EventIds;
 use crate::log::{Durable, Log, LogError, LogOptions, Opened, RecordRef};
 use crate::push::Intake;
 use crate::runs::{Run, RunLog, RunsError};
-use crate::write::{ViewWriter, WriteError};
+use crate::write::{Hand, ViewWriter, WriteError};
 
 pub use crate::materialize::{Mode, Progress, Stage, ViewProgress};
 pub use crate::tables::TableProgress;
@@ -208,7 +208,7 @@ pub enum IngestError {
     )]
     NotVisible { seconds: u64, what: String },
     #[error("the online store lost what was written last; it is written again")]
-    Lost { mark: Option<Position> },
+    Lost,
     #[error("no definitions were applied yet; run `coeval apply` first")]
     NoPlan,
     #[error(transparent)]
@@ -245,7 +245,7 @@ impl IngestError {
             | IngestError::Background(_)
             | IngestError::Stopping
             | IngestError::NotVisible { .. }
-            | IngestError::Lost { .. }
+            | IngestError::Lost
             | IngestError::DeadLetter(_) => true,
             IngestError::Log(error) => error.is_retryable(),
             IngestError::Store(error) => error.is_retryable(),
@@ -260,7 +260,7 @@ impl From<WriteError> for IngestError {
     fn from(error: WriteError) -> IngestError {
         match error {
             WriteError::Store(error) => IngestError::Store(error),
-            WriteError::Lost { mark } => IngestError::Lost { mark },
+            WriteError::Lost => IngestError::Lost,
         }
     }
 }
@@ -628,12 +628,7 @@ impl Ingest {
         self.inner.stopping.send_replace(true);
         let (durable, ticket) = self.inner.log.everything();
         let durable = self.inner.log.wait_durable(durable, ticket).await;
-        let tasks = std::mem::take(&mut *lock(&self.inner.tasks));
-        for task in tasks {
-            task.abort();
-            // Its end is all that matters; what it had not finished is done again by the next process.
-            let _ = task.await;
-        }
+        self.inner.end_tasks().await;
         let applier = lock(&self.applier).take();
         if let Some(applier) = applier {
             applier.await.map_err(|error| IngestError::Arrow(error.to_string()))?;
@@ -648,11 +643,11 @@ impl Ingest {
     #[cfg(test)]
     pub(crate) async fn abandon(self) {
         let applier = lock(&self.applier).take();
-        let tasks = std::mem::take(&mut *lock(&self.inner.tasks));
-        for task in applier.into_iter().chain(tasks) {
+        if let Some(task) = applier {
             task.abort();
             let _ = task.await;
         }
+        self.inner.end_tasks().await;
     }
 }
 
@@ -703,6 +698,11 @@ impl Inner {
         Arc::new(ViewWriter::new(&self.options.project, view.clone(), self.options.expires))
     }
 
+    /// Who writes.
+    pub fn hand(&self) -> Hand<'_> {
+        Hand { store: &*self.options.online, project: &self.options.project, epoch: self.epoch() }
+    }
+
     pub fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
@@ -743,6 +743,21 @@ impl Inner {
         let mut fenced = self.fenced.subscribe();
         // The sender lives as long as this.
         let _ = fenced.wait_for(Option::is_some).await;
+    }
+
+    /// Ends what goes on in the background, and what that began meanwhile. What was not finished is done again by the next
+    /// process.
+    async fn end_tasks(&self) {
+        loop {
+            let tasks = std::mem::take(&mut *lock(&self.tasks));
+            if tasks.is_empty() {
+                return;
+            }
+            tasks.iter().for_each(JoinHandle::abort);
+            for task in tasks {
+                let _ = task.await;
+            }
+        }
     }
 
     pub fn check_running(&self) -> Result<(), IngestError> {
