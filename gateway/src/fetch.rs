@@ -315,7 +315,7 @@ impl Answers {
         let position = |answer: &Answer| match answer {
             Answer::Row(blob) => blob.as_deref().and_then(row::position),
             Answer::Tiles { position, .. } | Answer::AllTiles { position, .. } => *position,
-            Answer::Fact(_) => None,
+            Answer::Fact(_) | Answer::Mark(_) => None,
         };
         self.slots.iter().filter_map(position).map(|position| position.time).max().unwrap_or(Micros::MIN)
     }

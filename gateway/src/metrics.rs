@@ -152,6 +152,7 @@ impl Metrics {
                 StoreError::Timeout { .. } => "timeout",
                 StoreError::Refused { .. } => "refused",
                 StoreError::Corrupt { .. } => "corrupt",
+                StoreError::Fenced { .. } => "fenced",
                 StoreError::Disk { .. } => "disk",
             };
             self.store_errors.get_or_create(&What { what: what.to_owned() }).inc();

@@ -200,7 +200,9 @@ async fn apply_group(store: &dyn OnlineStore, group: &[EntityWork]) -> Result<()
     let mut writes = Vec::with_capacity(group.len());
     for work in group {
         match (&work.change, &work.writer.layout) {
-            (EntityChange::Row(row), _) => writes.push(Write::Row(work.key.clone(), row.clone())),
+            (EntityChange::Row(row), _) => {
+                writes.push(Write::Row { key: work.key.clone(), blob: row.clone(), expires: None })
+            }
             (EntityChange::Events { events, position }, Some(layout)) => {
                 let mut tiles: Tiles = match answers.next() {
                     Some(Answer::AllTiles { position, tiles }) => layout
@@ -211,7 +213,14 @@ async fn apply_group(store: &dyn OnlineStore, group: &[EntityWork]) -> Result<()
                 let events = reachable(layout, &tiles, events);
                 if let Some(change) = layout.apply(&mut tiles, events, *position) {
                     let (key, position) = (work.key.clone(), change.position);
-                    writes.push(Write::Tiles { key, position, set: change.set, remove: change.remove });
+                    writes.push(Write::Tiles {
+                        key,
+                        position,
+                        set: change.set,
+                        remove: change.remove,
+                        epoch: 0,
+                        expires: None,
+                    });
                 }
             }
             (EntityChange::Events { .. }, None) => unreachable!("only views with tiles have events"),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use feature_defs::as_of::{Row, Times};
-use feature_defs::time::Position;
+use feature_defs::time::{Micros, Position};
 use feature_defs::value::{Type, Value};
 use feature_defs::window::TileId;
 
@@ -16,6 +16,7 @@ use crate::key::{Generation, Key};
 use crate::memory::{FACT_BYTES_MAX, KEY_BYTES_MAX, MemoryStore};
 use crate::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
 
+mod lifetime;
 pub mod redis_server;
 
 /// Checks every promise. The store may hold anything else, but nothing of projects whose names begin with `tag`.
@@ -35,6 +36,13 @@ pub async fn run(store: Arc<dyn OnlineStore>, tag: &str) {
     facts_are_remembered_and_forgotten(&*store, tag).await;
     a_removed_generation_leaves_its_neighbours(&*store, tag).await;
     large_batches_are_counted(&*store, tag).await;
+    lifetime::rows_expire_with_the_one_that_stays(&*store, tag).await;
+    lifetime::tiles_expire_with_the_latest_expiry(&*store, tag).await;
+    lifetime::a_replaced_writer_is_fenced(&*store, tag).await;
+    lifetime::claims_are_never_given_twice(store.clone(), tag).await;
+    lifetime::marks_never_go_back(&*store, tag).await;
+    lifetime::a_removed_entity_leaves_nothing(&*store, tag).await;
+    lifetime::a_report_names_each_place(&*store).await;
     readers_never_see_half_a_write(store.clone(), tag).await;
     writers_of_one_entity_agree(store.clone(), tag).await;
     for seed in 0..8 {
@@ -141,7 +149,10 @@ async fn rows_end_the_same_in_every_order(store: &dyn OnlineStore, tag: &str) {
     let view = generation(tag, "permuted");
     for (number, order) in permutations(history.len()).into_iter().enumerate() {
         let key = view.key((number as u32).to_be_bytes());
-        let writes = order.iter().map(|row| Write::Row(key.clone(), history[*row].clone())).collect();
+        let writes = order
+            .iter()
+            .map(|row| Write::Row { key: key.clone(), blob: history[*row].clone(), expires: None })
+            .collect();
         write(store, writes).await;
         let kept = decode(&read_row(store, &key).await.expect("a row was written"));
         assert_eq!(kept.values, [Value::String("twenty".into())], "in order {order:?}");
@@ -196,8 +207,8 @@ async fn ties_are_settled_by_created_time_sequence_and_content(store: &dyn Onlin
             for (turn, pair) in [[earlier, later], [later, earlier]].into_iter().enumerate() {
                 let key = view.key([i as u8, j as u8, turn as u8]);
                 let outcomes = [
-                    write(store, vec![Write::Row(key.clone(), pair[0].clone())]).await,
-                    write(store, vec![Write::Row(key.clone(), pair[1].clone())]).await,
+                    write(store, vec![Write::Row { key: key.clone(), blob: pair[0].clone(), expires: None }]).await,
+                    write(store, vec![Write::Row { key: key.clone(), blob: pair[1].clone(), expires: None }]).await,
                 ];
                 assert_eq!(outcomes, [all(1), if turn == 0 { all(1) } else { none(1) }], "{i} and {j}");
                 let kept = read_row(store, &key).await.expect("a row was written");
@@ -212,7 +223,14 @@ async fn tiles_follow_their_position(store: &dyn OnlineStore, tag: &str) {
     let key = generation(tag, "tiles").key(*b"e");
     let change = |position, set: &[(i64, &'static str)], remove: &[i64]| {
         let set = set.iter().map(|(start, text)| (tile(*start), Bytes::from_static(text.as_bytes()))).collect();
-        vec![Write::Tiles { key: key.clone(), position, set, remove: remove.iter().copied().map(tile).collect() }]
+        vec![Write::Tiles {
+            key: key.clone(),
+            position,
+            set,
+            remove: remove.iter().copied().map(tile).collect(),
+            epoch: 0,
+            expires: None,
+        }]
     };
     let expected = |tiles: &[(i64, &'static str)]| {
         tiles.iter().map(|(start, text)| (tile(*start), Bytes::from_static(text.as_bytes()))).collect::<Vec<_>>()
@@ -248,7 +266,8 @@ async fn tiles_follow_their_position(store: &dyn OnlineStore, tag: &str) {
     let mut set: Vec<_> = ids.iter().rev().map(|id| (*id, Bytes::from(format!("{id:?}")))).collect();
     set.insert(0, (ids[2], Bytes::from_static(b"hidden")));
     let key = generation(tag, "tiles").key(*b"ordered");
-    let change = Write::Tiles { key: key.clone(), position: Position::START, set, remove: vec![] };
+    let change =
+        Write::Tiles { key: key.clone(), position: Position::START, set, remove: vec![], epoch: 0, expires: None };
     assert_eq!(write(store, vec![change.clone()]).await, all(1), "nothing was applied, so even START is after it");
     assert_eq!(write(store, vec![change]).await, none(1));
     let expected = ids.map(|id| (id, Bytes::from(format!("{id:?}"))));
@@ -262,10 +281,21 @@ async fn repeats_and_prefixes_change_nothing(store: &dyn OnlineStore, tag: &str)
         let mut writes = Vec::new();
         for number in 0..6 {
             let event_time = [3, 1, 4, 1, 5, 2][number as usize];
-            writes.push(Write::Row(row_key.clone(), row(event_time, None, number, &format!("row {number}"))));
+            writes.push(Write::Row {
+                key: row_key.clone(),
+                blob: row(event_time, None, number, &format!("row {number}")),
+                expires: None,
+            });
             let set = vec![(tile(60 * (number as i64 % 3)), Bytes::from(format!("tile {number}")))];
             let remove = vec![tile(60 * ((number as i64 + 1) % 3))];
-            writes.push(Write::Tiles { key: tile_key.clone(), position: at(number), set, remove });
+            writes.push(Write::Tiles {
+                key: tile_key.clone(),
+                position: at(number),
+                set,
+                remove,
+                epoch: 0,
+                expires: None,
+            });
         }
         let reads = [Read::Row(row_key), Read::AllTiles(tile_key)];
         (writes, reads)
@@ -325,12 +355,14 @@ async fn keys_that_differ_never_meet(store: &dyn OnlineStore, tag: &str) {
         };
         let content = |number: usize| format!("{salt} {number}");
         let writes = keys.iter().enumerate().map(|(number, plain)| match salt {
-            0 => Write::Row(key(plain), row(0, None, 0, &content(number))),
+            0 => Write::Row { key: key(plain), blob: row(0, None, 0, &content(number)), expires: None },
             _ => Write::Tiles {
                 key: key(plain),
                 position: at(number as u64),
                 set: vec![(tile(0), Bytes::from(content(number))), (tile(60), Bytes::new())],
                 remove: vec![],
+                epoch: 0,
+                expires: None,
             },
         });
         assert_eq!(write(store, writes.collect()).await, all(keys.len() as u64));
@@ -350,10 +382,11 @@ async fn keys_that_differ_never_meet(store: &dyn OnlineStore, tag: &str) {
 async fn long_keys_never_meet(store: &dyn OnlineStore, tag: &str) {
     let view = generation(tag, "long");
     let keys = [vec![b'k'; 60_000], vec![b'k'; 60_001], [vec![b'k'; 60_000], vec![b'l']].concat()];
-    let writes = keys
-        .iter()
-        .enumerate()
-        .map(|(number, entity)| Write::Row(view.key(entity.clone()), row(0, None, 0, &number.to_string())));
+    let writes = keys.iter().enumerate().map(|(number, entity)| Write::Row {
+        key: view.key(entity.clone()),
+        blob: row(0, None, 0, &number.to_string()),
+        expires: None,
+    });
     write(store, writes.collect()).await;
     for (number, entity) in keys.iter().enumerate() {
         let kept = read_row(store, &view.key(entity.clone())).await.expect("a row was written");
@@ -365,10 +398,11 @@ async fn many_reads_are_answered_in_order(store: &dyn OnlineStore, tag: &str) {
     let view = generation(tag, "many");
     let tiles = generation(tag, "many_tiles");
     let count = 1_500u32;
-    let mut writes: Vec<_> =
-        (0..count).map(|n| Write::Row(view.key(n.to_be_bytes()), row(0, None, 0, &n.to_string()))).collect();
+    let mut writes: Vec<_> = (0..count)
+        .map(|n| Write::Row { key: view.key(n.to_be_bytes()), blob: row(0, None, 0, &n.to_string()), expires: None })
+        .collect();
     let set = vec![(tile(0), Bytes::from_static(b"zero"))];
-    writes.push(Write::Tiles { key: tiles.key([]), position: at(1), set, remove: vec![] });
+    writes.push(Write::Tiles { key: tiles.key([]), position: at(1), set, remove: vec![], epoch: 0, expires: None });
     write(store, writes).await;
     // Every entity twice, with absent ones and other kinds of reads between.
     let order: Vec<u32> = (0..2 * count).map(|n| n.wrapping_mul(7_919) % (count + 100)).collect();
@@ -402,14 +436,31 @@ async fn large_values_come_back(store: &dyn OnlineStore, tag: &str) {
     let base = "x".repeat(1 << 20);
     let blobs = [row(0, None, 0, &base), row(0, None, 0, &format!("{base}x"))];
     for blob in &blobs {
-        assert_eq!(write(store, vec![Write::Row(key.clone(), blob.clone())]).await, all(1));
+        assert_eq!(
+            write(store, vec![Write::Row { key: key.clone(), blob: blob.clone(), expires: None }]).await,
+            all(1)
+        );
         assert_eq!(read_row(store, &key).await.as_ref(), Some(blob));
     }
-    assert_eq!(write(store, vec![Write::Row(key.clone(), blobs[0].clone())]).await, none(1));
+    assert_eq!(
+        write(store, vec![Write::Row { key: key.clone(), blob: blobs[0].clone(), expires: None }]).await,
+        none(1)
+    );
 
     let key = generation(tag, "large").key(*b"tiles");
     let set: Vec<_> = (0..12).map(|n| (tile(60 * n), Bytes::from(bytes[n as usize..].to_vec()))).collect();
-    write(store, vec![Write::Tiles { key: key.clone(), position: at(1), set: set.clone(), remove: vec![] }]).await;
+    write(
+        store,
+        vec![Write::Tiles {
+            key: key.clone(),
+            position: at(1),
+            set: set.clone(),
+            remove: vec![],
+            epoch: 0,
+            expires: None,
+        }],
+    )
+    .await;
     assert_eq!(read_all(store, &key).await, (Some(at(1)), set));
 }
 
@@ -417,13 +468,15 @@ async fn what_cannot_be_held_is_refused(store: &dyn OnlineStore, tag: &str) {
     let view = generation(tag, "refused");
     let good = view.key(*b"good");
     let bad = [
-        Write::Row(view.key(vec![0; KEY_BYTES_MAX]), row(0, None, 0, "long key")),
-        Write::Row(view.key(*b"short"), Bytes::from_static(b"not a row")),
+        Write::Row { key: view.key(vec![0; KEY_BYTES_MAX]), blob: row(0, None, 0, "long key"), expires: None },
+        Write::Row { key: view.key(*b"short"), blob: Bytes::from_static(b"not a row"), expires: None },
         Write::Fact("f".repeat(KEY_BYTES_MAX + 1), None),
+        Write::Mark("m".repeat(KEY_BYTES_MAX + 1), Position::END),
+        Write::Remove(view.key(vec![0; KEY_BYTES_MAX])),
         Write::Fact(format!("{tag}/large"), Some(Bytes::from(vec![0; FACT_BYTES_MAX + 1]))),
     ];
     for bad in bad {
-        let writes = vec![Write::Row(good.clone(), row(0, None, 0, "good")), bad];
+        let writes = vec![Write::Row { key: good.clone(), blob: row(0, None, 0, "good"), expires: None }, bad];
         let error = store.write(writes).await.expect_err("the write is refused");
         assert!(matches!(error, StoreError::Refused { .. }), "{error}");
         assert!(!error.is_retryable());
@@ -436,6 +489,7 @@ async fn what_cannot_be_held_is_refused(store: &dyn OnlineStore, tag: &str) {
         Read::AllTiles(long.clone()),
         Read::Tiles(long, vec![tile(0)]),
         Read::Fact("f".repeat(KEY_BYTES_MAX + 1)),
+        Read::Mark("m".repeat(KEY_BYTES_MAX + 1)),
     ];
     let expected = [
         Answer::Row(None),
@@ -443,6 +497,7 @@ async fn what_cannot_be_held_is_refused(store: &dyn OnlineStore, tag: &str) {
         Answer::AllTiles { position: None, tiles: vec![] },
         Answer::Tiles { position: None, tiles: vec![None] },
         Answer::Fact(None),
+        Answer::Mark(None),
     ];
     assert_eq!(read(store, &reads).await, expected, "a refused call changes nothing");
 }
@@ -479,12 +534,14 @@ async fn a_removed_generation_leaves_its_neighbours(store: &dyn OnlineStore, tag
     let tiled = |number: usize| number % 4 >= 2;
     let writes = |generation: &Generation, number: usize| -> Vec<Write> {
         let each = |entity: &&[u8]| match tiled(number) {
-            false => Write::Row(generation.key(*entity), row(0, None, 0, "kept")),
+            false => Write::Row { key: generation.key(*entity), blob: row(0, None, 0, "kept"), expires: None },
             true => Write::Tiles {
                 key: generation.key(*entity),
                 position: at(3),
                 set: (0..5).map(|n| (tile(60 * n), Bytes::from_static(b"kept"))).collect(),
                 remove: vec![],
+                epoch: 0,
+                expires: None,
             },
         };
         entities.iter().map(each).collect()
@@ -525,7 +582,14 @@ async fn a_removed_generation_leaves_its_neighbours(store: &dyn OnlineStore, tag
         if removed == 2 {
             let key = generation.key(*b"a");
             let set = vec![(tile(0), Bytes::from_static(b"new"))];
-            let change = Write::Tiles { key: key.clone(), position: at(1), set: set.clone(), remove: vec![] };
+            let change = Write::Tiles {
+                key: key.clone(),
+                position: at(1),
+                set: set.clone(),
+                remove: vec![],
+                epoch: 0,
+                expires: None,
+            };
             assert_eq!(write(store, vec![change]).await, all(1));
             assert_eq!(read_all(store, &key).await, (Some(at(1)), set));
             assert_eq!(store.remove_generation(generation).await.expect("it is removed"), 1);
@@ -536,7 +600,11 @@ async fn a_removed_generation_leaves_its_neighbours(store: &dyn OnlineStore, tag
 async fn large_batches_are_counted(store: &dyn OnlineStore, tag: &str) {
     let view = generation(tag, "batch");
     let writes: Vec<_> = (0..5_000u32)
-        .map(|n| Write::Row(view.key((n % 2_500).to_be_bytes()), row(-i64::from(n), None, 0, "batch")))
+        .map(|n| Write::Row {
+            key: view.key((n % 2_500).to_be_bytes()),
+            blob: row(-i64::from(n), None, 0, "batch"),
+            expires: None,
+        })
         .chain([Write::Fact(format!("{tag}/batch"), Some(Bytes::from_static(b"done")))])
         .collect();
     assert_eq!(write(store, writes).await, WriteOutcome { applied: 2_501, stale: 2_500 });
@@ -554,7 +622,11 @@ async fn readers_never_see_half_a_write(store: Arc<dyn OnlineStore>, tag: &str) 
                 // Odd rounds remove the last tile.
                 let set = (0..4 - (round % 2) as i64).map(|n| (tile(60 * n), content(round))).collect();
                 let remove = if round % 2 == 1 { vec![tile(180)] } else { vec![] };
-                write(&*store, vec![Write::Tiles { key: key.clone(), position: at(round), set, remove }]).await;
+                write(
+                    &*store,
+                    vec![Write::Tiles { key: key.clone(), position: at(round), set, remove, epoch: 0, expires: None }],
+                )
+                .await;
                 // Whoever looks after the write returned sees it, or a later one.
                 let (position, _) = read_all(&*store, &key).await;
                 assert!(position >= Some(at(round)));
@@ -601,7 +673,7 @@ async fn writers_of_one_entity_agree(store: Arc<dyn OnlineStore>, tag: &str) {
             for round in 0..50u64 {
                 let (event_time, position) = ((round * 7 + writer * 13) % 200, at(round * 4 + writer));
                 let blob = encode(event_time as i64, None, position, Some(&format!("{writer}")));
-                write(&*store, vec![Write::Row(key.clone(), blob)]).await;
+                write(&*store, vec![Write::Row { key: key.clone(), blob, expires: None }]).await;
             }
         })
     });
@@ -630,11 +702,17 @@ async fn random_writes_agree_with_memory(store: &dyn OnlineStore, tag: &str, see
         for _ in 0..random.below(12) {
             let entity = entities[random.below(4)];
             let position = Position { time: random.below(5) as i64, sequence: random.below(5) as u64 };
-            writes.push(match random.below(8) {
+            // Nothing expires while this runs.
+            let expires = (random.below(2) == 0).then(|| 4_102_444_800_000_000 + random.below(3) as i64);
+            writes.push(match random.below(10) {
                 0..4 => {
                     let created = (random.below(2) == 0).then(|| random.below(3) as i64);
                     let content = ["", "a", "\u{e9}", "z"].get(random.below(5)).copied();
-                    Write::Row(generations[0].key(entity), encode(random.below(4) as i64, created, position, content))
+                    Write::Row {
+                        key: generations[0].key(entity),
+                        blob: encode(random.below(4) as i64, created, position, content),
+                        expires,
+                    }
                 }
                 4..7 => {
                     // Positions grow slowly, so that about half of the writes come late.
@@ -643,8 +721,17 @@ async fn random_writes_agree_with_memory(store: &dyn OnlineStore, tag: &str, see
                     let set = (0..random.below(4)).map(|n| (ids[random.below(8)], Bytes::from(bytes[n..].to_vec())));
                     let set = set.collect();
                     let remove = (0..random.below(3)).map(|_| ids[random.below(8)]).collect();
-                    Write::Tiles { key: generations[1].key(entity), position, set, remove }
+                    Write::Tiles {
+                        key: generations[1].key(entity),
+                        position,
+                        epoch: round as u64 / 15,
+                        set,
+                        remove,
+                        expires,
+                    }
                 }
+                7 => Write::Remove(generations[random.below(2)].key(entity)),
+                8 => Write::Mark(format!("{tag}/random/{seed}/{}", random.below(3)), position),
                 _ => {
                     let value = (random.below(3) > 0).then(|| Bytes::from(random.next().to_string()));
                     Write::Fact(format!("{tag}/random/{seed}/{}", random.below(3)), value)
@@ -665,6 +752,7 @@ async fn random_writes_agree_with_memory(store: &dyn OnlineStore, tag: &str, see
             reads.push(Read::Tiles(generations[1].key(entity), some));
         }
         reads.extend((0..3).map(|fact| Read::Fact(format!("{tag}/random/{seed}/{fact}"))));
+        reads.extend((0..3).map(|mark| Read::Mark(format!("{tag}/random/{seed}/{mark}"))));
         let answers = (read(store, &reads).await, read(&memory, &reads).await);
         for (i, (found, expected)) in answers.0.iter().zip(&answers.1).enumerate() {
             assert_eq!(found, expected, "seed {seed}, round {round}, {:?} after {writes:?}", reads[i]);

@@ -6,23 +6,26 @@
 //!
 //! Every change reads before it writes, so there is one writer at a time; readers never wait for it, they read a snapshot.
 
+mod stored;
+mod sweep;
+
 use std::collections::BTreeMap;
-use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use feature_defs::time::Position;
+use feature_defs::time::{Micros, Position};
 use feature_defs::value::{decode_i64, encode_i64};
 use feature_defs::window::TileId;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Readable, Snapshot};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::task::spawn_blocking;
 
+use crate::header::Header;
 use crate::key::{FORMAT, Generation, Key};
-use crate::memory::{KEY_BYTES_MAX, admit, key_bytes};
-use crate::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
+use crate::memory::{KEY_BYTES_MAX, admit, key_bytes, next_epoch, row_expiry, tiles_expiry};
+use crate::{Answer, NodeReport, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
 
 /// Blocks kept in memory, over all keyspaces. What does not fit is read through the page cache.
 const CACHE_BYTES: u64 = 64 << 20;
@@ -33,8 +36,9 @@ const MEMTABLE_BYTES: u64 = 32 << 20;
 const JOURNAL_BYTES: u64 = 256 << 20;
 /// Writes are committed together up to this size, so that a call of any length is held in memory once, not twice.
 const BATCH_BYTES: usize = 8 << 20;
-/// Entities removed while writers wait.
-const REMOVE_ENTITIES: usize = 256;
+/// How the names of marks and of epochs begin, beside the facts, which begin with the format.
+const MARK: &str = "m1";
+const EPOCH: &str = "e1";
 /// A call of at most this many lookups is answered on the caller's thread: one takes 1 to 10 microseconds from the memtable
 /// or a cached block and rarely more than 100 from the page cache, which is about what handing it to another thread and
 /// back costs. Larger calls go to a thread that may block.
@@ -51,7 +55,7 @@ pub struct EmbeddedStore {
 struct Inner {
     database: Database,
     rows: Keyspace,
-    /// The positions of windowed entities.
+    /// Positions and epochs of windowed entities.
     headers: Keyspace,
     /// Level and start behind the key of the entity. Apart from the headers, because keys of equal length are equal in
     /// one keyspace only if both the entities and the tiles are, whatever bytes the entities hold.
@@ -119,9 +123,10 @@ impl OnlineStore for EmbeddedStore {
                 let guard = self.exclusive().await;
                 let prefix = prefix.clone();
                 let step = self.blocking(move |inner| {
-                    let step = inner.remove_some(part, &prefix, after);
+                    let step = inner.step_of_generation(part, &prefix, after)?;
+                    let count = inner.remove(part, step.entities, None)?;
                     drop(guard);
-                    step
+                    Ok((count, step.last))
                 });
                 let (count, last) = step.await?;
                 removed += count;
@@ -132,6 +137,52 @@ impl OnlineStore for EmbeddedStore {
             }
         }
         Ok(removed)
+    }
+
+    async fn claim(&self, name: &str, candidate: u64) -> Result<u64, StoreError> {
+        admit(&Write::Mark(name.to_owned(), Position::START), &self.inner.place)?;
+        let key = named(EPOCH, name);
+        let guard = self.exclusive().await;
+        self.blocking(move |inner| {
+            let last = inner.get(&inner.database.snapshot(), Part::Facts, &key)?;
+            let last = last.map(|bytes| decode_epoch(&key, &bytes)).transpose()?;
+            let epoch = next_epoch(last, candidate, &inner.place)?;
+            let mut pending = Pending::default();
+            pending.put(Part::Facts, key, Some(Bytes::copy_from_slice(&epoch.to_be_bytes())));
+            inner.commit(pending)?;
+            inner.persist(PersistMode::SyncAll)?;
+            drop(guard);
+            Ok(epoch)
+        })
+        .await
+    }
+
+    async fn collect_expired(&self, now: Micros) -> Result<u64, StoreError> {
+        let mut removed = 0;
+        for part in [Part::Headers, Part::Rows] {
+            let mut after = None;
+            loop {
+                let step = self.blocking(move |inner| inner.step_of_expired(part, now, after)).await?;
+                after = step.last;
+                if !step.entities.is_empty() {
+                    let guard = self.exclusive().await;
+                    let remove = self.blocking(move |inner| {
+                        let count = inner.remove(part, step.entities, Some(now));
+                        drop(guard);
+                        count
+                    });
+                    removed += remove.await?;
+                }
+                if after.is_none() {
+                    break;
+                }
+            }
+        }
+        Ok(removed)
+    }
+
+    async fn report(&self) -> Result<Vec<NodeReport>, StoreError> {
+        self.blocking(|inner| Ok(vec![inner.report()])).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
@@ -206,7 +257,10 @@ impl Inner {
     fn read_one(&self, snapshot: &Snapshot, read: &Read) -> Result<Answer, StoreError> {
         match read {
             Read::Row(key) if key_bytes(key) > KEY_BYTES_MAX => Ok(Answer::Row(None)),
-            Read::Row(key) => Ok(Answer::Row(self.get(snapshot, Part::Rows, &key.sorted())?)),
+            Read::Row(key) => {
+                let stored = snapshot.get(&self.rows, key.sorted()).map_err(|error| self.failed(error))?;
+                Ok(Answer::Row(stored.map(|stored| Bytes::copy_from_slice(stored::decode_row(&stored).0))))
+            }
             Read::Tiles(key, ids) => {
                 let Some((entity, position)) = self.header(snapshot, key)? else {
                     return Ok(Answer::Tiles { position: None, tiles: vec![None; ids.len()] });
@@ -228,7 +282,13 @@ impl Inner {
                 Ok(Answer::AllTiles { position: Some(position), tiles })
             }
             Read::Fact(name) if name.len() > KEY_BYTES_MAX => Ok(Answer::Fact(None)),
-            Read::Fact(name) => Ok(Answer::Fact(self.get(snapshot, Part::Facts, &fact_key(name))?)),
+            Read::Fact(name) => Ok(Answer::Fact(self.get(snapshot, Part::Facts, &named(FORMAT, name))?)),
+            Read::Mark(name) if name.len() > KEY_BYTES_MAX => Ok(Answer::Mark(None)),
+            Read::Mark(name) => {
+                let key = named(MARK, name);
+                let mark = self.get(snapshot, Part::Facts, &key)?;
+                Ok(Answer::Mark(mark.map(|mark| decode_mark(&key, &mark)).transpose()?))
+            }
         }
     }
 
@@ -244,7 +304,7 @@ impl Inner {
         }
         let entity = key.sorted();
         match self.get(snapshot, Part::Headers, &entity)? {
-            Some(header) => Ok(Some((entity, decode_header(key, &header)?))),
+            Some(header) => Ok(Some((entity, decode_header(key, &header)?.0.position))),
             None => Ok(None),
         }
     }
@@ -272,28 +332,40 @@ impl Inner {
     /// Whether the write is applied; else it is stale.
     fn decide(&self, snapshot: &Snapshot, pending: &mut Pending, write: Write) -> Result<bool, StoreError> {
         match write {
-            Write::Row(key, new) => {
+            Write::Row { key, blob: new, expires } => {
                 let entity = key.sorted();
-                let Some(old) = self.current(snapshot, pending, Part::Rows, &entity)? else {
-                    pending.put(Part::Rows, entity, Some(new));
+                let Some(stored) = self.current(snapshot, pending, Part::Rows, &entity)? else {
+                    pending.put(Part::Rows, entity, Some(stored::encode_row(new, expires)));
                     return Ok(true);
                 };
+                let (old, old_expires) = stored::decode_row(&stored);
                 if old.len() < row::ORDER_AT {
                     return Err(StoreError::Corrupt {
                         key: key.to_string(),
                         what: format!("a row of {} bytes, the shortest has {}", old.len(), row::ORDER_AT),
                     });
                 }
-                let Some((kept, replaced)) = row::merge(&old, &new) else { return Ok(false) };
-                pending.put(Part::Rows, entity, Some(kept));
+                let expires = row_expiry((old, old_expires), (&new, expires));
+                let (kept, replaced) = match row::merge(old, &new) {
+                    Some(merged) => merged,
+                    None if expires == old_expires => return Ok(false),
+                    None => (Bytes::copy_from_slice(old), false),
+                };
+                pending.put(Part::Rows, entity, Some(stored::encode_row(kept, expires)));
                 Ok(replaced)
             }
-            Write::Tiles { key, position, set, remove } => {
+            Write::Tiles { key, position, epoch, set, remove, expires } => {
                 let entity = key.sorted();
-                if let Some(header) = self.current(snapshot, pending, Part::Headers, &entity)?
-                    && position <= decode_header(&key, &header)?
-                {
-                    return Ok(false);
+                let mut old_expires = None;
+                if let Some(header) = self.current(snapshot, pending, Part::Headers, &entity)? {
+                    let (old, old_expiry) = decode_header(&key, &header)?;
+                    if epoch < old.epoch {
+                        return Err(StoreError::Fenced { key: key.to_string(), epoch, newest: old.epoch });
+                    }
+                    if position <= old.position {
+                        return Ok(false);
+                    }
+                    old_expires = old_expiry;
                 }
                 for (id, tile) in set {
                     pending.put(Part::Tiles, tile_key(&entity, &id), Some(tile));
@@ -301,12 +373,35 @@ impl Inner {
                 for id in remove {
                     pending.put(Part::Tiles, tile_key(&entity, &id), None);
                 }
-                let header = Bytes::copy_from_slice(&row::encode_position(position));
+                let header = stored::encode_header(Header { position, epoch }, tiles_expiry(old_expires, expires));
                 pending.put(Part::Headers, entity, Some(header));
                 Ok(true)
             }
+            Write::Remove(key) => {
+                let entity = key.sorted();
+                let mut is_there = false;
+                for part in [Part::Rows, Part::Headers] {
+                    if self.current(snapshot, pending, part, &entity)?.is_some() {
+                        is_there = true;
+                        pending.put(part, entity.clone(), None);
+                    }
+                }
+                self.remove_tiles(snapshot, pending, &entity)?;
+                Ok(is_there)
+            }
             Write::Fact(name, value) => {
-                pending.put(Part::Facts, fact_key(&name), value);
+                pending.put(Part::Facts, named(FORMAT, &name), value);
+                Ok(true)
+            }
+            Write::Mark(name, position) => {
+                let key = named(MARK, &name);
+                if let Some(old) = self.current(snapshot, pending, Part::Facts, &key)?
+                    && position <= decode_mark(&key, &old)?
+                {
+                    return Ok(false);
+                }
+                let mark = Bytes::copy_from_slice(&row::encode_position(position));
+                pending.put(Part::Facts, key, Some(mark));
                 Ok(true)
             }
         }
@@ -336,57 +431,49 @@ impl Inner {
         batch.commit().map_err(|error| self.failed(error))
     }
 
-    /// Removes some entities after `after`: how many, and the last of them, None at the end. A header goes together with
-    /// its tiles, so no tile is ever left behind for a later generation of the same digest to find. Only called by the one
-    /// who holds `writer`.
-    fn remove_some(
-        &self,
-        part: Part,
-        prefix: &[u8],
-        after: Option<Vec<u8>>,
-    ) -> Result<(u64, Option<Vec<u8>>), StoreError> {
-        let snapshot = self.database.snapshot();
-        let after = after.map_or(Bound::Included(prefix.to_vec()), Bound::Excluded);
-        let entities = snapshot.range::<Vec<u8>, _>(self.keyspace(part), (after, Bound::Unbounded));
-        let mut pending = Pending::default();
-        let (mut count, mut last) = (0, None);
-        for entity in entities {
-            let entity = entity.key().map_err(|error| self.failed(error))?.to_vec();
-            if !entity.starts_with(prefix) {
-                last = None;
-                break;
-            }
-            if part == Part::Headers {
-                for entry in snapshot.prefix(&self.tiles, &entity) {
-                    let key = entry.key().map_err(|error| self.failed(error))?;
-                    if tile_id(&entity, &key).is_some() {
-                        pending.put(Part::Tiles, key.to_vec(), None);
-                    }
-                }
-            }
-            pending.put(part, entity.clone(), None);
-            count += 1;
-            if count as usize == REMOVE_ENTITIES {
-                last = Some(entity);
-                break;
-            }
+    fn report(&self) -> NodeReport {
+        let mut problems = Vec::new();
+        // After a failed write fjall refuses everything, and says so here.
+        if let Err(error) = self.persist(PersistMode::Buffer) {
+            problems.push(error.to_string());
         }
-        self.commit(pending)?;
-        Ok((count, last))
+        NodeReport {
+            place: self.place.clone(),
+            role: "embedded".to_owned(),
+            used_bytes: self.database.disk_space().ok(),
+            max_bytes: None,
+            keys: Some((self.rows.approximate_len() + self.headers.approximate_len()) as u64),
+            durability: "synced disk".to_owned(),
+            problems,
+        }
     }
 }
 
 /// How many lookups a read is, for deciding where it runs. A scan counts as many.
 fn lookups(read: &Read) -> usize {
     match read {
-        Read::Row(_) | Read::Fact(_) => 1,
+        Read::Row(_) | Read::Fact(_) | Read::Mark(_) => 1,
         Read::Tiles(_, ids) => 1 + ids.len(),
         Read::AllTiles(_) => INLINE_LOOKUPS_MAX + 1,
     }
 }
 
-fn fact_key(name: &str) -> Vec<u8> {
-    format!("{FORMAT}:{name}").into_bytes()
+/// The key of a fact, a mark or an epoch.
+fn named(kind: &str, name: &str) -> Vec<u8> {
+    format!("{kind}:{name}").into_bytes()
+}
+
+fn decode_mark(key: &[u8], mark: &[u8]) -> Result<Position, StoreError> {
+    mark.try_into().map(row::decode_position).map_err(|_| corrupt(key, "a mark", mark.len(), 16))
+}
+
+fn decode_epoch(key: &[u8], epoch: &[u8]) -> Result<u64, StoreError> {
+    epoch.try_into().map(u64::from_be_bytes).map_err(|_| corrupt(key, "an epoch", epoch.len(), 8))
+}
+
+fn corrupt(key: &[u8], what: &str, length: usize, expected: usize) -> StoreError {
+    let what = format!("{what} of {length} bytes, it should have {expected}");
+    StoreError::Corrupt { key: key.escape_ascii().to_string(), what }
 }
 
 /// Sixteen bytes behind the entity's that sort like tiles.
@@ -405,12 +492,11 @@ fn tile_id(entity: &[u8], key: &[u8]) -> Option<TileId> {
     Some(TileId { level, start })
 }
 
-fn decode_header(key: &Key, header: &[u8]) -> Result<Position, StoreError> {
-    let bytes = header.try_into().map_err(|_| StoreError::Corrupt {
+fn decode_header(key: &Key, header: &[u8]) -> Result<(Header, Option<Micros>), StoreError> {
+    stored::decode_header(header).ok_or_else(|| StoreError::Corrupt {
         key: key.to_string(),
-        what: format!("a header of {} bytes, it should have 16", header.len()),
-    })?;
-    Ok(row::decode_position(bytes))
+        what: format!("a header of {} bytes, it should have 16, 24 or 32", header.len()),
+    })
 }
 
 fn disk(place: &str, error: fjall::Error) -> StoreError {

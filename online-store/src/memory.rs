@@ -2,16 +2,17 @@
 //!
 //! It is the judge in [`crate::conformance`] and the double in tests of other crates. It keeps nothing across restarts.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use feature_defs::time::Position;
+use feature_defs::time::{Micros, Position};
 use feature_defs::window::TileId;
 
 use crate::key::{FORMAT, Generation, Key};
-use crate::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
+use crate::{Answer, NodeReport, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
 
 /// Longest key: the embedded store takes 65,535 bytes, and appends 16 for a tile.
 pub const KEY_BYTES_MAX: usize = 65_000;
@@ -28,14 +29,24 @@ pub struct MemoryStore {
 
 #[derive(Debug, Default)]
 struct State {
-    rows: BTreeMap<Key, Bytes>,
+    rows: BTreeMap<Key, Row>,
     tiles: BTreeMap<Key, Tiles>,
     facts: BTreeMap<String, Bytes>,
+    marks: BTreeMap<String, Position>,
+    epochs: BTreeMap<String, u64>,
+}
+
+#[derive(Debug)]
+struct Row {
+    blob: Bytes,
+    expires: Option<Micros>,
 }
 
 #[derive(Debug)]
 struct Tiles {
     position: Position,
+    epoch: u64,
+    expires: Option<Micros>,
     tiles: BTreeMap<TileId, Bytes>,
 }
 
@@ -63,7 +74,7 @@ impl OnlineStore for MemoryStore {
         let mut state = self.state();
         let mut outcome = WriteOutcome::default();
         for write in writes {
-            match state.write(write) {
+            match state.write(write)? {
                 true => outcome.applied += 1,
                 false => outcome.stale += 1,
             }
@@ -83,6 +94,32 @@ impl OnlineStore for MemoryStore {
         Ok((before - state.rows.len() - state.tiles.len()) as u64)
     }
 
+    async fn claim(&self, name: &str, candidate: u64) -> Result<u64, StoreError> {
+        let mut state = self.state();
+        let epoch = next_epoch(state.epochs.get(name).copied(), candidate, &self.place())?;
+        state.epochs.insert(name.to_owned(), epoch);
+        Ok(epoch)
+    }
+
+    async fn collect_expired(&self, now: Micros) -> Result<u64, StoreError> {
+        let mut state = self.state();
+        let before = state.rows.len() + state.tiles.len();
+        state.rows.retain(|_, row| row.expires.is_none_or(|expires| expires > now));
+        state.tiles.retain(|_, entity| entity.expires.is_none_or(|expires| expires > now));
+        Ok((before - state.rows.len() - state.tiles.len()) as u64)
+    }
+
+    async fn report(&self) -> Result<Vec<NodeReport>, StoreError> {
+        let state = self.state();
+        Ok(vec![NodeReport {
+            place: self.place(),
+            role: "memory".to_owned(),
+            keys: Some((state.rows.len() + state.tiles.len()) as u64),
+            durability: "none".to_owned(),
+            ..NodeReport::default()
+        }])
+    }
+
     async fn ping(&self) -> Result<(), StoreError> {
         Ok(())
     }
@@ -95,7 +132,7 @@ impl OnlineStore for MemoryStore {
 impl State {
     fn read(&self, read: &Read) -> Answer {
         match read {
-            Read::Row(key) => Answer::Row(self.rows.get(key).cloned()),
+            Read::Row(key) => Answer::Row(self.rows.get(key).map(|row| row.blob.clone())),
             Read::Tiles(key, ids) => {
                 let entity = self.tiles.get(key);
                 let tile = |id| entity.and_then(|entity| entity.tiles.get(id).cloned());
@@ -110,33 +147,45 @@ impl State {
                 }
             }
             Read::Fact(name) => Answer::Fact(self.facts.get(name).cloned()),
+            Read::Mark(name) => Answer::Mark(self.marks.get(name).copied()),
         }
     }
 
     /// Whether the write was applied; else it was stale.
-    fn write(&mut self, write: Write) -> bool {
-        match write {
-            Write::Row(key, new) => {
+    fn write(&mut self, write: Write) -> Result<bool, StoreError> {
+        Ok(match write {
+            Write::Row { key, blob: new, expires } => {
                 let Some(old) = self.rows.get_mut(&key) else {
-                    self.rows.insert(key, new);
-                    return true;
+                    self.rows.insert(key, Row { blob: new, expires });
+                    return Ok(true);
                 };
-                let Some((kept, replaced)) = row::merge(old, &new) else { return false };
-                *old = kept;
+                old.expires = row_expiry((&old.blob, old.expires), (&new, expires));
+                let Some((kept, replaced)) = row::merge(&old.blob, &new) else { return Ok(false) };
+                old.blob = kept;
                 replaced
             }
-            Write::Tiles { key, position, set, remove } => {
-                if self.tiles.get(&key).is_some_and(|entity| position <= entity.position) {
-                    return false;
+            Write::Tiles { key, position, epoch, set, remove, expires } => {
+                if let Some(entity) = self.tiles.get(&key) {
+                    if epoch < entity.epoch {
+                        return Err(StoreError::Fenced { key: key.to_string(), epoch, newest: entity.epoch });
+                    }
+                    if position <= entity.position {
+                        return Ok(false);
+                    }
                 }
-                let entity = self.tiles.entry(key).or_insert_with(|| Tiles { position, tiles: BTreeMap::new() });
+                let new = || Tiles { position, epoch, expires, tiles: BTreeMap::new() };
+                let entity = self.tiles.entry(key).or_insert_with(new);
                 entity.position = position;
+                entity.epoch = epoch;
+                entity.expires = tiles_expiry(entity.expires, expires);
                 entity.tiles.extend(set);
                 for id in &remove {
                     entity.tiles.remove(id);
                 }
                 true
             }
+            // Both are removed, so neither may be skipped because of the other.
+            Write::Remove(key) => self.rows.remove(&key).is_some() | self.tiles.remove(&key).is_some(),
             Write::Fact(name, Some(value)) => {
                 self.facts.insert(name, value);
                 true
@@ -145,15 +194,49 @@ impl State {
                 self.facts.remove(&name);
                 true
             }
-        }
+            Write::Mark(name, position) => match self.marks.get(&name) {
+                Some(old) if position <= *old => false,
+                _ => {
+                    self.marks.insert(name, position);
+                    true
+                }
+            },
+        })
     }
+}
+
+/// The expiry of what stays of two rows: it belongs to the later one; of the same row twice, the later expiry.
+pub(crate) fn row_expiry(old: (&[u8], Option<Micros>), new: (&[u8], Option<Micros>)) -> Option<Micros> {
+    match row::order(new.0).cmp(row::order(old.0)) {
+        Ordering::Greater => new.1,
+        Ordering::Less => old.1,
+        // None is later than every time.
+        Ordering::Equal => old.1.zip(new.1).map(|(old, new)| old.max(new)),
+    }
+}
+
+/// The expiry of an entity after a write that was applied.
+pub(crate) fn tiles_expiry(old: Option<Micros>, new: Option<Micros>) -> Option<Micros> {
+    new.map(|new| old.map_or(new, |old| old.max(new)))
+}
+
+pub(crate) fn next_epoch(last: Option<u64>, candidate: u64, place: &str) -> Result<u64, StoreError> {
+    match last {
+        Some(last) if last >= candidate => last.checked_add(1).ok_or_else(|| no_epoch_left(place)),
+        _ => Ok(candidate),
+    }
+}
+
+pub(crate) fn no_epoch_left(place: &str) -> StoreError {
+    let what = "there is no epoch after the last one that was claimed".to_owned();
+    StoreError::Refused { place: place.to_owned(), what }
 }
 
 /// Refuses what some store could not hold, so that all stores take the same writes. A call with one such write changes
 /// nothing. Nothing can lie under a key that is refused, so reading it finds nothing.
 pub(crate) fn admit(write: &Write, place: &str) -> Result<(), StoreError> {
     let (name_bytes, value_bytes, value_bytes_max) = match write {
-        Write::Row(key, blob) => {
+        Write::Row { key, blob, .. } => {
             if blob.len() < row::ORDER_AT {
                 let what = format!("a row of {} bytes for {key}, the shortest has {}", blob.len(), row::ORDER_AT);
                 return Err(StoreError::Refused { place: place.to_owned(), what });
@@ -164,6 +247,8 @@ pub(crate) fn admit(write: &Write, place: &str) -> Result<(), StoreError> {
             let largest = set.iter().map(|(_, tile)| tile.len()).max();
             (key_bytes(key), largest.unwrap_or(0), VALUE_BYTES_MAX)
         }
+        Write::Remove(key) => (key_bytes(key), 0, VALUE_BYTES_MAX),
+        Write::Mark(name, _) => (name.len(), 0, VALUE_BYTES_MAX),
         Write::Fact(name, value) => (name.len(), value.as_ref().map_or(0, Bytes::len), FACT_BYTES_MAX),
     };
     let what = if name_bytes > KEY_BYTES_MAX {

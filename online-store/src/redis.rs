@@ -2,7 +2,7 @@
 //!
 //! Rows and tiles are changed by [functions](connection::FUNCTIONS) that run in the server, so that each change is one step
 //! there and many go in one round trip. Reads are GET and HMGET, one pipeline for a call: an HMGET is one step too, so the
-//! header and the tiles it returns belong together. Row: `GET`. Hash fields: `h` is the header, the position; a tile is `t`,
+//! header and the tiles it returns belong together. Row: `GET`. Hash fields: `h` is the header, position and epoch; a tile is `t`,
 //! level and start, 17 bytes. Facts are strings under `c1:fact:`, which no entity's key begins with.
 //!
 //! Redis is as durable as it is configured, and [`OnlineStore::sync`] can add nothing to that: with `appendfsync always` a
@@ -18,14 +18,15 @@ use std::time::Duration;
 use ::redis::{Cmd, Pipeline, ServerError, Value};
 use async_trait::async_trait;
 use bytes::Bytes;
-use feature_defs::time::Position;
+use feature_defs::time::{Micros, Position};
 use feature_defs::value::{decode_i64, encode_i64};
 use feature_defs::window::TileId;
 
+use crate::header::Header;
 use crate::key::{FORMAT, Generation, Key};
-use crate::memory::admit;
+use crate::memory::{admit, no_epoch_left};
 use crate::row::{decode_position, encode_position};
-use crate::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome};
+use crate::{Answer, NodeReport, OnlineStore, Read, StoreError, Write, WriteOutcome};
 use connection::{Lane, Server};
 
 /// A longer call to write is cut here: more would gain nothing over the network, hold up other clients of a server with one
@@ -68,11 +69,13 @@ impl RedisStore {
             self.load_functions().await?;
             answers = self.writes.call(&pipeline).await?;
         }
-        for (answer, name) in answers.into_iter().zip(chunk.names) {
+        for (answer, (name, epoch)) in answers.into_iter().zip(chunk.names) {
             match (answer, name) {
-                (Value::Int(0), Name::Key(_)) => outcome.stale += 1,
-                (Value::ServerError(error), name) => return Err(self.refusal(&error, &name)),
-                (Value::Int(1), Name::Key(_)) | (Value::Okay | Value::Int(_), Name::Fact) => outcome.applied += 1,
+                (Value::Int(0), Name::Key(_) | Name::Mark) => outcome.stale += 1,
+                (Value::ServerError(error), name) => return Err(self.refusal(&error, &name, epoch)),
+                (Value::Int(1), Name::Key(_) | Name::Mark) | (Value::Okay | Value::Int(_), Name::Fact) => {
+                    outcome.applied += 1
+                }
                 (answer, name) => return Err(unexpected(&answer, &name)),
             }
         }
@@ -87,10 +90,17 @@ impl RedisStore {
         }
     }
 
-    fn refusal(&self, error: &ServerError, name: &Name) -> StoreError {
+    /// `epoch`: of the writer, where there is one.
+    fn refusal(&self, error: &ServerError, name: &Name, epoch: u64) -> StoreError {
+        let details = error.details().unwrap_or_default();
         match error.code() {
             "WRONGTYPE" => corrupt(name, "another kind of value than the key says"),
-            "COEVALCORRUPT" => corrupt(name, error.details().unwrap_or_default()),
+            "COEVALCORRUPT" => corrupt(name, details),
+            "COEVALNOEPOCH" => no_epoch_left(&self.server.place),
+            "COEVALFENCED" => match u64::from_str_radix(details, 16) {
+                Ok(newest) => StoreError::Fenced { key: name.shown(), epoch, newest },
+                Err(_) => corrupt(name, "an epoch that is no number"),
+            },
             _ => self.server.refusal(error),
         }
     }
@@ -104,7 +114,7 @@ impl OnlineStore for RedisStore {
         }
         let values = self.reads.call(&pipeline(reads.iter().map(command).collect())).await?;
         let answer = |(read, value): (&Read, Value)| match value {
-            Value::ServerError(error) => Err(self.refusal(&error, &name(read))),
+            Value::ServerError(error) => Err(self.refusal(&error, &name(read), 0)),
             value => answer(read, value),
         };
         reads.iter().zip(values).map(answer).collect()
@@ -115,8 +125,8 @@ impl OnlineStore for RedisStore {
         let mut outcome = WriteOutcome::default();
         let mut chunk = Chunk::default();
         for write in writes {
-            // Commands of one pipeline run even if an earlier one failed. A fact, such as a checkpoint, must not.
-            if matches!(write, Write::Fact(..)) && !chunk.only_facts() {
+            // Commands of one pipeline run even if an earlier one failed. A fact or a mark, such as a checkpoint, must not.
+            if matches!(write, Write::Fact(..) | Write::Mark(..)) && !chunk.only_facts() {
                 self.send(&mut chunk, &mut outcome).await?;
             }
             chunk.push(write);
@@ -162,6 +172,44 @@ impl OnlineStore for RedisStore {
         }
     }
 
+    async fn claim(&self, name: &str, candidate: u64) -> Result<u64, StoreError> {
+        admit(&Write::Mark(name.to_owned(), Position::START), &self.server.place)?;
+        let mut command = Cmd::new();
+        command.arg("FCALL").arg("coeval2_claim").arg(1).arg(named("epoch", name)).arg(&candidate.to_be_bytes()[..]);
+        let pipeline = pipeline(vec![command]);
+        let mut answers = self.writes.call(&pipeline).await?;
+        if answers.iter().any(is_function_missing) {
+            self.load_functions().await?;
+            answers = self.writes.call(&pipeline).await?;
+        }
+        match answers.pop().unwrap_or(Value::Nil) {
+            Value::ServerError(error) => Err(self.refusal(&error, &Name::Epoch, candidate)),
+            Value::BulkString(epoch) if epoch.len() == 8 => {
+                Ok(epoch.iter().fold(0, |epoch, byte| epoch << 8 | u64::from(*byte)))
+            }
+            answer => Err(unexpected(&answer, &Name::Epoch)),
+        }
+    }
+
+    /// Redis does it by itself.
+    async fn collect_expired(&self, _: Micros) -> Result<u64, StoreError> {
+        Ok(0)
+    }
+
+    async fn report(&self) -> Result<Vec<NodeReport>, StoreError> {
+        let report = match self.reads.call(&pipeline(connection::report_commands())).await {
+            Ok(answers) => connection::report(&self.server.place, &answers),
+            Err(error) => NodeReport {
+                place: self.server.place.clone(),
+                role: "master".to_owned(),
+                durability: "unknown".to_owned(),
+                problems: vec![error.to_string()],
+                ..NodeReport::default()
+            },
+        };
+        Ok(vec![report])
+    }
+
     async fn ping(&self) -> Result<(), StoreError> {
         let mut ping = Cmd::new();
         ping.arg("PING");
@@ -184,33 +232,51 @@ enum Name {
     /// The key in Redis.
     Key(Vec<u8>),
     Fact,
+    Mark,
+    Epoch,
+}
+
+impl Name {
+    fn shown(&self) -> String {
+        match self {
+            Name::Key(key) => key.escape_ascii().to_string(),
+            Name::Fact => format!("{FORMAT}:fact:*"),
+            Name::Mark => format!("{FORMAT}:mark:*"),
+            Name::Epoch => format!("{FORMAT}:epoch:*"),
+        }
+    }
 }
 
 /// Commands that go in one round trip.
 #[derive(Default)]
 struct Chunk {
     commands: Vec<Cmd>,
-    names: Vec<Name>,
+    /// What each is about, and the epoch of its writer.
+    names: Vec<(Name, u64)>,
     bytes: usize,
 }
 
 impl Chunk {
     fn only_facts(&self) -> bool {
-        self.names.iter().all(|name| matches!(name, Name::Fact))
+        self.names.iter().all(|(name, _)| matches!(name, Name::Fact | Name::Mark))
     }
 
     fn push(&mut self, write: Write) {
         let mut command = Cmd::new();
+        let mut writer = 0;
         let name = match write {
-            Write::Row(key, blob) => {
+            Write::Row { key, blob, expires } => {
                 let key = key.tagged();
-                command.arg("FCALL").arg("coeval1_row").arg(1).arg(&key).arg(&blob[..]);
+                command.arg("FCALL").arg("coeval2_row").arg(1).arg(&key).arg(&blob[..]).arg(milliseconds(expires));
                 Name::Key(key)
             }
-            Write::Tiles { key, position, set, remove } => {
+            Write::Tiles { key, position, epoch, set, remove, expires } => {
+                writer = epoch;
                 let key = key.tagged();
-                command.arg("FCALL").arg("coeval1_tiles").arg(1).arg(&key);
-                command.arg(&encode_position(position)[..]).arg(set.len());
+                command.arg("FCALL").arg("coeval2_tiles").arg(1).arg(&key);
+                let header = Header { position, epoch }.encode();
+                let (position, epoch) = header.split_at(16);
+                command.arg(position).arg(epoch).arg(milliseconds(expires)).arg(set.len());
                 for (id, tile) in &set {
                     command.arg(&tile_field(id)[..]).arg(&tile[..]);
                 }
@@ -219,18 +285,28 @@ impl Chunk {
                 }
                 Name::Key(key)
             }
+            Write::Remove(key) => {
+                let key = key.tagged();
+                command.arg("UNLINK").arg(&key);
+                Name::Key(key)
+            }
             Write::Fact(name, Some(value)) => {
-                command.arg("SET").arg(fact_key(&name)).arg(&value[..]);
+                command.arg("SET").arg(named("fact", &name)).arg(&value[..]);
                 Name::Fact
             }
             Write::Fact(name, None) => {
-                command.arg("DEL").arg(fact_key(&name));
+                command.arg("DEL").arg(named("fact", &name));
                 Name::Fact
+            }
+            Write::Mark(name, position) => {
+                let position = encode_position(position);
+                command.arg("FCALL").arg("coeval2_mark").arg(1).arg(named("mark", &name)).arg(&position[..]);
+                Name::Mark
             }
         };
         self.bytes += command.get_packed_command().len();
         self.commands.push(command);
-        self.names.push(name);
+        self.names.push((name, writer));
     }
 }
 
@@ -254,7 +330,8 @@ fn command(read: &Read) -> Cmd {
             &mut command
         }
         Read::AllTiles(key) => command.arg("HGETALL").arg(key.tagged()),
-        Read::Fact(name) => command.arg("GET").arg(fact_key(name)),
+        Read::Fact(name) => command.arg("GET").arg(named("fact", name)),
+        Read::Mark(name) => command.arg("GET").arg(named("mark", name)),
     };
     command
 }
@@ -263,6 +340,7 @@ fn name(read: &Read) -> Name {
     match read {
         Read::Row(key) | Read::Tiles(key, _) | Read::AllTiles(key) => Name::Key(key.tagged()),
         Read::Fact(_) => Name::Fact,
+        Read::Mark(_) => Name::Mark,
     }
 }
 
@@ -270,6 +348,14 @@ fn answer(read: &Read, value: Value) -> Result<Answer, StoreError> {
     match read {
         Read::Row(_) => Ok(Answer::Row(bytes(read, value)?)),
         Read::Fact(_) => Ok(Answer::Fact(bytes(read, value)?)),
+        Read::Mark(_) => {
+            let mark = bytes(read, value)?;
+            let position = |mark: Bytes| match mark[..].try_into() {
+                Ok(position) => Ok(decode_position(position)),
+                Err(_) => Err(corrupt(&Name::Mark, &format!("a mark of {} bytes, it should have 16", mark.len()))),
+            };
+            Ok(Answer::Mark(mark.map(position).transpose()?))
+        }
         Read::Tiles(key, ids) => {
             let Value::Array(values) = value else { return Err(unexpected(&value, &name(read))) };
             if values.len() != 1 + ids.len() {
@@ -310,19 +396,23 @@ fn bytes(read: &Read, value: Value) -> Result<Option<Bytes>, StoreError> {
 }
 
 fn position(key: &Key, header: &[u8]) -> Result<Position, StoreError> {
-    let bytes = header.try_into().map_err(|_| StoreError::Corrupt {
-        key: key.to_string(),
-        what: format!("a header of {} bytes, it should have 16", header.len()),
-    })?;
-    Ok(decode_position(bytes))
+    match Header::decode(header) {
+        Some(header) => Ok(header.position),
+        None => Err(StoreError::Corrupt {
+            key: key.to_string(),
+            what: format!("a header of {} bytes, it should have 16 or 24", header.len()),
+        }),
+    }
 }
 
 fn corrupt(name: &Name, what: &str) -> StoreError {
-    let key = match name {
-        Name::Key(key) => key.escape_ascii().to_string(),
-        Name::Fact => format!("{FORMAT}:fact:*"),
-    };
-    StoreError::Corrupt { key, what: what.to_owned() }
+    StoreError::Corrupt { key: name.shown(), what: what.to_owned() }
+}
+
+/// How the functions take an expiry: rounded up, because before it nothing may be forgotten, and positive, because Redis
+/// takes nothing else.
+fn milliseconds(expires: Option<Micros>) -> String {
+    expires.map_or_else(String::new, |expires| (expires.div_euclid(1_000).saturating_add(1)).max(1).to_string())
 }
 
 /// An answer of a kind that the command never has.
@@ -336,8 +426,8 @@ fn is_function_missing(answer: &Value) -> bool {
     matches!(answer, Value::ServerError(error) if error.details().is_some_and(|text| text.contains("Function not found")))
 }
 
-fn fact_key(name: &str) -> Vec<u8> {
-    format!("{FORMAT}:fact:{name}").into_bytes()
+fn named(kind: &str, name: &str) -> Vec<u8> {
+    format!("{FORMAT}:{kind}:{name}").into_bytes()
 }
 
 fn tile_field(id: &TileId) -> [u8; 17] {

@@ -10,7 +10,7 @@ use feature_defs::plan::{Plan, SourceSchemas, compile_definitions};
 use feature_defs::value::encode;
 use feature_defs::window::{DAY, HOUR, MINUTE, WindowEvent, window_value};
 use online_store::memory::MemoryStore;
-use online_store::{Write, WriteOutcome};
+use online_store::{NodeReport, Write, WriteOutcome};
 
 use super::*;
 
@@ -122,14 +122,25 @@ async fn store(plan: &Plan) -> MemoryStore {
     }
     for shop in ["a", "b", "c"] {
         for row in rows_of(shop) {
-            writes.push(Write::Row(generation(plan, "last_sale").key(entity(shop)), row::encode(&row)));
+            writes.push(Write::Row {
+                key: generation(plan, "last_sale").key(entity(shop)),
+                blob: row::encode(&row),
+                expires: None,
+            });
         }
         let mut tiles = Tiles::default();
         let events = events_of(shop);
         let last = events.iter().map(|event| event.times.position).max().unwrap();
         let change = layout.apply(&mut tiles, &events, last).unwrap();
         let key = generation(plan, "takings").key(entity(shop));
-        writes.push(Write::Tiles { key, position: change.position, set: change.set, remove: change.remove });
+        writes.push(Write::Tiles {
+            key,
+            position: change.position,
+            set: change.set,
+            remove: change.remove,
+            epoch: 0,
+            expires: None,
+        });
     }
     store.write(writes).await.unwrap();
     store
@@ -276,7 +287,7 @@ async fn views_that_do_not_answer_say_why() {
     let mut blob = row::encode(&rows_of("a")[0]).to_vec();
     blob[row::ORDER_AT] = 0xff;
     blob.push(0);
-    store.write(vec![Write::Row(key, blob.into())]).await.unwrap();
+    store.write(vec![Write::Row { key, blob: blob.into(), expires: None }]).await.unwrap();
     let fetched = fetch(service, PROJECT, &rows, when(), soon(), &store).await.unwrap();
     assert_eq!(fetched.inputs[0].reasons, [Some(Reason::StoreError), None]);
 }
@@ -302,6 +313,15 @@ impl OnlineStore for Away {
     }
     async fn remove_generation(&self, _: &Generation) -> Result<u64, StoreError> {
         Ok(0)
+    }
+    async fn claim(&self, _: &str, candidate: u64) -> Result<u64, StoreError> {
+        Ok(candidate)
+    }
+    async fn collect_expired(&self, _: Micros) -> Result<u64, StoreError> {
+        Ok(0)
+    }
+    async fn report(&self) -> Result<Vec<NodeReport>, StoreError> {
+        Ok(Vec::new())
     }
     async fn ping(&self) -> Result<(), StoreError> {
         Ok(())

@@ -194,7 +194,10 @@ async fn start_with(request_time: RequestTime, runtime: Option<Arc<dyn Runtime>>
     let times = Times { event_time: time, created_time: None, known_time: time, position };
     let sale = Row { times, deleted: false, values: vec![Value::Float64(2.0)] };
     let ready = Write::Fact(generation.ready_fact(), Some(Bytes::from_static(b"1")));
-    store.write(vec![ready, Write::Row(generation.key(entity), row::encode(&sale))]).await.unwrap();
+    store
+        .write(vec![ready, Write::Row { key: generation.key(entity), blob: row::encode(&sale), expires: None }])
+        .await
+        .unwrap();
 
     let events = Arc::new(Double::default());
     let opened = Opened {

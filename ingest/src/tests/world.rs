@@ -24,7 +24,7 @@ use offline_store::source::Sources;
 use online_store::key::Generation;
 use online_store::memory::MemoryStore;
 use online_store::tile::Layout;
-use online_store::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
+use online_store::{Answer, NodeReport, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
 
 use crate::{Ingest, IngestOptions, Phase, Pushed, Wait};
 
@@ -186,6 +186,20 @@ impl OnlineStore for Flaky {
     async fn remove_generation(&self, generation: &Generation) -> Result<u64, StoreError> {
         self.check()?;
         self.inner.remove_generation(generation).await
+    }
+
+    async fn claim(&self, name: &str, candidate: u64) -> Result<u64, StoreError> {
+        self.check()?;
+        self.inner.claim(name, candidate).await
+    }
+
+    async fn collect_expired(&self, now: Micros) -> Result<u64, StoreError> {
+        self.check()?;
+        self.inner.collect_expired(now).await
+    }
+
+    async fn report(&self) -> Result<Vec<NodeReport>, StoreError> {
+        self.inner.report().await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

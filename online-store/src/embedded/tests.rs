@@ -22,12 +22,18 @@ fn writes() -> Vec<Write> {
     let mut writes = Vec::new();
     for number in 0..ENTITIES {
         let [row, tiles] = [&views[0], &views[1]].map(|view| view.key(number.to_be_bytes()));
-        writes.push(Write::Row(row, conformance::row(number as i64, None, number, "value")));
+        writes.push(Write::Row {
+            key: row,
+            blob: conformance::row(number as i64, None, number, "value"),
+            expires: None,
+        });
         writes.push(Write::Tiles {
             key: tiles,
             position: Position { time: 1, sequence: number },
             set: vec![(TileId { level: 60, start: number as i64 * 60 }, Bytes::from(vec![7; 300]))],
             remove: vec![],
+            epoch: 0,
+            expires: None,
         });
     }
     writes.push(Write::Fact("checkpoint".to_owned(), Some(Bytes::from_static(b"4000"))));
@@ -36,9 +42,10 @@ fn writes() -> Vec<Write> {
 
 fn expected_reads() -> Vec<Read> {
     let read = |write| match write {
-        Write::Row(key, _) => Read::Row(key),
+        Write::Row { key, .. } | Write::Remove(key) => Read::Row(key),
         Write::Tiles { key, .. } => Read::AllTiles(key),
         Write::Fact(name, _) => Read::Fact(name),
+        Write::Mark(name, _) => Read::Mark(name),
     };
     writes().into_iter().map(read).collect()
 }
@@ -94,6 +101,8 @@ async fn a_call_larger_than_a_batch_sees_its_own_writes() {
         position: Position { time: 0, sequence: number / 2 },
         set: vec![(TileId { level: 60, start: 60 * (number % 4) as i64 }, Bytes::from(vec![number as u8; 1 << 20]))],
         remove: vec![],
+        epoch: 0,
+        expires: None,
     });
     let outcome = store.write(writes.collect()).await.unwrap();
     assert_eq!(outcome, WriteOutcome { applied: 10, stale: 10 });

@@ -9,12 +9,12 @@ use std::time::Duration;
 use ::redis::aio::MultiplexedConnection;
 use ::redis::io::tcp::TcpSettings;
 use ::redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, IntoConnectionInfo, Pipeline, RedisError,
-    ServerError, ServerErrorKind, Value,
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo, Pipeline,
+    RedisError, ServerError, ServerErrorKind, Value,
 };
 use tokio::time::{Instant, timeout_at};
 
-use crate::StoreError;
+use crate::{NodeReport, StoreError};
 
 /// The functions that change rows and tiles.
 pub(super) const FUNCTIONS: &str = include_str!("functions.lua");
@@ -139,12 +139,49 @@ pub(super) fn load_functions() -> Cmd {
     load
 }
 
+fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    let value = |line: &'a str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim());
+    info.lines().find_map(value)
+}
+
+/// What [`report`] is made of.
+pub(super) fn report_commands() -> Vec<Cmd> {
+    let mut commands = vec![Cmd::new(), Cmd::new()];
+    commands[0].arg("INFO");
+    commands[1].arg("CONFIG").arg("GET").arg("appendfsync");
+    commands
+}
+
+/// What a server says of itself, for people.
+pub(super) fn report(place: &str, answers: &[Value]) -> NodeReport {
+    let text = |value: Option<&Value>| value.and_then(|value| String::from_redis_value_ref(value).ok());
+    let info = text(answers.first()).unwrap_or_default();
+    let number = |name: &str| field(&info, name).and_then(|value| value.parse::<u64>().ok());
+    let role = match field(&info, "role") {
+        Some("slave") => "replica",
+        _ => "master",
+    };
+    // A hosted Redis may not answer CONFIG.
+    let settings = answers.get(1).map(Vec::<String>::from_redis_value_ref);
+    let durability = match (field(&info, "aof_enabled"), settings) {
+        (Some("0"), _) => "no append-only file".to_owned(),
+        (_, Some(Ok(settings))) if settings.len() == 2 => format!("appendfsync {}", settings[1]),
+        _ => "unknown".to_owned(),
+    };
+    NodeReport {
+        place: place.to_owned(),
+        role: role.to_owned(),
+        used_bytes: number("used_memory"),
+        max_bytes: number("maxmemory").filter(|bytes| *bytes > 0),
+        keys: field(&info, "db0").and_then(|db| db.strip_prefix("keys=")?.split(',').next()?.parse().ok()),
+        durability,
+        problems: check_info(&info).err().into_iter().collect(),
+    }
+}
+
 /// Whether a server that says this of itself can be a store; else why not.
 fn check_info(info: &str) -> Result<(), String> {
-    let field = |name: &str| {
-        let value = |line: &str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim().to_owned());
-        info.lines().find_map(value).unwrap_or_default()
-    };
+    let field = |name: &str| field(info, name).unwrap_or_default();
     let version = field("redis_version");
     let major: Option<u32> = version.split('.').next().and_then(|major| major.parse().ok());
     if major.is_none_or(|major| major < 7) {

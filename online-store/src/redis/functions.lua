@@ -1,6 +1,6 @@
-#!lua name=coeval1
+#!lua name=coeval2
 
--- How rows and tiles are changed, each in one step. The number in the names is the version of this file together with the
+-- How rows, tiles and marks are changed, each in one step. The number in the names is the version of this file together with the
 -- layout of rows and headers that it knows: raise it when either changes, so that old and new gateways work side by side.
 
 -- Whether the bytes of a from `from` on are greater than those of b. Lua's own < on strings asks the locale.
@@ -21,12 +21,22 @@ local function later(a, b, from)
   return #a > #b
 end
 
--- keys: the row. args: the blob. The later of two rows is kept, with the larger position. Answers 1 if the row was replaced.
+-- Expiries are milliseconds since 1970, empty for never.
+local function set_row(key, row, expires)
+  if expires == '' then
+    redis.call('SET', key, row)
+  else
+    redis.call('SET', key, row, 'PXAT', expires)
+  end
+end
+
+-- keys: the row. args: the blob, the expiry. The later of two rows is kept, with the larger position, and the expiry of the
+-- one that is kept; of the same row twice the later expiry. Answers 1 if the row was replaced.
 local function put_row(keys, args)
-  local key, new = keys[1], args[1]
+  local key, new, expires = keys[1], args[1], args[2]
   local old = redis.call('GET', key)
   if not old then
-    redis.call('SET', key, new)
+    set_row(key, new, expires)
     return 1
   end
   if #old < 25 then
@@ -35,39 +45,99 @@ local function put_row(keys, args)
   local newer = later(new, old, 26)
   local new_position, old_position = string.sub(new, 2, 17), string.sub(old, 2, 17)
   local advance = later(new_position, old_position, 1)
-  if not newer and not advance then
-    return 0
-  end
   local kept = newer and new or old
   if newer ~= advance then
     local position = advance and new_position or old_position
     kept = string.sub(kept, 1, 1) .. position .. string.sub(kept, 18)
   end
-  redis.call('SET', key, kept)
-  return newer and 1 or 0
+  if newer then
+    set_row(key, kept, expires)
+    return 1
+  end
+  if advance then
+    redis.call('SET', key, kept, 'KEEPTTL')
+  end
+  if #new == #old and string.sub(new, 26) == string.sub(old, 26) then
+    if expires == '' then
+      redis.call('PERSIST', key)
+    else
+      -- A key without an expiry is later than all others here, too.
+      redis.call('PEXPIREAT', key, expires, 'GT')
+    end
+  end
+  return 0
 end
 
--- keys: the entity. args: the position, the number of tiles to set, field and value of each, the fields to remove.
+-- keys: the entity. args: the position, the epoch, the expiry, the number of tiles to set, field and value of each, the
+-- fields to remove. Answers 1 if the position was after the stored one, else nothing has changed.
 local function put_tiles(keys, args)
-  local key, position, count = keys[1], args[1], tonumber(args[2])
+  local key, position, epoch, expires, count = keys[1], args[1], args[2], args[3], tonumber(args[4])
   local old = redis.call('HGET', key, 'h')
   if old then
-    if #old ~= 16 then
-      return redis.error_reply('COEVALCORRUPT a header of ' .. #old .. ' bytes, it should have 16')
+    if #old ~= 16 and #old ~= 24 then
+      return redis.error_reply('COEVALCORRUPT a header of ' .. #old .. ' bytes, it should have 16 or 24')
     end
-    if not later(position, old, 1) then
+    local newest = #old == 24 and string.sub(old, 17) or string.rep('\0', 8)
+    if later(newest, epoch, 1) then
+      local digits = string.gsub(newest, '.', function(byte) return string.format('%02x', string.byte(byte)) end)
+      return redis.error_reply('COEVALFENCED ' .. digits)
+    end
+    if not later(position, string.sub(old, 1, 16), 1) then
       return 0
     end
   end
-  redis.call('HSET', key, 'h', position)
-  for at = 3, 1 + 2 * count, 2 do
+  redis.call('HSET', key, 'h', position .. epoch)
+  for at = 5, 3 + 2 * count, 2 do
     redis.call('HSET', key, args[at], args[at + 1])
   end
-  for at = 3 + 2 * count, #args do
+  for at = 5 + 2 * count, #args do
     redis.call('HDEL', key, args[at])
+  end
+  if expires == '' then
+    if old then
+      redis.call('PERSIST', key)
+    end
+  elseif not old or redis.call('PEXPIRETIME', key) < tonumber(expires) then
+    redis.call('PEXPIREAT', key, expires)
   end
   return 1
 end
 
-redis.register_function('coeval1_row', put_row)
-redis.register_function('coeval1_tiles', put_tiles)
+-- keys: the mark. args: a position. Answers 1 if it is after the stored one, which it then replaces.
+local function put_mark(keys, args)
+  local old = redis.call('GET', keys[1])
+  if old and #old ~= 16 then
+    return redis.error_reply('COEVALCORRUPT a mark of ' .. #old .. ' bytes, it should have 16')
+  end
+  if old and not later(args[1], old, 1) then
+    return 0
+  end
+  redis.call('SET', keys[1], args[1])
+  return 1
+end
+
+-- keys: the epoch of a writer. args: a candidate. Remembers it if it is after the stored one, else the number after that
+-- one, and answers what it remembers.
+local function claim(keys, args)
+  local epoch, old = args[1], redis.call('GET', keys[1])
+  if old and #old ~= 8 then
+    return redis.error_reply('COEVALCORRUPT an epoch of ' .. #old .. ' bytes, it should have 8')
+  end
+  if old and not later(epoch, old, 1) then
+    local at = 8
+    while at > 0 and string.byte(old, at) == 255 do
+      at = at - 1
+    end
+    if at == 0 then
+      return redis.error_reply('COEVALNOEPOCH')
+    end
+    epoch = string.sub(old, 1, at - 1) .. string.char(string.byte(old, at) + 1) .. string.rep('\0', 8 - at)
+  end
+  redis.call('SET', keys[1], epoch)
+  return epoch
+end
+
+redis.register_function('coeval2_row', put_row)
+redis.register_function('coeval2_tiles', put_tiles)
+redis.register_function('coeval2_mark', put_mark)
+redis.register_function('coeval2_claim', claim)

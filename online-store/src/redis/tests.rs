@@ -14,7 +14,11 @@ fn view() -> Generation {
 }
 
 fn write_row(entity: &str, event_time: i64) -> Write {
-    Write::Row(view().key(entity.as_bytes()), conformance::row(event_time, None, 0, "value"))
+    Write::Row {
+        key: view().key(entity.as_bytes()),
+        blob: conformance::row(event_time, None, 0, "value"),
+        expires: None,
+    }
 }
 
 async fn raw(server: &RedisServer, parts: &[&[u8]]) -> Value {
@@ -36,11 +40,18 @@ async fn the_layout_of_version_1() {
     let id = TileId { level: 300_000_000, start: -300_000_000 };
     let position = Position { time: 1, sequence: 2 };
     let writes = vec![
-        Write::Tiles { key: view().key(*b"e"), position, set: vec![(id, Bytes::from_static(b"tile"))], remove: vec![] },
+        Write::Tiles {
+            key: view().key(*b"e"),
+            position,
+            set: vec![(id, Bytes::from_static(b"tile"))],
+            remove: vec![],
+            epoch: 0,
+            expires: None,
+        },
         Write::Fact("checkpoint".to_owned(), Some(Bytes::from_static(b"7"))),
     ];
     store.write(writes).await.unwrap();
-    let header = b"\x80\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02";
+    let header = b"\x80\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\0";
     let field = b"t\0\0\0\0\x11\xe1\xa3\0\x7f\xff\xff\xff\xee\x1e\x5d\0";
     let key = b"c1:{p/e}v@0123456789abcdef";
     assert_eq!(raw(&server, &[b"HLEN", key]).await, Value::Int(2));
@@ -259,7 +270,16 @@ async fn foreign_bytes_are_corrupt() {
     let Some(server) = RedisServer::start(folder.path()) else { return };
     let store = RedisStore::connect(&server.url(), TIMEOUT).await.unwrap();
     let key = view().key(*b"e");
-    let tiles = || vec![Write::Tiles { key: key.clone(), position: Position::END, set: vec![], remove: vec![] }];
+    let tiles = || {
+        vec![Write::Tiles {
+            key: key.clone(),
+            position: Position::END,
+            set: vec![],
+            remove: vec![],
+            epoch: 0,
+            expires: None,
+        }]
+    };
     let corrupt = |error: StoreError, part: &str| {
         assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
         assert!(error.to_string().contains(part), "{error}");
