@@ -14,7 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use feature_defs::as_of::Row;
 use feature_defs::catalog::Visibility;
-use feature_defs::plan::{ServicePlan, ViewAnswer, ViewPlan, ViewPlanKind, encode_entity_keys};
+use feature_defs::plan::{ServicePlan, ViewAnswer, ViewPlan, ViewPlanKind};
 use feature_defs::time::{Micros, Position, STATIC, Status};
 use feature_defs::value::{Type, Value};
 use feature_defs::window::{TileId, Window};
@@ -180,7 +180,7 @@ impl<'a> ReadPlan<'a> {
             let generation = plan.generation(Generation::new(project, &view.name, view.storage_digest.as_str()));
             let types = view.keys.iter().map(|key| &key.key_type);
             let columns: Vec<_> = input.keys.iter().map(|key| rows.columns[*key].clone()).zip(types).collect();
-            let keys = encode_entity_keys(&columns, rows.count);
+            let keys = view.entity_keys(&columns, rows.count);
             let mut slots = Vec::with_capacity(rows.count);
             for row in 0..rows.count {
                 let slot = keys.get(row).map(|entity| {

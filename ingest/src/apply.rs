@@ -21,7 +21,7 @@ use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
 use tokio::time::Instant;
 
-use crate::log::{Durable, Events, Log, LogError, RecordRef};
+use crate::log::{BLANK, Durable, Events, Log, LogError, RecordRef};
 use crate::write::{SetAside, ViewWriter, apply};
 use crate::{IngestError, Inner, Stream, dead_letter};
 
@@ -188,7 +188,7 @@ impl StreamState {
         let mut in_history = 0;
         for (row, due) in due.iter().enumerate() {
             let position = Position { time: record.arrival.max(*due), sequence: record.first_sequence + row as u64 };
-            if position <= done {
+            if position <= done || *due == BLANK {
                 in_history += 1;
             } else if *due <= record.arrival {
                 on_time.push(row as u32);
@@ -204,6 +204,18 @@ impl StreamState {
         } else {
             self.on_time.push_back(Held { record, events, rows: on_time, next: 0 });
         }
+    }
+
+    /// Rows, by segment and sequence, that were taken out of the log: they wait for their time no longer.
+    pub fn drop_early(&mut self, log: &Log, gone: &[(u64, u64)]) {
+        let gone: HashSet<(u64, u64)> = gone.iter().copied().collect();
+        self.early.retain(|Reverse(early)| {
+            let is_gone = gone.contains(&(early.record.segment, early.position.sequence));
+            if is_gone {
+                log.release(early.record.segment, 1);
+            }
+            !is_gone
+        });
     }
 
     /// The import that was completed, if any.
@@ -367,7 +379,8 @@ impl StreamState {
                 .await
                 .map_err(IngestError::DeadLetter)?;
         }
-        if let Some(chunk) = chunk {
+        let chunk = chunk.map(|chunk| inner.redacted(&self.plan, chunk)).transpose()?;
+        if let Some(chunk) = chunk.filter(|chunk| !chunk.positions.is_empty()) {
             let aside = apply_rows(&**store, inner, &self.plan, &self.live, &chunk).await?;
             dead_letter::write(&inner.options.store, &project, &stream.name, &chunk.batch, &chunk.positions, &aside)
                 .await
@@ -530,6 +543,7 @@ pub(crate) async fn apply_rows(
     writers: &[Arc<ViewWriter>],
     rows: &Positioned,
 ) -> Result<Vec<SetAside>, IngestError> {
+    let _writing = inner.writing.read().await;
     let times = plan.times(&rows.batch, Some(&rows.positions))?;
     let mut aside = Vec::new();
     let mut work = Vec::new();

@@ -14,6 +14,7 @@ mod apply;
 mod backfill;
 mod dead_letter;
 mod event_ids;
+mod forget;
 mod materialize;
 mod push;
 mod tables;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use arrow::datatypes::{Field, Schema};
 use bytes::Bytes;
+use feature_defs::forgotten::ForgottenList;
 use feature_defs::plan::{Plan, RowsError, SourceKind, ViewPlan};
 use feature_defs::time::{Micros, Position};
 use feature_defs::window::DAY;
@@ -49,6 +51,7 @@ use crate::log::{Durable, Log, LogError, LogOptions, Opened, RecordRef};
 use crate::push::Intake;
 use crate::write::ViewWriter;
 
+pub use crate::forget::{Forgetting, Place};
 pub use crate::materialize::{Mode, Progress, Stage};
 pub use crate::tables::TableProgress;
 
@@ -339,6 +342,12 @@ pub(crate) struct Inner {
     pub tables: tokio::sync::Mutex<()>,
     pub background: tables::Background,
     tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Consulted by everybody who takes rows in; the views of plans have lists of their own.
+    pub forgotten: ForgottenList,
+    /// Held by whoever turns rows into writes, until they are written.
+    pub writing: tokio::sync::RwLock<()>,
+    /// One act of forgetting at a time.
+    pub forgetting: tokio::sync::Mutex<()>,
 }
 
 /// The ingestion of one project.
@@ -393,6 +402,9 @@ impl Ingest {
             tables: tokio::sync::Mutex::default(),
             background: tables::Background::default(),
             tasks: Mutex::default(),
+            forgotten: ForgottenList::default(),
+            writing: tokio::sync::RwLock::default(),
+            forgetting: tokio::sync::Mutex::default(),
         });
         // What a killed process was sorting. There is one process per folder, which the log has made sure of.
         let spill = tables::spill_folder(&inner);

@@ -92,7 +92,7 @@ fn accept(
     permit: tokio::sync::OwnedSemaphorePermit,
 ) -> Result<(Pushed, Option<Appended>, Option<Position>), IngestError> {
     let mut intake = lock(&stream.intake);
-    let Checked { batch, due, ids, rejected } = check(&intake, batch)?;
+    let Checked { batch, due, ids, rejected } = check(inner, &intake, batch)?;
     let mut pushed = Pushed { accepted: 0, duplicates: 0, early: 0, rejected, last_sequence: None };
     let mut new: Vec<u128> = Vec::new();
     let (batch, due) = match ids {
@@ -138,7 +138,7 @@ fn accept(
     Ok((pushed, Some(appended), on_time.or(before)))
 }
 
-fn check(intake: &Intake, batch: &RecordBatch) -> Result<Checked, IngestError> {
+fn check(inner: &Inner, intake: &Intake, batch: &RecordBatch) -> Result<Checked, IngestError> {
     let plan = &intake.plan;
     for field in batch.schema().fields() {
         if plan.column_type(field.name()).is_none() {
@@ -157,6 +157,8 @@ fn check(intake: &Intake, batch: &RecordBatch) -> Result<Checked, IngestError> {
     }
     let batch = plan.align(batch, None)?;
     let times = plan.times(&batch, None)?;
+    let forgotten = inner.forgotten_in(plan, &batch)?;
+    let forgotten = |row: usize| forgotten.as_ref().and_then(|names| names[row].as_ref());
     let event_id = match &plan.kind {
         SourceKind::Stream { event_id: Some(name), .. } => {
             batch.column_by_name(name).zip(plan.column_type(name)).map(|(column, t)| (name, column, t))
@@ -170,6 +172,10 @@ fn check(intake: &Intake, batch: &RecordBatch) -> Result<Checked, IngestError> {
     let mut rejected = Vec::new();
     for (row, times) in times.iter().enumerate() {
         let reason = match times {
+            _ if forgotten(row).is_some() => {
+                let entity = forgotten(row).map_or("entity", |entity| entity);
+                format!("this `{entity}` was forgotten (`coeval forget`), and nothing is taken of it any more")
+            }
             None => format!("`{event_time}` is null"),
             Some(times) if !in_range(times.event_time) || !in_range(times.known_time) => {
                 format!("`{event_time}` is outside the years 0 to 9999")
