@@ -1,5 +1,6 @@
 //! Whole servers, as users meet them.
 
 mod audit;
+mod forget;
 mod object_stores;
 mod process;
