@@ -219,7 +219,7 @@ mod tests {
         assert!("12".parse::<KeyHash>().is_err() && "é".repeat(32).parse::<KeyHash>().is_err());
     }
 
-    const STORED: &str = "";
+    const STORED: &str = "f4f30ccd0890d6222b8f98e8be90c2f59f454bc9a2bc194ed7b875ad1ccb8a6f";
 
     #[test]
     fn only_what_was_listed_is_contained() {

@@ -55,7 +55,7 @@ struct Asked {
 fn asked(plan: &Plan, request: &v1::ForgetRequest) -> Result<Asked, Failure> {
     let known: BTreeSet<&str> = plan.views.iter().map(|view| &*view.entity).collect();
     let Some(view) = plan.views.iter().find(|view| *view.entity == *request.entity) else {
-        return Err(Failure::unknown("entity, with views that are keyed by it,", &request.entity, known));
+        return Err(Failure::unknown("entity", &request.entity, known));
     };
     let entity = &view.entity;
     if view.keys.is_empty() {

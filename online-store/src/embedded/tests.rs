@@ -135,7 +135,7 @@ fn a_folder_that_cannot_be_made_is_named() {
 }
 
 /// Whether any file of a folder has a text in it, as it is.
-fn is_in_files(folder: &std::path::Path, text: &str) -> bool {
+fn is_in_files(folder: &Path, text: &str) -> bool {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     entries.into_iter().any(|path| match path.is_dir() {
         true => is_in_files(&path, text),
