@@ -549,12 +549,19 @@ fn an_unreachable_redis() {
     let project = Project::new();
     project.free_ports();
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    project.edit("coeval.yaml", "online: embedded ", &format!("online: redis://{address} "));
+    project.edit("coeval.yaml", "online: embedded ", &format!("online: redis://:hunter2@{address} "));
+    let said = project.run(&["doctor"]);
+    assert_eq!(said.status, 1);
+    assert!(said.out.contains(&format!("ERROR    online store  redis://{address}")), "{}", said.out);
+    // An address that can never be right ends the server before it begins.
+    project.edit("coeval.yaml", "redis://:hunter2@", "rediss://:hunter2@");
+    project.edit("coeval.yaml", &address.to_string(), &format!("{address}?ca=/nowhere/ca.pem"));
     for command in ["serve", "doctor"] {
         let said = project.run(&[command]);
         assert_eq!(said.status, 1, "{command}");
         let text = said.out + &said.err;
-        assert!(text.contains(&address.to_string()), "{command}: {text}");
+        assert!(text.contains("/nowhere/ca.pem, cannot be read"), "{command}: {text}");
+        assert!(!text.contains("hunter2"), "{command}: {text}");
     }
 }
 

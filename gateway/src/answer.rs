@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::RequestTime;
-use feature_defs::plan::ServicePlan;
+use feature_defs::plan::{Plan, ServicePlan};
 use feature_defs::time::Micros;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::events::Events;
-use crate::features::{self, Features};
+use crate::features::{self, Features, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served};
 use crate::metrics::Metrics;
@@ -59,6 +59,7 @@ pub struct Gateway {
     pub store_problem: Mutex<Option<String>>,
     /// One act of forgetting at a time, from its entry in the log to its end.
     pub forgetting: tokio::sync::Mutex<()>,
+    services: Services,
     requests: Semaphore,
 }
 
@@ -100,6 +101,7 @@ impl Gateway {
             started: AtomicBool::new(false),
             store_problem: Mutex::new(None),
             forgetting: tokio::sync::Mutex::default(),
+            services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
         }
     }
@@ -131,6 +133,11 @@ impl Gateway {
             return Err(Failure::new(Kind::Unavailable, "the server is starting; ask again when it is ready"));
         }
         Ok(())
+    }
+
+    /// The service that a list of features is.
+    pub fn listed(&self, plan: &Arc<Plan>, names: &[String]) -> Result<Arc<ServicePlan>, Failure> {
+        self.services.listed(plan, names)
     }
 
     fn admit(&self) -> Result<SemaphorePermit<'_>, Failure> {
@@ -165,7 +172,7 @@ impl Gateway {
                 let known = || plan.services.iter().map(|service| &*service.name);
                 plan.service(name).cloned().ok_or_else(|| Failure::unknown("feature service", name, known()))?
             }
-            Some(What::Features(list)) => Arc::new(features::listed(plan, &list.names)?),
+            Some(What::Features(list)) => self.listed(plan, &list.names)?,
             None => return Err(Failure::invalid("the request names neither a service nor features")),
         };
         *of = service.name.to_string();
@@ -239,7 +246,7 @@ impl Gateway {
 
     async fn features(
         &self,
-        service: &ServicePlan,
+        service: &Arc<ServicePlan>,
         rows: &Rows,
         at: &[Micros],
         deadline: Instant,
@@ -248,9 +255,9 @@ impl Gateway {
             Some(at) => When::At(at),
             None => When::Now((self.clock)()),
         };
-        let project = self.project.as_str();
-        let features = features::compute(service, project, rows, when, deadline.into(), &*self.store).await?;
-        self.metrics.features(service, &features);
+        let ready = self.services.of(service, self.project.as_str(), &self.metrics);
+        let features = features::compute(&ready.reader, rows, when, deadline.into(), &*self.store).await?;
+        self.metrics.features(service, &ready.counters, &features);
         Ok(features)
     }
 
@@ -326,7 +333,16 @@ impl Gateway {
 
     /// Asks the online store how it is, and remembers the answer for [`Gateway::readiness`].
     pub async fn look_at_store(&self) {
-        let problem = self.store.ping().await.err().map(|error| error.to_string());
+        let problem = match self.store.ping().await {
+            Err(error) => Some(error.to_string()),
+            // It answers; it may still be about to stop, or have lost what would take over.
+            Ok(()) => self.store.report().await.ok().and_then(|nodes| {
+                let problems = nodes.iter().flat_map(|node| {
+                    node.problems.iter().map(|problem| format!("the online store at {}: {problem}", node.place))
+                });
+                problems.reduce(|all, problem| format!("{all}; {problem}"))
+            }),
+        };
         *self.store_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
 }

@@ -17,6 +17,7 @@ use crate::memory::{FACT_BYTES_MAX, KEY_BYTES_MAX, MemoryStore};
 use crate::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
 
 mod lifetime;
+pub mod redis_cluster;
 pub mod redis_server;
 
 /// Checks every promise. The store may hold anything else, but nothing of projects whose names begin with `tag`.

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use feature_defs::catalog::{OnlineUrl, Settings};
+use gateway::config::local_folder;
 use online_store::redis::RedisStore;
+use online_store::{NodeReport, OnlineStore};
 use serde::Serialize;
 
 use crate::error::{CliError, chain, counted};
@@ -34,7 +36,8 @@ struct Finding {
 
 pub async fn run(place: &Place, output: &Output) -> Result<(), CliError> {
     let settings = place.settings(output)?;
-    let mut findings = vec![definitions(place).await, store(place, &settings).await, online(&settings).await];
+    let mut findings = vec![definitions(place).await, store(place, &settings).await];
+    findings.extend(online(place, &settings).await);
     let server = match address(None, &settings.serve.grpc) {
         Ok(address) => Server::connect(address, settings.project.value.clone()).await.ok(),
         Err(_) => None,
@@ -119,26 +122,74 @@ fn writable(folder: &Path) -> std::io::Result<()> {
     std::fs::remove_file(probe)
 }
 
-async fn online(settings: &Settings) -> Finding {
-    let found = match &settings.online.value {
-        OnlineUrl::Embedded => Ok("embedded, in the store's folder".to_owned()),
-        OnlineUrl::Redis(url) => match RedisStore::connect(url, ONLINE_TIMEOUT).await {
-            Ok(_) => Ok(format!("{} answers", without_password(url))),
-            Err(error) => Err(chain(&error)),
-        },
-        OnlineUrl::RedisCluster(seeds) => {
-            Err(format!("this build serves from one Redis, not from a cluster ({}); use redis://", seeds.join(", ")))
-        }
+/// One finding per node.
+async fn online(place: &Place, settings: &Settings) -> Vec<Finding> {
+    const WHAT: &str = "online store";
+    let url = match &settings.online.value {
+        OnlineUrl::Embedded => return vec![finding(WHAT, embedded(place, settings))],
+        OnlineUrl::Redis(url) | OnlineUrl::RedisCluster(url) => url,
     };
-    finding("online store", found)
+    let store = match RedisStore::connect(url, ONLINE_TIMEOUT).await {
+        Ok(store) => store,
+        Err(error) => return vec![finding(WHAT, Err(chain(&error)))],
+    };
+    let failure = store.ping().await.err();
+    let nodes = store.report().await.unwrap_or_default();
+    let mut findings: Vec<Finding> = nodes.iter().map(|node| node_finding(WHAT, node, failure.is_some())).collect();
+    if let Some(error) = failure
+        && findings.iter().all(|finding| finding.health == Health::Ok)
+    {
+        findings.push(finding(WHAT, Err(chain(&error))));
+    }
+    findings
 }
 
-/// `redis://user:secret@host` as it may be shown.
-fn without_password(url: &str) -> String {
-    match (url.split_once("://"), url.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://***@{host}"),
-        _ => url.to_owned(),
+/// `is_failing`: the store as a whole does not answer, so what is wrong with a node is why.
+fn node_finding(what: &'static str, node: &NodeReport, is_failing: bool) -> Finding {
+    let NodeReport { place, role, durability, problems, .. } = node;
+    if !problems.is_empty() {
+        let health = if is_failing { Health::Error } else { Health::Warning };
+        return Finding { what, health, text: format!("{place} ({role}): {}", problems.join("; ")) };
     }
+    let used = match (node.used_bytes, node.max_bytes) {
+        (Some(used), Some(max)) => format!("{} of {} used", size(used), size(max)),
+        (Some(used), None) => format!("{} used, no maxmemory", size(used)),
+        _ => "memory unknown".to_owned(),
+    };
+    let keys = node.keys.map_or(String::new(), |keys| format!(", {keys} keys"));
+    finding(what, Ok(format!("{place} ({role}): {used}{keys}, {durability}")))
+}
+
+/// Looked at from outside: the store is held open by the server that uses it.
+fn embedded(place: &Place, settings: &Settings) -> Result<String, String> {
+    let folder = local_folder(&place.folder, &settings.store, &settings.project).join("online");
+    let shown = folder.display();
+    if !folder.exists() {
+        return Ok(format!("embedded, {shown} is made by the first `coeval serve`"));
+    }
+    match bytes_below(&folder) {
+        Ok(bytes) => Ok(format!("embedded, {shown}: {} used, synced disk", size(bytes))),
+        Err(error) => Err(format!("embedded, {shown} cannot be read: {error}; check who owns it")),
+    }
+}
+
+fn bytes_below(folder: &Path) -> std::io::Result<u64> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        bytes += match entry.metadata() {
+            Ok(about) if about.is_dir() => bytes_below(&entry.path())?,
+            Ok(about) => about.len(),
+            // A running server tidies up.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+    }
+    Ok(bytes)
+}
+
+fn size(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// None where what listens is no server of ours: then the ports are what is wrong.
@@ -182,8 +233,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn passwords_are_not_shown() {
-        assert_eq!(without_password("redis://me:secret@host:6379/0"), "redis://***@host:6379/0");
-        assert_eq!(without_password("redis://host:6379"), "redis://host:6379");
+    fn a_node_is_one_line() {
+        let mut node = NodeReport {
+            place: "redis://host:6379".to_owned(),
+            role: "master".to_owned(),
+            used_bytes: Some(3 << 19),
+            max_bytes: Some(100 << 20),
+            keys: Some(12),
+            durability: "appendfsync always".to_owned(),
+            problems: vec![],
+        };
+        let found = node_finding("online store", &node, false);
+        assert_eq!(found.health, Health::Ok);
+        let expected = "redis://host:6379 (master): 1.5 MiB of 100.0 MiB used, 12 keys, appendfsync always";
+        assert_eq!(found.text, expected);
+        node.problems = vec!["this; do that".to_owned()];
+        assert_eq!(node_finding("online store", &node, false).health, Health::Warning);
+        let found = node_finding("online store", &node, true);
+        assert_eq!(found.health, Health::Error);
+        assert_eq!(found.text, "redis://host:6379 (master): this; do that");
     }
 }

@@ -3,7 +3,7 @@
 
 use super::reader::{ABOUT, Reader};
 use super::{SETTINGS_FILE, overlay_path};
-use crate::catalog::{Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, Settings};
+use crate::catalog::{CacheSettings, Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, Settings};
 use crate::diagnose::{Diagnostic, Severity, Span, Spanned, nearest, shown};
 use crate::yaml::{self, Kind, Node};
 
@@ -13,6 +13,7 @@ pub(super) const KEYS: [&str; 10] =
 const GRPC_DEFAULT: &str = "127.0.0.1:7400";
 const HTTP_DEFAULT: &str = "127.0.0.1:7401";
 const OFFLINE_MEMORY_DEFAULT: u64 = 4 << 30;
+const CACHE_MEMORY_DEFAULT: u64 = 64 << 20;
 /// The key is a sentence on purpose: whoever writes it has read it.
 const BEYOND_LOOPBACK: &str = "listen_beyond_loopback_without_authentication";
 
@@ -202,6 +203,7 @@ fn settings(reader: &mut Reader<'_>, root: &Node) -> Option<Settings> {
         http: Spanned::new(HTTP_DEFAULT.to_string(), here),
         request_time: RequestTime::Refused,
         beyond_loopback: false,
+        cache: None,
     });
     let guardrails = reader.optional(&object, "guardrails", |reader, node| reader.list(node, Reader::guardrail));
     Some(Settings {
@@ -244,18 +246,21 @@ fn online(reader: &mut Reader<'_>, node: &Node) -> Option<Spanned<OnlineUrl>> {
     let parsed = match url.split_once("://") {
         None if *url == "embedded" => Some(OnlineUrl::Embedded),
         Some(("redis" | "rediss", rest)) if !rest.is_empty() => Some(OnlineUrl::Redis(url.value.clone())),
-        Some(("redis+cluster", rest)) => {
-            let seeds: Vec<String> =
-                rest.trim_end_matches('/').split(',').map(|seed| seed.trim().to_string()).collect();
-            seeds.iter().all(|seed| is_address(seed)).then_some(OnlineUrl::RedisCluster(seeds))
+        Some(("redis+cluster" | "rediss+cluster", rest)) => {
+            // Between the password and the certificates.
+            let hosts = rest.split('?').next().unwrap_or_default();
+            let hosts = hosts.rsplit_once('@').map_or(hosts, |(_, hosts)| hosts);
+            let mut seeds = hosts.trim_end_matches('/').split(',');
+            seeds.all(|seed| is_address(seed.trim())).then(|| OnlineUrl::RedisCluster(url.value.clone()))
         }
         _ => None,
     };
     if parsed.is_none() {
-        let diagnostic = Diagnostic::error(format!("`{}` is not an online store", shown(&url)), url.span);
+        let diagnostic =
+            Diagnostic::error(format!("`{}` is not an online store", shown(&without_password(&url))), url.span);
         let help = match url.split_once("://") {
             None => nearest(&url, ["embedded"]).map(|near| format!("did you mean `{near}`?")),
-            Some((scheme, _)) => nearest(scheme, ["redis", "rediss", "redis+cluster"])
+            Some((scheme, _)) => nearest(scheme, ["redis", "rediss", "redis+cluster", "rediss+cluster"])
                 .filter(|near| *near != scheme)
                 .map(|near| format!("did you mean `{near}://`?")),
         };
@@ -264,6 +269,14 @@ fn online(reader: &mut Reader<'_>, node: &Node) -> Option<Spanned<OnlineUrl>> {
         })));
     }
     Some(Spanned::new(parsed?, url.span))
+}
+
+/// An address as it may be shown.
+fn without_password(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, hosts))) => format!("{scheme}://***@{hosts}"),
+        _ => url.to_string(),
+    }
 }
 
 /// `host:port`.
@@ -292,7 +305,7 @@ fn offline(reader: &mut Reader<'_>, node: &Node) -> Option<OfflineSettings> {
 }
 
 fn serve(reader: &mut Reader<'_>, node: &Node) -> Option<ServeSettings> {
-    let object = reader.object(node, "server", &["grpc", "http", "request_time", BEYOND_LOOPBACK])?;
+    let object = reader.object(node, "server", &["grpc", "http", "request_time", "cache", BEYOND_LOOPBACK])?;
     let here = object.span;
     let request_time = reader.optional(&object, "request_time", |reader, node| {
         reader.one_of(node, &[("refused", RequestTime::Refused), ("allowed", RequestTime::Allowed)])
@@ -302,5 +315,14 @@ fn serve(reader: &mut Reader<'_>, node: &Node) -> Option<ServeSettings> {
         http: reader.optional(&object, "http", address).unwrap_or(Spanned::new(HTTP_DEFAULT.to_string(), here)),
         request_time: request_time.map_or(RequestTime::Refused, |choice| choice.value),
         beyond_loopback: reader.optional(&object, BEYOND_LOOPBACK, Reader::bool).unwrap_or(false),
+        cache: reader.optional(&object, "cache", cache),
     })
+}
+
+fn cache(reader: &mut Reader<'_>, node: &Node) -> Option<CacheSettings> {
+    let object = reader.object(node, "cache", &["staleness", "memory"])?;
+    // There is no bound that suits everybody, so it has to be said.
+    let staleness = reader.required(&object, "staleness", Reader::duration)?;
+    let memory_bytes = reader.optional(&object, "memory", Reader::size).unwrap_or(CACHE_MEMORY_DEFAULT);
+    Some(CacheSettings { staleness, memory_bytes })
 }

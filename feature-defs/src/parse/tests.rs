@@ -389,6 +389,9 @@ fn overlays_and_variables() {
     let overlay = "online: redis://${HOST}:${PORT:-6379}/${EMPTY:-0}\nserve: {http: 0.0.0.0:80, listen_beyond_loopback_without_authentication: \"${YES}\"}\n";
     let settings = read_settings(&[("coeval.yaml", base), ("coeval.prod.yaml", overlay)], Some("prod")).unwrap();
     assert_eq!(settings.online.value, OnlineUrl::Redis("redis://redis.example:6379/0".to_string()));
+    let cluster = "rediss+cluster://me:p@ss@a:1,b:2?ca=/etc/ca.pem";
+    let one = read_settings(&[("coeval.yaml", &format!("project: p\nonline: {cluster}\n"))], None).unwrap();
+    assert_eq!(one.online.value, OnlineUrl::RedisCluster(cluster.to_string()), "the store reads the rest");
     assert_eq!((settings.serve.grpc.as_str(), settings.serve.http.as_str()), ("127.0.0.1:1", "0.0.0.0:80"));
     assert!(settings.serve.beyond_loopback);
 

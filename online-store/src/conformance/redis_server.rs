@@ -70,6 +70,24 @@ impl RedisServer {
         }
     }
 
+    /// Sends it a signal: `STOP` for silence, `CONT` for the end of it.
+    pub fn signal(&self, name: &str) {
+        if let Some(pid) = self.pid() {
+            let sent = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status();
+            assert!(sent.is_ok_and(|status| status.success()), "SIG{name} was not sent to {pid}");
+        }
+    }
+
+    /// Asks it something over a connection of its own.
+    pub fn ask(&self, parts: &[&str]) -> ::redis::RedisResult<::redis::Value> {
+        let mut connection = ::redis::Client::open(self.url())?.get_connection_with_timeout(START)?;
+        let mut command = ::redis::Cmd::new();
+        for part in parts {
+            command.arg(part);
+        }
+        command.query(&mut connection)
+    }
+
     /// Starts it again on the same port, over what it left in its folder.
     pub fn restart(&mut self) -> io::Result<()> {
         self.kill();
@@ -105,7 +123,7 @@ impl Drop for RedisServer {
     }
 }
 
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port of this machine is free");
     listener.local_addr().expect("a bound listener has an address").port()
 }

@@ -7,14 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ::redis::aio::MultiplexedConnection;
-use ::redis::io::tcp::TcpSettings;
 use ::redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo, Pipeline,
-    RedisError, ServerError, ServerErrorKind, Value,
+    AsyncConnectionConfig, Client, Cmd, ErrorKind, Pipeline, RedisError, ServerError, ServerErrorKind, Value,
 };
 use tokio::time::{Instant, timeout_at};
 
-use crate::{NodeReport, StoreError};
+use super::info::{self, Unfit};
+use crate::StoreError;
 
 /// The functions that change rows and tiles.
 pub(super) const FUNCTIONS: &str = include_str!("functions.lua");
@@ -26,57 +25,38 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// Calls queued on a connection while its socket is full; further ones wait, within their time.
 const QUEUED_CALLS_MAX: usize = 256;
 
+/// Whether a server has everything, or the slots that it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Alone,
+    Cluster,
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Rows, tiles and facts: the server must be one that can hold them.
+    Data,
+    /// Questions about the server itself, which replicas answer too.
+    Questions,
+}
+
 /// Where a Redis is, and how long to wait for it.
 pub(super) struct Server {
-    client: Client,
-    pub(super) place: String,
+    pub(super) client: Client,
+    pub(super) kind: Kind,
+    pub(super) place: Arc<str>,
     pub(super) timeout: Duration,
 }
 
 impl Server {
-    pub(super) fn new(url: &str, timeout: Duration) -> Result<Server, StoreError> {
-        // An address may hold a password, so only its scheme is shown until it is understood.
-        let scheme = url.split("://").next().unwrap_or_default();
-        let refused = |place: String, what: String| StoreError::Refused { place, what };
-        match scheme {
-            "redis" | "redis+unix" | "unix" => {}
-            "rediss" => {
-                let what = "TLS is not supported yet; use redis:// within a private network, or a TLS tunnel";
-                return Err(refused("rediss://".to_owned(), what.to_owned()));
-            }
-            "redis+cluster" => {
-                let what = "Redis Cluster is not supported yet; name one master as redis://host:port";
-                return Err(refused("redis+cluster://".to_owned(), what.to_owned()));
-            }
-            _ => {
-                let what = "the address should look like redis://host:port; correct `online:` in coeval.yaml";
-                return Err(refused("an unknown address".to_owned(), what.to_owned()));
-            }
-        }
-        let wrong = |error: RedisError| {
-            let what = format!("the address is wrong ({error}); it should look like redis://host:port/db");
-            refused(format!("{scheme}://"), what)
-        };
-        let info = url.into_connection_info().map_err(wrong)?;
-        let mut place = match info.addr() {
-            ConnectionAddr::Unix(path) => path.display().to_string(),
-            addr => format!("redis://{addr}"),
-        };
-        if info.redis_settings().db() != 0 {
-            place = format!("{place}/{}", info.redis_settings().db());
-        }
-        let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
-        let client = Client::open(info).map_err(wrong)?;
-        Ok(Server { client, place, timeout })
-    }
-
     pub(super) fn timed_out(&self) -> StoreError {
-        StoreError::Timeout { place: self.place.clone(), millis: self.timeout.as_millis() as u64 }
+        StoreError::Timeout { place: self.place.to_string(), millis: self.timeout.as_millis() as u64 }
     }
 
     /// What an answer that is an error means.
     pub(super) fn refusal(&self, error: &ServerError) -> StoreError {
-        let place = self.place.clone();
+        let place = self.place.to_string();
         let text = format!("{} {}", error.code(), error.details().unwrap_or_default());
         let what = text.trim_end().to_owned();
         match error.kind() {
@@ -95,28 +75,35 @@ impl Server {
     }
 
     fn failure(&self, error: RedisError) -> Failure {
+        let text = error.to_string();
         match error.kind() {
             ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig | ErrorKind::RESP3NotSupported => {
-                Failure::Refused(format!("{error}; correct the user and password in `online:` in coeval.yaml"))
+                Failure::Refused(format!("{text}; correct the user and password in `online:` in coeval.yaml"))
             }
             ErrorKind::Server(
                 ServerErrorKind::BusyLoading | ServerErrorKind::MasterDown | ServerErrorKind::ClusterDown,
-            ) => Failure::Unreachable(error.to_string()),
-            ErrorKind::Server(_) | ErrorKind::Extension => Failure::Refused(error.to_string()),
-            _ => Failure::Unreachable(error.to_string()),
+            ) => Failure::Unreachable(text),
+            ErrorKind::Server(_) | ErrorKind::Extension if error.code() == Some("NOAUTH") => {
+                Failure::Refused("it asks for a password; write redis://user:password@host in `online:`".to_owned())
+            }
+            ErrorKind::Server(_) | ErrorKind::Extension => Failure::Refused(text),
+            _ => match not_trusted(&text) {
+                Some(what) => Failure::Refused(what),
+                None => Failure::Unreachable(text),
+            },
         }
     }
 
     fn error(&self, failure: Failure) -> StoreError {
-        let place = self.place.clone();
+        let place = self.place.to_string();
         match failure {
             Failure::Unreachable(what) => StoreError::Unreachable { place, what },
             Failure::Refused(what) => StoreError::Refused { place, what },
         }
     }
 
-    /// A connection to a server that can be used as a store.
-    async fn open(&self) -> Result<MultiplexedConnection, Failure> {
+    /// A connection that can be used for its purpose.
+    async fn open(&self, purpose: Purpose) -> Result<MultiplexedConnection, Failure> {
         let config = AsyncConnectionConfig::new()
             // The caller's deadline covers all of this.
             .set_connection_timeout(None)
@@ -124,13 +111,35 @@ impl Server {
             .set_pipeline_buffer_size(QUEUED_CALLS_MAX);
         let connecting = self.client.get_multiplexed_async_connection_with_config(&config);
         let mut connection = connecting.await.map_err(|error| self.failure(error))?;
-        let info = ::redis::cmd("INFO");
-        let info: String = info.query_async(&mut connection).await.map_err(|error| self.failure(error))?;
-        check_info(&info).map_err(Failure::Refused)?;
-        let load = load_functions();
-        load.exec_async(&mut connection).await.map_err(|error| self.failure(error))?;
+        if purpose == Purpose::Data {
+            let info = ::redis::cmd("INFO");
+            let info: String = info.query_async(&mut connection).await.map_err(|error| self.failure(error))?;
+            info::check(&info, self.kind).map_err(|unfit| match unfit {
+                Unfit::Refused(what) => Failure::Refused(what),
+                Unfit::Replica => Failure::Unreachable("it is a replica now".to_owned()),
+            })?;
+            match load_functions().exec_async(&mut connection).await {
+                // It takes no writes now, which these count as; but it answers reads.
+                Err(error) if matches!(error.code(), Some("OOM" | "MISCONF")) => {}
+                loaded => loaded.map_err(|error| self.failure(error))?,
+            }
+        }
         Ok(connection)
     }
+}
+
+/// What is wrong with the certificates of either side, where that is why there is no connection.
+fn not_trusted(text: &str) -> Option<String> {
+    let step = if text.contains("invalid peer certificate") {
+        "its certificate is not trusted; name the authority that signed it: rediss://host:port?ca=/path/to/ca.pem"
+    } else if text.contains("CertificateRequired") || text.contains("UnknownCA") || text.contains("BadCertificate") {
+        "it does not trust our certificate; name one that it does: rediss://host:port?cert=/path.pem&key=/path.pem"
+    } else if text.contains("corrupt message") {
+        "it does not speak TLS there; write redis://, or name its TLS port"
+    } else {
+        return None;
+    };
+    Some(format!("{text}: {step}"))
 }
 
 pub(super) fn load_functions() -> Cmd {
@@ -139,73 +148,10 @@ pub(super) fn load_functions() -> Cmd {
     load
 }
 
-fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
-    let value = |line: &'a str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim());
-    info.lines().find_map(value)
-}
-
-/// What [`report`] is made of.
-pub(super) fn report_commands() -> Vec<Cmd> {
-    let mut commands = vec![Cmd::new(), Cmd::new()];
-    commands[0].arg("INFO");
-    commands[1].arg("CONFIG").arg("GET").arg("appendfsync");
-    commands
-}
-
-/// What a server says of itself, for people.
-pub(super) fn report(place: &str, answers: &[Value]) -> NodeReport {
-    let text = |value: Option<&Value>| value.and_then(|value| String::from_redis_value_ref(value).ok());
-    let info = text(answers.first()).unwrap_or_default();
-    let number = |name: &str| field(&info, name).and_then(|value| value.parse::<u64>().ok());
-    let role = match field(&info, "role") {
-        Some("slave") => "replica",
-        _ => "master",
-    };
-    // A hosted Redis may not answer CONFIG.
-    let settings = answers.get(1).map(Vec::<String>::from_redis_value_ref);
-    let durability = match (field(&info, "aof_enabled"), settings) {
-        (Some("0"), _) => "no append-only file".to_owned(),
-        (_, Some(Ok(settings))) if settings.len() == 2 => format!("appendfsync {}", settings[1]),
-        _ => "unknown".to_owned(),
-    };
-    NodeReport {
-        place: place.to_owned(),
-        role: role.to_owned(),
-        used_bytes: number("used_memory"),
-        max_bytes: number("maxmemory").filter(|bytes| *bytes > 0),
-        keys: field(&info, "db0").and_then(|db| db.strip_prefix("keys=")?.split(',').next()?.parse().ok()),
-        durability,
-        problems: check_info(&info).err().into_iter().collect(),
-    }
-}
-
-/// Whether a server that says this of itself can be a store; else why not.
-fn check_info(info: &str) -> Result<(), String> {
-    let field = |name: &str| field(info, name).unwrap_or_default();
-    let version = field("redis_version");
-    let major: Option<u32> = version.split('.').next().and_then(|major| major.parse().ok());
-    if major.is_none_or(|major| major < 7) {
-        return Err(format!("it is Redis {version}, and functions need version 7 or later; upgrade it"));
-    }
-    if field("redis_mode") == "cluster" {
-        return Err("it is a node of a cluster, which is not supported yet; use a Redis of its own".to_owned());
-    }
-    if field("role") == "slave" {
-        return Err("it is a replica, and replicas take no writes; name its master".to_owned());
-    }
-    let policy = field("maxmemory_policy");
-    if policy != "noeviction" {
-        return Err(format!(
-            "its maxmemory-policy is `{policy}`, so it drops features when memory is short, which would be served as \
-             missing; set it to noeviction"
-        ));
-    }
-    Ok(())
-}
-
 /// One connection, shared by concurrent calls, and opened again when it is lost.
 pub(super) struct Lane {
     server: Arc<Server>,
+    purpose: Purpose,
     open: Mutex<Option<Open>>,
     /// Held while connecting, so that many calls make one attempt.
     dial: tokio::sync::Mutex<Dial>,
@@ -237,14 +183,13 @@ enum Failure {
 }
 
 impl Lane {
-    pub(super) fn new(server: Arc<Server>) -> Lane {
-        Lane { server, open: Mutex::new(None), dial: tokio::sync::Mutex::default() }
+    pub(super) fn new(server: Arc<Server>, purpose: Purpose) -> Lane {
+        Lane { server, purpose, open: Mutex::new(None), dial: tokio::sync::Mutex::default() }
     }
 
     /// Sends a pipeline and returns its answers, errors among them. A connection that turns out to be lost is opened again
     /// once, so that nobody notices a restart; everything a store sends may be sent twice.
-    pub(super) async fn call(&self, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
-        let deadline = Instant::now() + self.server.timeout;
+    pub(super) async fn call(&self, pipeline: &Pipeline, deadline: Instant) -> Result<Vec<Value>, StoreError> {
         let mut again = true;
         loop {
             let Open { number, mut connection } = self.connection(deadline).await?;
@@ -288,7 +233,7 @@ impl Lane {
             return Err(self.server.error(failed.failure.clone()));
         }
         dial.attempts += 1;
-        let failure = match timeout_at(deadline, self.server.open()).await {
+        let failure = match timeout_at(deadline, self.server.open(self.purpose)).await {
             Ok(Ok(connection)) => {
                 dial.failed = None;
                 let open = Open { number: dial.attempts, connection };
@@ -322,6 +267,3 @@ impl Lane {
 fn is_read_only(value: &Value) -> bool {
     matches!(value, Value::ServerError(error) if error.kind() == Some(ServerErrorKind::ReadOnly))
 }
-
-#[cfg(test)]
-mod tests;

@@ -2,8 +2,12 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::process::Command;
 use std::time::Instant;
 
+use bytes::Bytes;
+use feature_defs::window::TileId;
+
 use super::*;
 use crate::conformance::{self, redis_server::RedisServer};
+use crate::row::encode_position;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// For servers that do not answer.
@@ -188,7 +192,7 @@ async fn a_silent_redis_never_holds_a_call() {
     // The next call meets no connection at all, and many at once do not wait for each other.
     let reads = [Read::Row(view().key(*b"e"))];
     let calls = (0..50).map(|_| store.read(&reads));
-    for result in futures::future::join_all(calls).await {
+    for result in join_all(calls).await {
         assert!(result.unwrap_err().is_retryable());
     }
     assert!(start.elapsed() < TIMEOUT, "{:?}", start.elapsed());
@@ -206,13 +210,15 @@ async fn an_unreachable_redis_is_named_with_the_next_step() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let start = Instant::now();
-    let error = RedisStore::connect(&format!("redis://:secret@127.0.0.1:{port}"), SHORT).await.err().unwrap();
+    let store = RedisStore::connect(&format!("redis://:secret@127.0.0.1:{port}"), SHORT).await.unwrap();
+    let error = store.ping().await.unwrap_err();
     let text = error.to_string();
     assert!(text.contains("no connection within 1000 ms"), "{text}");
     assert!(error.is_retryable());
 
     drop(listener);
-    let error = RedisStore::connect(&format!("redis://:secret@127.0.0.1:{port}"), TIMEOUT).await.err().unwrap();
+    let store = RedisStore::connect(&format!("redis://:secret@127.0.0.1:{port}"), TIMEOUT).await.unwrap();
+    let error = store.ping().await.unwrap_err();
     let text = error.to_string();
     assert!(text.contains(&format!("redis://127.0.0.1:{port} cannot be reached")), "{text}");
     assert!(text.contains("Connection refused"), "{text}");
@@ -299,15 +305,4 @@ async fn foreign_bytes_are_corrupt() {
 
     raw(&server, &[b"HSET", &key.tagged(), b"h", &encode_position(Position::START), b"x", b"y"]).await;
     corrupt(store.read(&[Read::AllTiles(key.clone())]).await.unwrap_err(), "a field `x`");
-}
-
-#[test]
-fn patterns_take_names_literally() {
-    let check = |project, view, expected: &str| {
-        let pattern = pattern(&Generation::new(project, view, "00ff"));
-        assert_eq!(String::from_utf8(pattern).unwrap(), expected);
-    };
-    check("p", "v", "c1:{p/*}v@00ff");
-    check("nyc-flights", "a_b", r"c1:{nyc\-flights/*}a_b@00ff");
-    check("p*", "v?[x]", r"c1:{p\*/*}v\?\[x\]@00ff");
 }
