@@ -445,3 +445,66 @@ async fn what_was_only_begun_is_finished_by_the_next_server() {
     assert!(again.existed && counts(&again).is_empty(), "{again:?}");
     server.stop().await.unwrap();
 }
+
+/// Runs the command; its exit code, and what it said.
+async fn coeval(project: &Project, words: &[&str]) -> (i32, String) {
+    let mut command = std::process::Command::new(crate::process::binary());
+    command.arg("-C").arg(project.path()).arg("forget").args(words).stdin(std::process::Stdio::null());
+    let ended = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let text = [ended.stdout, ended.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+    (ended.status.code().unwrap(), text)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_says_what_is_wrong_and_what_it_did() {
+    let project = Project::new(SETTINGS, DEFINITIONS).unwrap();
+    std::fs::write(project.path().join("weather.csv"), "airport,temp,observed_at\nJFK,1.5,2023-11-14T20:00:00Z\n")
+        .unwrap();
+    project.apply().await.unwrap();
+    let check = async |words: &[&str], code: i32, expected: &str| {
+        let (ended, text) = coeval(&project, words).await;
+        assert!(ended == code && text.contains(expected), "{words:?} ended with {ended}: {text}");
+    };
+    let named = format!("airport={GONE}");
+    check(&["airport", &named], 2, "say `--yes`").await;
+    check(&["airprot", &named, "--yes"], 1, "did you mean `airport`?").await;
+    check(&["airport", "airprot=x", "--yes"], 1, "did you mean `airport`?").await;
+    check(&["airport", &named, &named, "--yes"], 2, "given twice").await;
+    check(&["airport", GONE, "--yes"], 2, "is not `key=value`").await;
+    check(&["stand", &named, "--yes"], 2, "key `gate` is missing").await;
+    check(&["airport", "airport=null", "--yes"], 2, "null names no entity").await;
+    check(&["airport", "--yes"], 2, "--from").await;
+    check(&["airport", &named, "--dry-run"], 1, "--server").await;
+
+    let json = async |words: &[&str]| {
+        let (code, text) = coeval(&project, words).await;
+        assert_eq!(code, 0, "{text}");
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()
+    };
+    let report = json(&["airport", &named, "--yes", "--json", "--why", "asked to"]).await;
+    assert_eq!((&report["by"], &report["existed"], &report["entities"]), (&"later".into(), &false.into(), &1.into()));
+    assert_eq!(report["hashes"][0].as_str().map(str::len), Some(64));
+    let again = json(&["airport", &named, "--yes", "--json"]).await;
+    assert_eq!(
+        (&again["existed"], &again["entry"], &again["hashes"]),
+        (&true.into(), &report["entry"], &report["hashes"])
+    );
+
+    let clock = ManualClock::at(T0);
+    let server = Server::start(&project, &clock, None).await.unwrap();
+    server
+        .push("departures", events(&[("BOS", Some("N1"), "C1", 1.0, -5, "a"), ("LAX", None, "D1", 1.0, -4, "b")]))
+        .await
+        .unwrap();
+    std::fs::write(project.path().join("keys.csv"), "airport\nBOS\nLAX\n").unwrap();
+    let file = project.path().join("keys.csv").to_string_lossy().into_owned();
+    let address = server.running.grpc_addr.to_string();
+    let report = json(&["airport", "--from", &file, "--yes", "--json", "--server", &address]).await;
+    assert_eq!((&report["by"], &report["entities"]), (&"server".into(), &2.into()));
+    let places = report["places"].as_array().unwrap();
+    let history = places.iter().find(|place| place["place"] == "history").unwrap();
+    assert_eq!((&history["rows_removed"], &history["rows_cleared"]), (&1.into(), &1.into()));
+    let (_, text) = coeval(&project, &["airport", "airport=BOS", "--yes", "--server", &address]).await;
+    assert!(text.contains("nothing of it is stored") && text.contains("was forgotten before"), "{text}");
+    server.stop().await.unwrap();
+}
