@@ -188,6 +188,19 @@ pub fn redact(
     let mut about: Option<Vec<bool>> = None;
     // Columns that hold a forgotten key, and the rows where they do.
     let mut held: Vec<(String, Vec<bool>)> = Vec::new();
+    for view in views.iter().filter(|view| view.is_about(forgotten)) {
+        let own = view.source.align(batch, Some(&view.source_columns()))?;
+        let keys = view.key_columns(&own)?;
+        for part in 0..view.about.len() {
+            let Some(hidden) = view.hidden_by(part, forgotten, &keys, rows) else { continue };
+            held.extend(view.about[part].keys.iter().map(|key| (view.keys[*key].column.clone(), hidden.clone())));
+            match &mut about {
+                Some(about) => about.iter_mut().zip(hidden).for_each(|(about, hidden)| *about |= hidden),
+                none => *none = Some(hidden),
+            }
+        }
+    }
+    let Some(about) = about else { return Ok(None) };
     // Rows that a view counts all the same, and the columns that it reads.
     let mut counted: Vec<(Vec<bool>, Vec<String>)> = Vec::new();
     for view in views {
@@ -203,17 +216,7 @@ pub fn redact(
                 && included.as_ref().is_none_or(|included| included.is_valid(row) && included.value(row))
         });
         counted.push((counts.collect(), columns));
-        let Some(hidden) = hidden else { continue };
-        for part in 0..view.about.len() {
-            let Some(hidden) = view.hidden_by(part, forgotten, &keys, rows) else { continue };
-            held.extend(view.about[part].keys.iter().map(|key| (view.keys[*key].column.clone(), hidden.clone())));
-        }
-        match &mut about {
-            Some(about) => about.iter_mut().zip(hidden).for_each(|(about, hidden)| *about |= hidden),
-            none => *none = Some(hidden),
-        }
     }
-    let Some(about) = about else { return Ok(None) };
     let is_counted = |row: usize| counted.iter().any(|(counts, _)| counts[row]);
     let keep: Vec<bool> = (0..rows).map(|row| !about[row] || is_counted(row)).collect();
     let cleared: Vec<bool> = (0..rows).map(|row| about[row] && keep[row]).collect();

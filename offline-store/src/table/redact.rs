@@ -54,7 +54,10 @@ pub async fn look(table: &Table, judge: &Judge) -> Result<Found, TableError> {
 }
 
 async fn look_into(table: &Table, judge: &Judge) -> Result<Looked, TableError> {
-    let names = judge.columns();
+    let mut names = judge.columns();
+    // A run may still be sorted by columns that no view reads any more.
+    let keys = table.clustering().into_iter().flat_map(|clustering| &clustering.keys);
+    names.extend(keys.map(|key| key.column.clone()));
     let manifest = table.manifest();
     let mut looked = Looked { found: Found::default(), files: Vec::new(), unsorted: BTreeSet::new() };
     for file in &manifest.files {
