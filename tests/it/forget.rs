@@ -473,7 +473,7 @@ async fn the_command_says_what_is_wrong_and_what_it_did() {
     check(&["airport", GONE, "--yes"], 2, "is not `key=value`").await;
     check(&["stand", &named, "--yes"], 2, "key `gate` is missing").await;
     check(&["airport", "airport=null", "--yes"], 2, "null names no entity").await;
-    check(&["airport", "--yes"], 2, "--from").await;
+    check(&["airport", "--yes"], 2, "KEY=VALUE").await;
     check(&["airport", &named, "--dry-run"], 1, "--server").await;
 
     let json = async |words: &[&str]| {
