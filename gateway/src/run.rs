@@ -260,6 +260,7 @@ async fn keep_up(gateway: Arc<Gateway>, health: tonic_health::server::HealthRepo
     tokio::select! {
         () = gateway.follower.run(stop.clone()) => {}
         () = look => {}
+        () = crate::forget::finish(&gateway) => {}
     }
 }
 

@@ -27,7 +27,7 @@ use online_store::key::Generation;
 use online_store::{Answer, Read, StoreError, Write};
 use tokio::time::Instant;
 
-use crate::log::{Durable, Events, Log, LogError, RecordRef};
+use crate::log::{BLANK, Durable, Events, Log, LogError, RecordRef};
 use crate::write::{Lane, SetAside, ViewWriter, apply};
 use crate::{IngestError, Inner, Phase, Stream, Visible, dead_letter};
 
@@ -206,7 +206,7 @@ impl StreamState {
         let mut in_history = 0;
         for (row, due) in due.iter().enumerate() {
             let position = Position { time: record.arrival.max(*due), sequence: record.first_sequence + row as u64 };
-            if position <= done {
+            if position <= done || *due == BLANK {
                 in_history += 1;
             } else if *due <= record.arrival {
                 on_time.push(row as u32);
@@ -222,6 +222,18 @@ impl StreamState {
         } else {
             self.on_time.push_back(Held { record, events, rows: on_time, next: 0 });
         }
+    }
+
+    /// Rows, by segment and sequence, that were taken out of the log: they wait for their time no longer.
+    pub fn drop_early(&mut self, log: &Log, gone: &[(u64, u64)]) {
+        let gone: HashSet<(u64, u64)> = gone.iter().copied().collect();
+        self.early.retain(|Reverse(early)| {
+            let is_gone = gone.contains(&(early.record.segment, early.position.sequence));
+            if is_gone {
+                log.release(early.record.segment, 1);
+            }
+            !is_gone
+        });
     }
 
     /// The import that was completed, if any.
@@ -385,7 +397,8 @@ impl StreamState {
                 .map_err(IngestError::DeadLetter)?;
         }
         let last = self.picked.iter().map(|pick| pick.position).max().unwrap_or(self.applied);
-        if let Some(chunk) = chunk {
+        let chunk = chunk.map(|chunk| inner.redacted(&self.plan, chunk)).transpose()?;
+        if let Some(chunk) = chunk.filter(|chunk| !chunk.positions.is_empty()) {
             let (aside, event_times) = self.write_live(inner, &chunk).await?;
             self.write_mark(inner, last).await?;
             dead_letter::write(&inner.options.store, &project, &stream.name, &chunk.batch, &chunk.positions, &aside)
@@ -714,6 +727,8 @@ pub(crate) async fn apply_rows(
     writers: &[Arc<ViewWriter>],
     rows: &Positioned,
 ) -> Result<(Vec<SetAside>, Vec<Option<Times>>), IngestError> {
+    // Whoever forgets an entity waits for what was worked out without knowing.
+    let _writing = inner.writing.read().await;
     let times = plan.times(&rows.batch, Some(&rows.positions))?;
     let mut aside = Vec::new();
     let mut work = Vec::new();

@@ -242,6 +242,7 @@ async fn import(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestEr
         None => RecordBatch::new_empty(Arc::new(Schema::empty())),
     };
     drop(batches);
+    let whole = inner.redacted_batch(&plan, whole)?;
     let sorted = {
         let (plan, event_id) = (plan.clone(), event_id.clone());
         let blocking = tokio::task::spawn_blocking(move || Prior::sort(&plan, event_id.as_deref(), whole));

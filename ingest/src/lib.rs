@@ -16,6 +16,7 @@ mod apply;
 mod backfill;
 mod dead_letter;
 mod event_ids;
+mod forget;
 mod keep;
 mod materialize;
 mod push;
@@ -32,6 +33,7 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use arrow::datatypes::{Field, Schema};
 use bytes::Bytes;
+use feature_defs::forgotten::ForgottenList;
 use feature_defs::plan::{Plan, RowsError, SourceKind, ViewPlan};
 use feature_defs::time::{Micros, Position};
 use feature_defs::window::DAY;
@@ -53,6 +55,7 @@ use crate::push::Intake;
 use crate::runs::{Run, RunLog, RunsError};
 use crate::write::{Hand, ViewWriter, WriteError};
 
+pub use crate::forget::{Forgetting, Place};
 pub use crate::materialize::{Mode, Progress, Stage, ViewProgress};
 pub use crate::tables::TableProgress;
 
@@ -411,6 +414,12 @@ pub(crate) struct Inner {
     pub tables: tokio::sync::Mutex<()>,
     pub background: tables::Background,
     tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Consulted by everybody who takes rows in; the views of plans have lists of their own.
+    pub forgotten: ForgottenList,
+    /// Held by whoever turns rows into writes, until they are written.
+    pub writing: tokio::sync::RwLock<()>,
+    /// One act of forgetting at a time.
+    pub forgetting: tokio::sync::Mutex<()>,
 }
 
 /// The ingestion of one project.
@@ -470,6 +479,9 @@ impl Ingest {
             tables: tokio::sync::Mutex::default(),
             background: tables::Background::default(),
             tasks: Mutex::default(),
+            forgotten: ForgottenList::default(),
+            writing: tokio::sync::RwLock::default(),
+            forgetting: tokio::sync::Mutex::default(),
         });
         // What a killed process was sorting. There is one process per folder, which the log has made sure of.
         let spill = tables::spill_folder(&inner);

@@ -44,6 +44,8 @@ const KIND_EVENTS: u8 = 1;
 const KIND_TICK: u8 = 2;
 /// The column of due times in a record.
 const DUE: &str = "__due";
+/// The due time of a row that was taken out of a record: it has no value, and keeps the others' sequences what they are.
+pub(crate) const BLANK: Micros = Micros::MIN;
 
 /// Largest record: one push. Also what a length read from disk is checked against before it is believed.
 pub const RECORD_BYTES_MAX: usize = 64 << 20;
@@ -189,6 +191,8 @@ struct Segment {
     bytes: u64,
     /// Rows not yet in the history. When it is 0 and the segment is not the newest, it is deleted.
     pending_rows: u64,
+    /// Where records lie now, offset and payload, by the offset that this process knows them by; empty while nothing moved.
+    moved: HashMap<u64, (u64, u32)>,
 }
 
 struct State {
@@ -250,6 +254,11 @@ impl Log {
         for entry in fs::read_dir(folder).map_err(disk(folder))? {
             let path = entry.map_err(disk(folder))?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if name.ends_with(".new") {
+                // A segment that was being written anew when the process died; the old one has its name.
+                fs::remove_file(&path).map_err(disk(&path))?;
+                continue;
+            }
             if let Some(id) = name.strip_suffix(".log").and_then(|hex| u64::from_str_radix(hex, 16).ok()) {
                 paths.push((id, path));
             }
@@ -265,7 +274,16 @@ impl Log {
             arrival = arrival.max(scanned.arrival);
             next_sequence = next_sequence.max(scanned.next_sequence);
             let pending_rows = scanned.records.iter().map(|record| u64::from(record.rows)).sum();
-            segments.insert(id, Segment { path, file: Arc::new(scanned.file), bytes: scanned.bytes, pending_rows });
+            segments.insert(
+                id,
+                Segment {
+                    path,
+                    file: Arc::new(scanned.file),
+                    bytes: scanned.bytes,
+                    pending_rows,
+                    moved: HashMap::new(),
+                },
+            );
             records.extend(scanned.records);
         }
         let mut assigned = HashMap::new();
@@ -448,10 +466,14 @@ impl Log {
 
     /// Reads a record back.
     pub fn read(&self, record: &RecordRef) -> Result<Events, LogError> {
-        let (file, path) = {
+        let (file, path, (offset, payload_bytes)) = {
             let segments = lock(&self.shared.segments);
             match segments.get(&record.segment) {
-                Some(segment) => (segment.file.clone(), segment.path.clone()),
+                Some(segment) => {
+                    let place = segment.moved.get(&record.offset).copied();
+                    let place = place.unwrap_or((record.offset, record.payload_bytes));
+                    (segment.file.clone(), segment.path.clone(), place)
+                }
                 None => {
                     let path = segment_path(&self.folder, record.segment);
                     let source = io::Error::new(io::ErrorKind::NotFound, "the segment was deleted");
@@ -459,10 +481,9 @@ impl Log {
                 }
             }
         };
-        let mut bytes = vec![0; RECORD_HEADER_BYTES + record.payload_bytes as usize];
-        file.read_exact_at(&mut bytes, record.offset).map_err(disk(&path))?;
-        let corrupt =
-            |what: String| LogError::Corrupt { path: path.display().to_string(), offset: record.offset, what };
+        let mut bytes = vec![0; RECORD_HEADER_BYTES + payload_bytes as usize];
+        file.read_exact_at(&mut bytes, offset).map_err(disk(&path))?;
+        let corrupt = |what: String| LogError::Corrupt { path: path.display().to_string(), offset, what };
         let payload = payload_at(&bytes).ok_or_else(|| corrupt("the checksum differs".into()))?;
         let (_, stream) = parse(payload, record.segment, record.offset).ok_or_else(|| corrupt("its header".into()))?;
         decode(stream).map_err(corrupt)
@@ -508,6 +529,151 @@ impl Log {
                 self.shared.bytes.fetch_sub(segment.bytes, Ordering::AcqRel);
             }
         }
+    }
+
+    /// Closes the newest segment: everything appended so far is in older ones when this returns.
+    pub async fn seal(&self) -> Result<(), LogError> {
+        {
+            let state = lock(&self.state);
+            let command = Command::Rotate { first_sequence: state.next_sequence, arrival: state.arrival };
+            self.send(&state, command)?;
+        }
+        // The writing thread takes one command after the other.
+        self.tick().await
+    }
+
+    /// Shows every record of every segment. Returns the number of segments with a record that the listener says `true` to
+    /// by changing it, see [`Log::rewrite_sealed`]; nothing is changed.
+    pub fn look(
+        &self,
+        look: &mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>,
+    ) -> Result<u64, LogError> {
+        let segments: Vec<u64> = lock(&self.shared.segments).keys().copied().collect();
+        let mut count = 0;
+        for id in segments {
+            let Some((bytes, _)) = self.bytes_of(id)? else { continue };
+            let mut is_meant = false;
+            self.for_records(id, &bytes, |_, _, parsed| {
+                if let Some((record, stream)) = parsed {
+                    is_meant |= look(&record, &self.decoded(&record, stream)?)?.is_some();
+                }
+                Ok(())
+            })?;
+            count += u64::from(is_meant);
+        }
+        Ok(count)
+    }
+
+    /// Puts other events in the place of a record's, as many and in the same order, in all segments but the newest. A
+    /// segment is written anew beside the old one and takes its name in one step, so a crash leaves either. Returns the
+    /// number of segments that changed.
+    pub fn rewrite_sealed(
+        &self,
+        change: &mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>,
+    ) -> Result<u64, LogError> {
+        let sealed: Vec<u64> = {
+            let segments = lock(&self.shared.segments);
+            let newest = segments.keys().next_back().copied();
+            segments.keys().copied().filter(|id| Some(*id) != newest).collect()
+        };
+        let mut count = 0;
+        for id in sealed {
+            let Some((bytes, path)) = self.bytes_of(id)? else { continue };
+            let mut rewritten = bytes.get(..HEADER_BYTES as usize).unwrap_or_default().to_vec();
+            let mut moved: HashMap<u64, (u64, u32)> = HashMap::new();
+            let mut is_changed = false;
+            self.for_records(id, &bytes, |at, payload, parsed| {
+                let place = rewritten.len() as u64;
+                let mut payload = payload.to_vec();
+                if let Some((record, stream)) = parsed
+                    && let Some(events) = change(&record, &self.decoded(&record, stream)?)?
+                {
+                    is_changed = true;
+                    let encoded = Log::encode(events.batch, events.due)?;
+                    payload.truncate(payload.len() - stream.len());
+                    payload.extend_from_slice(&encoded.stream);
+                }
+                // Everything before it is durable: the segment is whole.
+                payload[..8].copy_from_slice(&place.to_le_bytes());
+                moved.insert(at, (place, payload.len() as u32));
+                rewritten.extend_from_slice(RECORD_MAGIC);
+                rewritten.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+                rewritten.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
+                rewritten.extend_from_slice(&payload);
+                Ok(())
+            })?;
+            if !is_changed {
+                continue;
+            }
+            count += 1;
+            let beside = path.with_extension("new");
+            fs::write(&beside, &rewritten).map_err(disk(&beside))?;
+            let file = OpenOptions::new().read(true).write(true).open(&beside).map_err(disk(&beside))?;
+            file.sync_all().map_err(disk(&beside))?;
+            let mut segments = lock(&self.shared.segments);
+            // Its last rows may have become history meanwhile.
+            let Some(segment) = segments.get_mut(&id) else {
+                let _ = fs::remove_file(&beside);
+                continue;
+            };
+            fs::rename(&beside, &path).map_err(disk(&path))?;
+            File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(disk(&self.folder))?;
+            self.shared.bytes.fetch_add(rewritten.len() as u64, Ordering::AcqRel);
+            self.shared.bytes.fetch_sub(segment.bytes, Ordering::AcqRel);
+            segment.bytes = rewritten.len() as u64;
+            segment.file = Arc::new(file);
+            if segment.moved.is_empty() {
+                segment.moved = moved;
+            } else {
+                segment.moved.values_mut().for_each(|place| *place = moved.get(&place.0).copied().unwrap_or(*place));
+            }
+        }
+        Ok(count)
+    }
+
+    /// What is durable of a segment, and its path; None when it is gone.
+    fn bytes_of(&self, id: u64) -> Result<Option<(Vec<u8>, PathBuf)>, LogError> {
+        let (file, path, length) = {
+            let segments = lock(&self.shared.segments);
+            let Some(segment) = segments.get(&id) else { return Ok(None) };
+            (segment.file.clone(), segment.path.clone(), segment.bytes)
+        };
+        let mut bytes = vec![0; length as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(disk(&path))?;
+        Ok(Some((bytes, path)))
+    }
+
+    /// Calls with each record of a segment: where it lies, its payload, and for events its header and stream.
+    fn for_records(
+        &self,
+        id: u64,
+        bytes: &[u8],
+        mut with: impl FnMut(u64, &[u8], Option<(RecordRef, &[u8])>) -> Result<(), LogError>,
+    ) -> Result<(), LogError> {
+        let mut at = HEADER_BYTES as usize;
+        while at < bytes.len() {
+            let corrupt = || LogError::Corrupt {
+                path: segment_path(&self.folder, id).display().to_string(),
+                offset: at as u64,
+                what: "the checksum differs".into(),
+            };
+            let payload = payload_at(&bytes[at..]).ok_or_else(corrupt)?;
+            let parsed = match payload.get(8) {
+                Some(&KIND_EVENTS) => Some(parse(payload, id, at as u64).ok_or_else(corrupt)?),
+                _ => None,
+            };
+            with(at as u64, payload, parsed)?;
+            at += RECORD_HEADER_BYTES + payload.len();
+        }
+        Ok(())
+    }
+
+    fn decoded(&self, record: &RecordRef, stream: &[u8]) -> Result<Events, LogError> {
+        decode(stream).map_err(|what| LogError::Corrupt {
+            path: segment_path(&self.folder, record.segment).display().to_string(),
+            offset: record.offset,
+            what,
+        })
     }
 
     /// Memory of a batch that the applier no longer holds.
@@ -695,7 +861,10 @@ fn begin_segment(folder: &Path, shared: &Shared, first_sequence: u64, arrival: M
     file.write_all(&header).and_then(|()| file.sync_all()).map_err(disk(&path))?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(disk(folder))?;
     shared.bytes.fetch_add(HEADER_BYTES, Ordering::AcqRel);
-    segments.insert(id, Segment { path, file: Arc::new(file), bytes: HEADER_BYTES, pending_rows: 0 });
+    segments.insert(
+        id,
+        Segment { path, file: Arc::new(file), bytes: HEADER_BYTES, pending_rows: 0, moved: HashMap::new() },
+    );
     Ok(id)
 }
 

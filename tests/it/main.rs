@@ -2,5 +2,6 @@
 
 mod audit;
 mod faults;
+mod forget;
 mod object_stores;
 mod process;
