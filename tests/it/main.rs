@@ -3,3 +3,4 @@
 mod audit;
 mod object_stores;
 mod process;
+mod redis_store;
