@@ -248,7 +248,7 @@ impl OnlineStore for RedisStore {
                 removed += self.remove_from(node, &pattern).await?;
             }
             // A slot that moved from a master not yet looked at to one that was took its keys along.
-            self.nodes.redraw(Some(before.number()), self.nodes.deadline()).await?;
+            self.nodes.redraw_surely(before.number()).await?;
             if before.is_same(&*self.nodes.map(self.nodes.deadline()).await?) {
                 return Ok(removed);
             }

@@ -37,9 +37,10 @@ impl RedisCluster {
             all.extend(["--repl-ping-replica-period", "1"]);
             all.extend(options);
             let tls_port = free_port();
-            let tls = ["--tls-port".to_owned(), tls_port.to_string()];
+            let tls_port_option = tls_port.to_string();
             if is_tls {
-                all.extend(tls.iter().map(String::as_str));
+                // Without the last, nodes tell each other's other ports.
+                all.extend(["--tls-port", &tls_port_option, "--tls-replication", "yes", "--tls-cluster", "yes"]);
                 tls_ports.push(tls_port);
             }
             nodes.push(RedisServer::start_with(&folder, &all)?);
@@ -53,8 +54,9 @@ impl RedisCluster {
         for (number, node) in cluster.nodes.iter().enumerate() {
             ask(node, &["CLUSTER", "SET-CONFIG-EPOCH", &(number + 1).to_string()]);
         }
-        for (node, bus) in cluster.nodes.iter().zip(&buses).skip(1) {
-            ask(&cluster.nodes[0], &["CLUSTER", "MEET", "127.0.0.1", &node.port().to_string(), bus]);
+        for (number, (node, bus)) in cluster.nodes.iter().zip(&buses).enumerate().skip(1) {
+            let port = cluster.tls_ports.get(number).copied().unwrap_or(node.port());
+            ask(&cluster.nodes[0], &["CLUSTER", "MEET", "127.0.0.1", &port.to_string(), bus]);
         }
         let known = format!("cluster_known_nodes:{count}\r");
         cluster.wait(|cluster| cluster.nodes.iter().all(|node| says(node, &["CLUSTER", "INFO"], &known)));

@@ -171,6 +171,14 @@ impl Nodes {
         self.address.seeds.iter().map(|(host, port)| self.node(host, *port)).collect()
     }
 
+    /// Draws the map again for whoever cannot do with an attempt of a moment ago.
+    pub(super) async fn redraw_surely(&self, seen: u64) -> Result<(), StoreError> {
+        if self.address.kind == Kind::Cluster {
+            sleep(REDRAW_MIN).await;
+        }
+        self.redraw(Some(seen), self.deadline()).await
+    }
+
     /// Draws the map again, unless somebody did so since `seen`: every node known is asked, the first good answer counts.
     pub(super) async fn redraw(&self, seen: Option<u64>, deadline: Instant) -> Result<(), StoreError> {
         if self.address.kind == Kind::Alone {
