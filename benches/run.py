@@ -1,6 +1,6 @@
 """Runs our workloads and the peers in turn on the same files, and says what came of it.
 
-    run.py pit|windows|flight [--runs N] [--rows SPINE VIEW] [--only NAME...]
+    run.py pit|windows|flight|online [--runs N] [--rows SPINE VIEW] [--only NAME...]
 
 Started by scripts/bench.sh, which builds the program and installs the peers. Every measured run is a process of its own
 on two cores; the contenders take turns, and medians are compared. Wrong or differing answers are an error; a missed
@@ -23,12 +23,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PEERS = ROOT / "benches" / "peers"
-CORES = 2
+from online import online
+from report import CORES, PEERS, ROOT, Place, Report, Row, Wrong, measured, say
+
 KEYS = 100_000
 # Small tables have fewer keys, but rows so seldom that some are older than 7 days when they are asked for.
 ROWS_PER_KEY_MIN = 10
@@ -36,75 +36,6 @@ ROWS_PER_KEY_MIN = 10
 MERGE = "sorted storage"
 # What sums of the same numbers in another order may differ by.
 CHECKSUM_TOLERANCE = 1e-9
-
-
-class Wrong(Exception):
-    """Two contenders gave different answers, or one gave none."""
-
-
-@dataclass
-class Row:
-    """One line of the table; the target is a bound on the ratio."""
-
-    metric: str
-    value: float
-    unit: str
-    peer: str
-    peer_value: float
-    ratio: float
-    target: str
-    met: bool
-
-
-@dataclass
-class Report:
-    rows: list[Row] = field(default_factory=list)
-    # Every single run, by workload and contender.
-    runs: dict[str, dict[str, list[dict]]] = field(default_factory=dict)
-    checks: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    def compare(self, metric: str, value: float, unit: str, peer: str, peer_value: float, ratio: float, bound: str):
-        """`bound` is `<= 1.5` or `>= 3`."""
-        sign, limit = bound.split()
-        met = ratio <= float(limit) if sign == "<=" else ratio >= float(limit)
-        self.rows.append(Row(metric, value, unit, peer, peer_value, ratio, bound, met))
-
-
-@dataclass
-class Place:
-    """Where things are: our program, the peers' Python, the generated files."""
-
-    bench: Path
-    python: Path
-    data: Path
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def measured(command: list[str | Path]) -> dict:
-    """One process: what it printed last, and what the kernel says of its memory."""
-    load = os.getloadavg()[0]
-    environment = {**os.environ, "POLARS_MAX_THREADS": str(CORES), "OMP_NUM_THREADS": str(CORES)}
-    process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    # A child that fills the pipe of its errors must not wait for us.
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
-    reader.start()
-    output = process.stdout.read()
-    reader.join()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        shown = " ".join(str(part) for part in command)
-        raise Wrong(f"`{shown}` ended with {process.returncode}: {''.join(errors).strip()[-2000:]}")
-    said = json.loads(output.strip().splitlines()[-1])
-    # Linux counts in KiB.
-    return {**said, "peak_bytes": usage.ru_maxrss * 1024, "load_before": load}
 
 
 def in_turn(report: Report, workload: str, contenders: dict[str, list], runs: int) -> None:
@@ -477,17 +408,20 @@ def print_table(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = {"pit": pit, "windows": windows, "flight": flight}
+    benchmarks = {"pit": pit, "windows": windows, "flight": flight, "online": online}
     parser.add_argument("name", choices=benchmarks)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs=2, default=(1_000_000, 10_000_000), metavar=("SPINE", "VIEW"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of the workloads")
     parser.add_argument("--bench", type=Path, required=True, help="our program")
+    parser.add_argument("--server", type=Path, help="our server, for `online`")
+    parser.add_argument("--feast", type=Path, help="the Python that has Feast, for `online`")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of `online`")
     parser.add_argument("--data", type=Path, required=True, help="folder that keeps the generated files")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:CORES]
     os.sched_setaffinity(0, cores)
-    place = Place(bench=args.bench, python=Path(sys.executable), data=args.data)
+    place = Place(args.bench, Path(sys.executable), args.data, args.server, args.feast)
     said = {"machine": machine(), "commit": commit(), "at": datetime.datetime.now(datetime.UTC).isoformat()}
     report = Report()
     benchmarks[args.name](report, place, args)

@@ -1,4 +1,4 @@
-//! The workloads that the speed of the offline side is judged by, at any size. Sizes, peers and targets are chosen by
+//! The workloads that the speed of both sides is judged by, at any size. Sizes, peers and targets are chosen by
 //! `run.py`; here a workload is one call on a folder of files, and what it answered.
 //!
 //! The files are those of `peers/generate.py`: `spine.parquet` and `view<n>.parquet`.
@@ -12,6 +12,8 @@ pub mod managed;
 pub mod floor;
 
 pub mod serve;
+
+pub mod online;
 
 pub mod process;
 

@@ -5,7 +5,13 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
+use std::sync::Arc;
+use std::time::Duration;
+
 use benches::definitions::{Known, Setup, Tails, Workload};
+use benches::online::load::Pace;
+use benches::online::requests::Asked as AskedFeatures;
+use benches::online::{self, push};
 use benches::{floor, managed, process, serve, training_set};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use offline_store::point_in_time::Order;
@@ -64,6 +70,70 @@ enum Command {
         #[command(flatten)]
         limits: Limits,
     },
+    /// Ask a server for features, as fast as callers go or at a rate
+    Load {
+        address: String,
+        #[command(flatten)]
+        asked: AskedFeatures,
+        #[command(flatten)]
+        pace: PaceArguments,
+    },
+    /// The same of a server that speaks JSON over HTTP/1.1, as Feast's does
+    LoadHttp {
+        address: String,
+        service: String,
+        keys: i64,
+        #[arg(long, default_value_t = 1)]
+        entities: usize,
+        #[command(flatten)]
+        pace: PaceArguments,
+    },
+    /// Write down what a server sends to Redis for each request
+    Record {
+        address: String,
+        /// host:port
+        redis: String,
+        out: PathBuf,
+        #[command(flatten)]
+        asked: AskedFeatures,
+    },
+    /// A handler that forwards recorded commands; prints its address and serves until it is ended
+    FloorServe {
+        #[arg(long, requires = "commands")]
+        redis: Option<String>,
+        #[arg(long, requires = "redis")]
+        commands: Option<PathBuf>,
+        #[arg(long)]
+        answer_bytes: usize,
+    },
+    /// Put rows with the function that materialization calls
+    RawWrites { redis: String, function: String, rows: u64, blob_bytes: usize },
+    /// Push events at a rate and wait until each is visible
+    Push { address: String, project: String, source: String, keys: i64, rate: u64, seconds: u64 },
+}
+
+#[derive(Args)]
+struct PaceArguments {
+    /// Callers that each wait for their answer
+    #[arg(long, default_value_t = 1)]
+    callers: usize,
+    /// Requests a second, whatever the answers; instead of callers
+    #[arg(long)]
+    rate: Option<f64>,
+    #[arg(long, default_value_t = 1.0)]
+    warm_up: f64,
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+}
+
+impl PaceArguments {
+    fn pace(&self) -> Pace {
+        self.rate.map_or(Pace::Closed { callers: self.callers }, |rate| Pace::Open { rate })
+    }
+
+    fn times(&self) -> (Duration, Duration) {
+        (Duration::from_secs_f64(self.warm_up), Duration::from_secs_f64(self.seconds))
+    }
 }
 
 #[derive(Args)]
@@ -153,6 +223,35 @@ fn main() -> anyhow::Result<()> {
             let setup = limits.setup(workload.folder.clone());
             let found = runtime.block_on(managed::import(&setup, workload.workload()?, workload.known()))?;
             say(serde_json::to_value(found)?)
+        }
+        Command::Load { address, asked, pace } => {
+            let (warm_up, lasts) = pace.times();
+            let requests = Arc::new(asked.requests());
+            let found = runtime.block_on(online::load::run(&address, requests, pace.pace(), warm_up, lasts))?;
+            say(serde_json::to_value(found)?)
+        }
+        Command::LoadHttp { address, service, keys, entities, pace } => {
+            let (warm_up, lasts) = pace.times();
+            let callers = pace.callers;
+            let load = online::http::run(&address, &service, keys, entities, callers, warm_up, lasts);
+            say(serde_json::to_value(runtime.block_on(load)?)?)
+        }
+        Command::Record { address, redis, out, asked } => {
+            let recorded = runtime.block_on(online::record::run(&redis, &address, &asked.requests()))?;
+            std::fs::write(&out, serde_json::to_vec(&recorded)?)?;
+            say(json!({"calls": recorded.calls.len()}))
+        }
+        Command::FloorServe { redis, commands, answer_bytes } => {
+            let ready = |address| println!("{address}");
+            runtime.block_on(online::floor::run(redis.as_deref(), commands.as_deref(), answer_bytes, ready))
+        }
+        Command::RawWrites { redis, function, rows, blob_bytes } => {
+            let written = runtime.block_on(online::writes::run(&redis, &function, rows, blob_bytes))?;
+            say(serde_json::to_value(written)?)
+        }
+        Command::Push { address, project, source, keys, rate, seconds } => {
+            let events = push::Events { project, source, keys, rate, lasts: Duration::from_secs(seconds) };
+            say(serde_json::to_value(runtime.block_on(push::run(&address, &events))?)?)
         }
         Command::Serve { folder, views, limits } => {
             let setup = limits.setup(folder);

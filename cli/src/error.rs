@@ -50,6 +50,8 @@ pub enum CliError {
     #[error(transparent)]
     ManagedTable(Box<offline_store::table::TableError>),
     #[error(transparent)]
+    Runs(Box<ingest::runs::RunsError>),
+    #[error(transparent)]
     Explain(Box<offline_store::explain::ExplainError>),
     #[error(transparent)]
     Dataset(Box<offline_store::dataset::DatasetError>),

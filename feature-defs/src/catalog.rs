@@ -433,6 +433,16 @@ pub struct ServeSettings {
     pub request_time: RequestTime,
     /// Listening beyond loopback without authentication has to be asked for in words.
     pub beyond_loopback: bool,
+    /// None: every request reads the online store.
+    pub cache: Option<CacheSettings>,
+}
+
+/// A cache of what the online store answered, in the gateway's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheSettings {
+    /// An answer is at most so old.
+    pub staleness: Duration,
+    pub memory_bytes: u64,
 }
 
 /// Whether a request may say at what time it wants to be answered.

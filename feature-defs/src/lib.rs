@@ -3,6 +3,7 @@
 //!
 //! This crate never awaits, reads no file and has no clock: time is always an argument.
 
+pub mod columns;
 pub mod time;
 pub mod value;
 

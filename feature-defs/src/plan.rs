@@ -303,6 +303,14 @@ impl ViewPlan {
         }
     }
 
+    /// Type and default of one feature.
+    pub fn feature(&self, index: usize) -> (&Type, Option<&Value>) {
+        match &self.kind {
+            ViewPlanKind::AsOf { features, .. } => (&features[index].feature_type, features[index].default.as_ref()),
+            ViewPlanKind::Windowed { outputs, .. } => (&outputs[index].feature_type, outputs[index].default.as_ref()),
+        }
+    }
+
     /// Types of the columns of [`ViewRows`]: what is stored, or what aggregates take.
     pub fn row_types(&self) -> Vec<Type> {
         match &self.kind {

@@ -14,6 +14,10 @@ use arrow::buffer::{NullBuffer, OffsetBuffer};
 use arrow::datatypes::{DataType as ArrowType, Field, Fields, TimeUnit};
 use serde::{Deserialize, Serialize};
 
+mod cells;
+
+pub use cells::{Cells, encode_cells};
+
 /// The type of a key, a feature or a request field. Each maps to exactly one Arrow type.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::RequestTime;
-use feature_defs::plan::ServicePlan;
+use feature_defs::plan::{Plan, ServicePlan};
 use feature_defs::time::Micros;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::events::Events;
-use crate::features::{self, Features};
+use crate::features::{self, Features, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served};
 use crate::metrics::Metrics;
@@ -57,6 +57,7 @@ pub struct Gateway {
     pub started: AtomicBool,
     /// What the last look at the online store found wrong; written by the task that looks.
     pub store_problem: Mutex<Option<String>>,
+    services: Services,
     requests: Semaphore,
 }
 
@@ -97,6 +98,7 @@ impl Gateway {
             drain,
             started: AtomicBool::new(false),
             store_problem: Mutex::new(None),
+            services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
         }
     }
@@ -128,6 +130,11 @@ impl Gateway {
             return Err(Failure::new(Kind::Unavailable, "the server is starting; ask again when it is ready"));
         }
         Ok(())
+    }
+
+    /// The service that a list of features is.
+    pub fn listed(&self, plan: &Arc<Plan>, names: &[String]) -> Result<Arc<ServicePlan>, Failure> {
+        self.services.listed(plan, names)
     }
 
     fn admit(&self) -> Result<SemaphorePermit<'_>, Failure> {
@@ -162,7 +169,7 @@ impl Gateway {
                 let known = || plan.services.iter().map(|service| &*service.name);
                 plan.service(name).cloned().ok_or_else(|| Failure::unknown("feature service", name, known()))?
             }
-            Some(What::Features(list)) => Arc::new(features::listed(plan, &list.names)?),
+            Some(What::Features(list)) => self.listed(plan, &list.names)?,
             None => return Err(Failure::invalid("the request names neither a service nor features")),
         };
         *of = service.name.to_string();
@@ -236,7 +243,7 @@ impl Gateway {
 
     async fn features(
         &self,
-        service: &ServicePlan,
+        service: &Arc<ServicePlan>,
         rows: &Rows,
         at: &[Micros],
         deadline: Instant,
@@ -245,9 +252,9 @@ impl Gateway {
             Some(at) => When::At(at),
             None => When::Now((self.clock)()),
         };
-        let project = self.project.as_str();
-        let features = features::compute(service, project, rows, when, deadline.into(), &*self.store).await?;
-        self.metrics.features(service, &features);
+        let ready = self.services.of(service, self.project.as_str(), &self.metrics);
+        let features = features::compute(&ready.reader, rows, when, deadline.into(), &*self.store).await?;
+        self.metrics.features(service, &ready.counters, &features);
         Ok(features)
     }
 

@@ -27,6 +27,7 @@ use tonic::Status;
 use crate::answer::Gateway;
 use crate::config::{ServeError, ServeOptions, store_folder};
 use crate::events::{Events, EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
+use crate::metrics::Freshness;
 use crate::run::Mount;
 use crate::status::{Failure, Kind};
 
@@ -39,13 +40,16 @@ const DATASETS_BY: &str = "flight";
 pub(crate) async fn open_events(options: IngestOptions) -> Result<Arc<dyn Events>, ServeError> {
     let folder = options.folder.clone();
     std::fs::create_dir_all(&folder).map_err(|source| ServeError::Folder { folder, source })?;
+    let freshness = Freshness::default();
+    let options = IngestOptions { meter: Some(Arc::new(freshness.clone())), ..options };
     let ingest = Ingest::open(options).await.map_err(|error| ServeError::Events(Box::new(error)))?;
-    Ok(Arc::new(Live { ingest, plan: Mutex::new(None) }))
+    Ok(Arc::new(Live { ingest, freshness, plan: Mutex::new(None) }))
 }
 
 /// The appliers of this process.
 struct Live {
     ingest: Ingest,
+    freshness: Freshness,
     /// The plan that they follow.
     plan: Mutex<Option<Arc<Plan>>>,
 }
@@ -86,7 +90,11 @@ impl Events for Live {
             }
             (None, None) => None,
         });
-        views.chain(streams).collect()
+        views.chain(streams).chain(self.ingest.troubles()).collect()
+    }
+
+    fn freshness(&self) -> Option<Freshness> {
+        Some(self.freshness.clone())
     }
 
     async fn push(&self, source: &str, batch: RecordBatch, wait: Wait) -> Result<Pushed, EventsError> {
@@ -119,15 +127,10 @@ impl Events for Live {
         let (sender, mut reports) = mpsc::channel::<ingest::Progress>(PROGRESS_MAX);
         let translate = async {
             while let Some(report) = reports.recv().await {
-                let report = Progress {
-                    source: report.source.to_string(),
-                    view: String::new(),
-                    rows_read: report.rows_read,
-                    rows_applied: report.rows_new,
-                    rows_stale: 0,
-                };
-                // Somebody who no longer listens does not stop what others will read.
-                let _ = progress.send(report).await;
+                for report in by_view(report) {
+                    // Somebody who no longer listens does not stop what others will read.
+                    let _ = progress.send(report).await;
+                }
             }
         };
         let (done, ()) = tokio::join!(self.ingest.materialize(sources, through, mode, sender), translate);
@@ -190,6 +193,37 @@ impl Events for Live {
     }
 }
 
+/// One message for each view; one without a view where none has anything to do.
+fn by_view(report: ingest::Progress) -> Vec<Progress> {
+    let of_source = Progress {
+        source: report.source.to_string(),
+        rows_read: report.rows_read,
+        rows_total: report.rows_total,
+        seconds: report.seconds,
+        message: report.message,
+        ..Progress::default()
+    };
+    if report.views.is_empty() {
+        return vec![of_source];
+    }
+    let of_view = |view: ingest::ViewProgress| Progress {
+        view: view.view.to_string(),
+        rows_new: view.rows_new,
+        rows_applied: view.rows_applied,
+        rows_stale: view.rows_stale,
+        entities: view.entities,
+        ..of_source.clone()
+    };
+    report.views.into_iter().map(of_view).collect()
+}
+
+impl ingest::Meter for Freshness {
+    fn visible(&self, source: &str, events: &[ingest::Visible]) {
+        let seconds = |micros: Micros| micros as f64 / 1e6;
+        self.observe(source, events.iter().map(|event| (seconds(event.since_event), seconds(event.since_arrival))));
+    }
+}
+
 /// Passes reports on; somebody who no longer listens does not stop what others will read.
 async fn tell(mut reports: mpsc::Receiver<ingest::TableProgress>, progress: mpsc::Sender<TableProgress>) {
     while let Some(report) = reports.recv().await {
@@ -224,7 +258,10 @@ impl From<IngestError> for EventsError {
             E::Importing { .. } | E::TooManyEarly { .. } | E::TableInUse { .. } | E::Log(LogError::Full { .. }) => {
                 EventsError::Full(error.to_string())
             }
+            E::Log(LogError::Slow { .. }) => EventsError::Full(error.to_string()),
             E::Stopping => EventsError::Stopping,
+            // Another process takes them.
+            E::Fenced { .. } => EventsError::Unavailable(Box::new(error)),
             _ if error.is_retryable() => EventsError::Unavailable(Box::new(error)),
             _ => EventsError::Failed(Box::new(error)),
         }

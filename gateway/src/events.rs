@@ -11,6 +11,8 @@ use feature_defs::plan::{Plan, ViewPlan};
 use feature_defs::time::Micros;
 use tokio::sync::mpsc;
 
+use crate::metrics::Freshness;
+
 /// When a push is acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
@@ -31,13 +33,18 @@ pub struct Pushed {
 }
 
 /// How far the materialization of one view has come.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Progress {
     pub source: String,
     pub view: String,
     pub rows_read: u64,
     pub rows_applied: u64,
     pub rows_stale: u64,
+    pub rows_new: u64,
+    pub rows_total: Option<u64>,
+    pub entities: u64,
+    pub seconds: f64,
+    pub message: Option<String>,
 }
 
 /// What became of one managed table.
@@ -90,6 +97,11 @@ pub trait Events: Send + Sync + 'static {
 
     /// Views of the adopted plan that do not answer yet, with what is being done about it, for people.
     fn backfilling(&self) -> Vec<String>;
+
+    /// How long events took to be visible, if that is measured.
+    fn freshness(&self) -> Option<Freshness> {
+        None
+    }
 
     async fn push(&self, source: &str, batch: RecordBatch, wait: Wait) -> Result<Pushed, EventsError>;
 

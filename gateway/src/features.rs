@@ -1,21 +1,85 @@
 //! The features of a request: views fetched, transforms evaluated, statuses and reasons beside every value.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use feature_defs::digest::Canonical;
-use feature_defs::plan::{Assembled, Plan, RequestColumn, ServiceInput, ServiceOutput, ServicePlan, Slot};
+use feature_defs::plan::{Assembled, Plan, RequestColumn, ServiceInput, ServiceOutput, ServicePlan, Slot, ViewAnswer};
 use feature_defs::time::Status;
 use online_store::OnlineStore;
 use proto::v1;
 use tokio::time::Instant;
 
 use crate::convert;
-use crate::fetch::{self, Fetched, Reason, When};
+use crate::fetch::{self, Fetched, Reason, ServiceReader, When};
+use crate::metrics::{Metrics, ServiceCounters};
 use crate::request::Rows;
 use crate::status::Failure;
 
 /// Names in one list of features. Longer lists are services that somebody should define.
 const NAMES_MAX: usize = 1_000;
+
+/// Services kept ready. Those of the definitions in force are far fewer; the rest are lists of features that callers make
+/// up, and plans that were replaced.
+const SERVICES_MAX: usize = 1_024;
+/// Lists kept ready, and names in one that is kept.
+const LISTS_MAX: usize = 256;
+const LISTED_NAMES_MAX: usize = 256;
+
+/// A service ready to be answered: how it is read, and what counts its values.
+pub struct Service {
+    pub reader: ServiceReader,
+    pub counters: ServiceCounters,
+}
+
+/// Services by the plan they are of. A plan is never changed, so the place where it lies says which it is, as long as it is
+/// held here.
+#[derive(Default)]
+pub struct Services {
+    known: Mutex<HashMap<usize, Arc<Service>>>,
+    lists: Mutex<HashMap<Vec<String>, (Arc<Plan>, Arc<ServicePlan>)>>,
+}
+
+impl Services {
+    pub fn of(&self, plan: &Arc<ServicePlan>, project: &str, metrics: &Metrics) -> Arc<Service> {
+        let place = Arc::as_ptr(plan) as usize;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(service) = known.get(&place) {
+            return service.clone();
+        }
+        if known.len() >= SERVICES_MAX {
+            // Whatever nobody else holds was replaced, or made up for one request.
+            known.retain(|_, service| Arc::strong_count(&service.reader.service) > 1);
+            if known.len() >= SERVICES_MAX {
+                known.clear();
+            }
+        }
+        let counters = metrics.service(plan);
+        let service = Arc::new(Service { reader: ServiceReader::new(plan.clone(), project), counters });
+        known.insert(place, service.clone());
+        service
+    }
+
+    /// The service that a list of features is, see [`listed`].
+    pub fn listed(&self, plan: &Arc<Plan>, names: &[String]) -> Result<Arc<ServicePlan>, Failure> {
+        let lists = || self.lists.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, service)) = lists().get(names)
+            && Arc::ptr_eq(of, plan)
+        {
+            return Ok(service.clone());
+        }
+        let service = Arc::new(listed(plan, names)?);
+        if names.len() <= LISTED_NAMES_MAX {
+            let mut lists = lists();
+            if lists.len() >= LISTS_MAX {
+                lists.clear();
+            }
+            lists.insert(names.to_vec(), (plan.clone(), service.clone()));
+        }
+        Ok(service)
+    }
+}
 
 /// The features of some rows.
 #[derive(Debug)]
@@ -27,22 +91,23 @@ pub struct Features {
 }
 
 pub async fn compute(
-    service: &ServicePlan,
-    project: &str,
+    reader: &ServiceReader,
     rows: &Rows,
     when: When,
     deadline: Instant,
     store: &dyn OnlineStore,
 ) -> Result<Features, Failure> {
     let started = Instant::now();
-    let fetched = fetch::fetch(service, project, rows, when, deadline, store).await?;
+    let fetched = fetch::fetch(reader, rows, when, deadline, store).await?;
     let fetch_time = started.elapsed();
     if let Some(error) = &fetched.store_error {
         tracing::warn!(%error, "the online store did not answer; what it would have said is UNAVAILABLE");
     }
     let started = Instant::now();
-    let assembled = service
-        .assemble(&fetched.answers(), &rows.columns, &fetched.at)
+    let answers: Vec<&ViewAnswer> = fetched.answers().collect();
+    let assembled = reader
+        .service
+        .assemble(&answers, &rows.columns, &fetched.at)
         .map_err(|error| Failure::internal("the features could not be computed", &error))?;
     Ok(Features { fetched, assembled, fetch_time, transform_time: started.elapsed() })
 }
@@ -96,7 +161,7 @@ impl Features {
 }
 
 /// The views that a slot is made of, directly or through transforms, each once.
-fn inputs_of(service: &ServicePlan, slot: Slot, inputs: &mut Vec<usize>) {
+pub fn inputs_of(service: &ServicePlan, slot: Slot, inputs: &mut Vec<usize>) {
     match slot {
         Slot::Feature { input, .. } | Slot::EventTime { input } => {
             if !inputs.contains(&input) {

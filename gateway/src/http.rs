@@ -18,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::answer::Gateway;
 use crate::config::{Listener, ServeError};
-use crate::features;
 use crate::status::{Failure, not_known};
 
 /// JSON is several times as large as the columns it stands for.
@@ -108,7 +107,7 @@ async fn features_twin(State(gateway): State<Arc<Gateway>>, body: Bytes) -> Resu
             (v1::get_features_request::What::Service(name), service)
         }
         (None, Some(names)) => {
-            let service = Arc::new(features::listed(plan, &names)?);
+            let service = gateway.listed(plan, &names)?;
             (v1::get_features_request::What::Features(v1::FeatureList { names }), service)
         }
         _ => return Err(Failure::invalid("the request must have either `service` or `features`")),

@@ -15,6 +15,7 @@ pub mod convert;
 pub mod status;
 
 pub mod answer;
+pub mod cache;
 pub mod data;
 pub mod events;
 pub mod features;

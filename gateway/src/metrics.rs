@@ -3,6 +3,7 @@
 //! Label values are names from definitions and from this crate, never from requests, so that no client can make the
 //! number of series grow.
 
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use crate::features::Features;
+use crate::features::{Features, inputs_of};
 use crate::follow::Served;
 use crate::predict::Predicted;
 
@@ -66,21 +67,112 @@ struct What {
     what: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Feature {
+    service: String,
+    feature: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct View {
+    service: String,
+    view: String,
+}
+
+/// What counts the values of one service. Looking up a series by its labels for every feature of every request would cost
+/// more than reading the features, so the series are found once; each comes to be with its first value.
+pub struct ServiceCounters {
+    outputs: Vec<OutputCounters>,
+    /// By input of the service.
+    ages: Vec<Histogram>,
+}
+
+struct OutputCounters {
+    /// By status number.
+    statuses: [OnceLock<Counter>; 6],
+    stale: OnceLock<Counter>,
+    defaults: OnceLock<Counter>,
+    /// Inputs of the service that the feature is made of.
+    inputs: Vec<usize>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Source {
+    source: String,
+}
+
+/// From a millisecond to half a day: events come late by what lies before the push, which nothing here bounds.
+const FRESHNESS_BUCKETS: [f64; 14] =
+    [0.001, 0.004, 0.016, 0.032, 0.064, 0.256, 1.0, 4.0, 16.0, 64.0, 256.0, 1_024.0, 8_192.0, 65_536.0];
+
+/// How long events took to be visible online, by source. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Freshness {
+    /// Since their event time.
+    event: Family<Source, Histogram, fn() -> Histogram>,
+    /// Since they arrived, or were due if that was later.
+    push: Family<Source, Histogram, fn() -> Histogram>,
+}
+
+impl Default for Freshness {
+    fn default() -> Freshness {
+        let event = || Histogram::new(FRESHNESS_BUCKETS);
+        Freshness { event: Family::new_with_constructor(event), push: Family::new_with_constructor(seconds) }
+    }
+}
+
+impl Freshness {
+    /// Events of a source became visible, so many seconds after their event time and after they arrived.
+    pub fn observe(&self, source: &str, events: impl Iterator<Item = (f64, f64)>) {
+        let source = Source { source: source.to_owned() };
+        let (event, push) = (self.event.get_or_create(&source), self.push.get_or_create(&source));
+        for (since_event, since_arrival) in events {
+            event.observe(since_event);
+            push.observe(since_arrival);
+        }
+    }
+}
+
 /// Every metric of the process. Cheap to clone handles inside; one per process.
 pub struct Metrics {
     registry: Registry,
     calls: Family<Call, Counter>,
     seconds: Family<Method, Histogram, fn() -> Histogram>,
     values: Family<Value, Counter>,
+    stale_values: Family<Feature, Counter>,
+    default_values: Family<Feature, Counter>,
+    view_age: Family<View, Histogram, fn() -> Histogram>,
     rows: Family<ModelRows, Counter>,
     forward_seconds: Family<What, Histogram, fn() -> Histogram>,
     models: Family<ModelCount, Gauge>,
     store_errors: Family<What, Counter>,
+    cache_reads: Family<What, Counter>,
     events: Family<What, Counter>,
     control_log_age: Gauge<f64, AtomicU64>,
     control_log_head: Gauge,
     follow_failures: Counter,
     ready: Gauge,
+}
+
+/// From a second to nearly a year: how old features are when they are served.
+const AGE_BUCKETS: [f64; 13] = [
+    1.0,
+    4.0,
+    16.0,
+    64.0,
+    256.0,
+    1_024.0,
+    4_096.0,
+    16_384.0,
+    65_536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    16_777_216.0,
+];
+
+fn ages() -> Histogram {
+    Histogram::new(AGE_BUCKETS)
 }
 
 fn seconds() -> Histogram {
@@ -100,10 +192,14 @@ impl Metrics {
             calls: Family::default(),
             seconds: Family::new_with_constructor(seconds),
             values: Family::default(),
+            stale_values: Family::default(),
+            default_values: Family::default(),
+            view_age: Family::new_with_constructor(ages),
             rows: Family::default(),
             forward_seconds: Family::new_with_constructor(seconds),
             models: Family::default(),
             store_errors: Family::default(),
+            cache_reads: Family::default(),
             events: Family::default(),
             control_log_age: Gauge::default(),
             control_log_head: Gauge::default(),
@@ -114,6 +210,21 @@ impl Metrics {
         registry.register("calls", "Calls answered, by method and code", metrics.calls.clone());
         registry.register("call_seconds", "How long calls took", metrics.seconds.clone());
         registry.register("feature_values", "Feature values served, by status", metrics.values.clone());
+        registry.register(
+            "feature_stale_values",
+            "Feature values served from rows older than the freshness of their view",
+            metrics.stale_values.clone(),
+        );
+        registry.register(
+            "feature_default_values",
+            "Feature values served that are the declared default",
+            metrics.default_values.clone(),
+        );
+        registry.register(
+            "view_age_seconds",
+            "Age of the oldest row of a view in each request that was served from it",
+            metrics.view_age.clone(),
+        );
         registry.register("predicted_rows", "Rows predicted, by outcome", metrics.rows.clone());
         registry.register("forward_seconds", "Time in the model per request", metrics.forward_seconds.clone());
         registry.register("model", "State and counters of the models served", metrics.models.clone());
@@ -121,6 +232,11 @@ impl Metrics {
             "online_store_errors",
             "Reads that the online store did not answer",
             metrics.store_errors.clone(),
+        );
+        registry.register(
+            "feature_cache_reads",
+            "Reads of the online store answered from the cache in memory, or not",
+            metrics.cache_reads.clone(),
         );
         registry.register("events", "Events pushed, by what became of them", metrics.events.clone());
         registry.register(
@@ -138,6 +254,14 @@ impl Metrics {
         metrics
     }
 
+    pub fn add_freshness(&mut self, freshness: &Freshness) {
+        let registry = &mut self.registry;
+        let help = "From the time of an event to when it can be read online";
+        registry.register("event_freshness_seconds", help, freshness.event.clone());
+        let help = "From when an event arrived, or was due if later, to when it can be read online";
+        registry.register("push_visible_seconds", help, freshness.push.clone());
+    }
+
     pub fn call(&self, method: &str, of: &str, code: &str, took: Duration) {
         let call = Call { method: method.to_owned(), of: of.to_owned(), code: code.to_owned() };
         self.calls.get_or_create(&call).inc();
@@ -145,7 +269,26 @@ impl Metrics {
         self.seconds.get_or_create(&method).observe(took.as_secs_f64());
     }
 
-    pub fn features(&self, service: &ServicePlan, features: &Features) {
+    /// Reads that the cache in memory answered, or did not.
+    pub fn cache_reads(&self, what: &str) -> Counter {
+        self.cache_reads.get_or_create(&What { what: what.to_owned() }).clone()
+    }
+
+    /// The series of one service.
+    pub fn service(&self, service: &ServicePlan) -> ServiceCounters {
+        let outputs = service.outputs.iter().map(|output| {
+            let mut inputs = Vec::new();
+            inputs_of(service, output.slot, &mut inputs);
+            OutputCounters { statuses: Default::default(), stale: OnceLock::new(), defaults: OnceLock::new(), inputs }
+        });
+        let ages = service.inputs.iter().map(|input| {
+            let labels = View { service: service.name.to_string(), view: input.alias.clone() };
+            self.view_age.get_or_create(&labels).clone()
+        });
+        ServiceCounters { outputs: outputs.collect(), ages: ages.collect() }
+    }
+
+    pub fn features(&self, service: &ServicePlan, counters: &ServiceCounters, features: &Features) {
         if let Some(error) = &features.fetched.store_error {
             let what = match error {
                 StoreError::Unreachable { .. } => "unreachable",
@@ -157,13 +300,33 @@ impl Metrics {
             };
             self.store_errors.get_or_create(&What { what: what.to_owned() }).inc();
         }
-        for (output, statuses) in service.outputs.iter().zip(&features.assembled.statuses) {
+        for (input, age) in features.fetched.inputs.iter().zip(&counters.ages) {
+            if let Some(age_max) = input.age_max {
+                age.observe(age_max as f64 / 1e6);
+            }
+        }
+        let assembled = &features.assembled;
+        for (index, (output, counters)) in service.outputs.iter().zip(&counters.outputs).enumerate() {
             let mut counts = [0u64; 6];
-            statuses.iter().for_each(|status| counts[*status as usize] += 1);
+            assembled.statuses[index].iter().for_each(|status| counts[*status as usize] += 1);
             for (number, count) in counts.into_iter().enumerate().filter(|(_, count)| *count > 0) {
-                let status = Status::from_number(number as u8).map_or_else(String::new, |status| status.to_string());
-                let value = Value { service: service.name.to_string(), feature: output.name.clone(), status };
-                self.values.get_or_create(&value).inc_by(count);
+                let counter = counters.statuses[number].get_or_init(|| {
+                    let status = Status::from_number(number as u8);
+                    let status = status.map_or_else(String::new, |status| status.to_string());
+                    let value = Value { service: service.name.to_string(), feature: output.name.clone(), status };
+                    self.values.get_or_create(&value).clone()
+                });
+                counter.inc_by(count);
+            }
+            let feature = || Feature { service: service.name.to_string(), feature: output.name.clone() };
+            let stale = counters.inputs.iter().map(|input| features.fetched.inputs[*input].stale_rows).max();
+            if let Some(stale) = stale.filter(|stale| *stale > 0) {
+                let counter = counters.stale.get_or_init(|| self.stale_values.get_or_create(&feature()).clone());
+                counter.inc_by(u64::from(stale));
+            }
+            if assembled.defaults[index] > 0 {
+                let counter = counters.defaults.get_or_init(|| self.default_values.get_or_create(&feature()).clone());
+                counter.inc_by(u64::from(assembled.defaults[index]));
             }
         }
     }

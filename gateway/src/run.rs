@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use chrono::DateTime;
-use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, Settings};
+use feature_defs::catalog::{LogKind, OnlineUrl, ServeSettings, Settings};
 use inference::model::Runtime;
 use ingest::IngestOptions;
 use online_store::OnlineStore;
@@ -23,6 +23,7 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
 use crate::answer::{Clock, Gateway, Parts};
+use crate::cache::CachedStore;
 use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runtime, listen, local_folder, place};
 use crate::events::Events;
 use crate::follow::{Follower, Retry};
@@ -109,7 +110,7 @@ impl Running {
 pub async fn serve(options: ServeOptions) -> Result<Running, ServeError> {
     let listeners = bind(&options.settings).await?;
     let opened = open(&options).await?;
-    start(listeners, opened, options.settings.serve.request_time, options.clock).await
+    start(listeners, opened, &options.settings.serve, options.clock).await
 }
 
 /// Listens on both ports.
@@ -151,9 +152,19 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let sources = Arc::new(offline.engine.sources().clone());
     let log = local.join("log");
     let clock = options.clock.clone();
-    let ingest = IngestOptions::new(project.as_str(), log, objects, root, store.clone(), sources, clock);
+    let mut ingest = IngestOptions::new(project.as_str(), log, objects, root, store.clone(), sources, clock);
+    // Where requests bring their own times, the server's clock says neither what is due nor what is garbage.
+    ingest.schedule = settings.serve.request_time == RequestTime::Refused;
+    // A Redis forgets by its own clock, which has to be this server's.
+    ingest.expires = settings.serve.request_time == RequestTime::Refused && is_wall_clock(&options.clock);
     let events = data::open_events(ingest).await?;
     Ok(Opened { project, registry, store, events: Some(events), runtime, flight: Some(offline.mount()) })
+}
+
+/// Whether a clock tells the time, give or take an hour: simulations bring their own.
+fn is_wall_clock(clock: &Clock) -> bool {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    clock().abs_diff(i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX)) < 3_600_000_000
 }
 
 /// The control log's entries carry a date; ours is in microseconds.
@@ -166,11 +177,20 @@ fn wall_clock(clock: &Clock) -> registry::Clock {
 pub async fn start(
     listeners: Listeners,
     opened: Opened,
-    request_time: RequestTime,
+    serve: &ServeSettings,
     clock: Clock,
 ) -> Result<Running, ServeError> {
     let Opened { project, registry, store, events, runtime, flight } = opened;
-    let metrics = Arc::new(Metrics::new());
+    let mut metrics = Metrics::new();
+    if let Some(freshness) = events.as_ref().and_then(|events| events.freshness()) {
+        metrics.add_freshness(&freshness);
+    }
+    let metrics = Arc::new(metrics);
+    // Whoever writes goes past the cache.
+    let store = match serve.cache {
+        None => store,
+        Some(cache) => Arc::new(CachedStore::new(store, cache, &metrics)),
+    };
     let follower = Follower::new(registry.clone(), project.clone(), events.clone(), runtime, metrics.clone());
     let follower = Arc::new(follower);
     let draining = CancellationToken::new();
@@ -181,7 +201,7 @@ pub async fn start(
         follower,
         events,
         clock,
-        request_time,
+        request_time: serve.request_time,
         metrics,
         drain: draining.clone(),
     }));

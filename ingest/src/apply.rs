@@ -5,6 +5,10 @@
 //! view of the source, then kept for history. A flush makes the online store durable, appends to history, and lets go of
 //! the log, in this order, so a crash anywhere repeats work and never loses or doubles any: the online store skips what it
 //! has by position, and the history says up to which position it is complete.
+//!
+//! Behind each chunk goes the mark of the source, the position up to which all live generations have every event. A mark
+//! that is found behind what was written says that the store lost its newest writes: everything after the mark is taken
+//! again from history and memory before anything new.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
@@ -14,16 +18,18 @@ use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use arrow::compute::interleave_record_batch;
+use feature_defs::as_of::Times;
 use feature_defs::plan::SourcePlan;
 use feature_defs::time::{Micros, Position};
+use futures::StreamExt;
 use offline_store::history::{History, Positioned};
 use online_store::key::Generation;
-use online_store::{Answer, OnlineStore, Read};
+use online_store::{Answer, Read, StoreError, Write};
 use tokio::time::Instant;
 
 use crate::log::{Durable, Events, Log, LogError, RecordRef};
-use crate::write::{SetAside, ViewWriter, apply};
-use crate::{IngestError, Inner, Stream, dead_letter};
+use crate::write::{Hand, SetAside, ViewWriter, apply};
+use crate::{IngestError, Inner, Phase, Stream, Visible, dead_letter};
 
 /// Rows applied at once: large enough to share the reads of busy entities, small enough to be visible soon.
 const CHUNK_ROWS: usize = 8_192;
@@ -89,6 +95,12 @@ pub(crate) struct StreamState {
     pub imported: bool,
     /// Of the last event applied.
     pub applied: Position,
+    /// Up to where the online store has said that it has every event.
+    marked: Option<Position>,
+    /// The online store lost events after this, which are written again before anything else is.
+    lost_after: Option<Position>,
+    /// Of those who found the log full, how many have been served.
+    flushes_seen: u64,
     /// Of the last event received from the log.
     received: u64,
     received_arrival: Micros,
@@ -124,6 +136,9 @@ impl StreamState {
             builder_runs: false,
             imported: false,
             applied,
+            marked: None,
+            lost_after: None,
+            flushes_seen: 0,
             received: 0,
             received_arrival: Micros::MIN,
             waiting: VecDeque::new(),
@@ -356,7 +371,6 @@ impl StreamState {
         }
         self.ticked = true;
         let (chunk, unreadable) = self.load(&inner.log)?;
-        let store = &inner.options.online;
         let project = inner.project_path();
         for found in unreadable {
             let positions = found.positions();
@@ -367,26 +381,101 @@ impl StreamState {
                 .await
                 .map_err(IngestError::DeadLetter)?;
         }
+        let last = self.picked.iter().map(|pick| pick.position).max().unwrap_or(self.applied);
         if let Some(chunk) = chunk {
-            let aside = apply_rows(&**store, inner, &self.plan, &self.live, &chunk).await?;
+            let mark = inner.mark_of(&stream.name);
+            let hand = self.hand(inner, &mark);
+            hand.check_mark().await?;
+            let (aside, event_times) = apply_rows(hand, &self.plan, &self.live, &chunk).await?;
+            self.write_mark(inner, last).await?;
             dead_letter::write(&inner.options.store, &project, &stream.name, &chunk.batch, &chunk.positions, &aside)
                 .await
                 .map_err(IngestError::DeadLetter)?;
+            measure(inner, stream, &chunk, &event_times);
             self.unflushed_rows += chunk.positions.len();
             self.unflushed.push(chunk);
         }
         self.unflushed_since.get_or_insert_with(Instant::now);
         for pick in self.picked.drain(..) {
             *self.release.entry(pick.record.segment).or_default() += 1;
-            self.applied = self.applied.max(pick.position);
         }
+        self.applied = self.applied.max(last);
         self.picked_events.clear();
         stream.applied.send_replace(self.applied);
         Ok(true)
     }
 
+    /// Who writes the live generations.
+    fn hand<'a>(&self, inner: &'a Inner, mark: &'a str) -> Hand<'a> {
+        let mark = self.marked.filter(|_| !self.live.is_empty()).map(|marked| (mark, marked));
+        Hand { store: &*inner.options.online, project: &inner.options.project, epoch: inner.epoch(), mark }
+    }
+
+    /// All live generations have every event up to this position.
+    async fn write_mark(&mut self, inner: &Inner, position: Position) -> Result<(), IngestError> {
+        if !self.live.is_empty() {
+            let mark = Write::Mark(inner.mark_of(&self.plan.name), position);
+            inner.options.online.write(vec![mark]).await?;
+            self.marked = self.marked.max(Some(position));
+        }
+        Ok(())
+    }
+
+    /// What the mark says now. What is after it, and was written, has to be written again.
+    pub fn look_at_mark(&mut self, inner: &Inner, mark: Position) {
+        let written = self.marked.unwrap_or(self.history.manifest().applied);
+        self.marked = Some(mark);
+        if mark < written {
+            tracing::warn!(source = %self.plan.name, "the online store lost its newest writes; they are written again");
+            self.lost_after = Some(self.lost_after.map_or(mark, |lost| lost.min(mark)));
+            for writer in &self.live {
+                inner.set_phase(&writer.generation, Phase::Building { rows: 0 });
+            }
+        }
+    }
+
+    /// Writes everything that was applied after a position to the live generations, again: from history, and from memory
+    /// what is not there yet.
+    async fn write_again(&mut self, inner: &Inner, stream: &Stream) -> Result<(), IngestError> {
+        let mut rows = 0;
+        while let Some(after) = self.lost_after {
+            let mut scan = self.history.scan(&self.plan, None, after);
+            while let Some(part) = scan.next().await.transpose()? {
+                rows += self.write_part_again(inner, &part).await?;
+            }
+            for index in 0..self.unflushed.len() {
+                let part = self.unflushed[index].clone();
+                rows += self.write_part_again(inner, &part).await?;
+            }
+            self.write_mark(inner, self.applied).await?;
+            self.lost_after = None;
+        }
+        for writer in &self.live {
+            inner.set_phase(&writer.generation, Phase::Ready);
+        }
+        tracing::info!(source = %stream.name, rows, "what the online store lost is written again");
+        Ok(())
+    }
+
+    async fn write_part_again(&mut self, inner: &Inner, part: &Positioned) -> Result<usize, IngestError> {
+        let lost_after = self.lost_after.unwrap_or(Position::START);
+        let from = part.positions.partition_point(|position| *position <= lost_after);
+        let Some(last) = part.positions.last().copied().filter(|_| from < part.positions.len()) else { return Ok(0) };
+        let batch = part.batch.slice(from, part.positions.len() - from);
+        let part = Positioned { batch, positions: part.positions[from..].to_vec() };
+        let mark = inner.mark_of(&self.plan.name);
+        let hand = self.hand(inner, &mark);
+        hand.check_mark().await?;
+        // What is set aside was set aside before, and is kept.
+        apply_rows(hand, &self.plan, &self.live, &part).await?;
+        self.write_mark(inner, last).await?;
+        self.lost_after = Some(last);
+        Ok(part.positions.len())
+    }
+
     /// Makes everything applied durable online and puts it into history. Returns the number of events.
     pub async fn flush(&mut self, inner: &Inner) -> Result<u64, IngestError> {
+        inner.check_fence()?;
         if self.release.is_empty() {
             return Ok(0);
         }
@@ -412,6 +501,10 @@ impl StreamState {
         if !self.imported || self.retry_at.is_some_and(|at| Instant::now() < at) {
             return false;
         }
+        if let Err(error) = inner.check_fence() {
+            stream.set_trouble(Some(error.to_string()));
+            return false;
+        }
         match self.try_step(inner, stream).await {
             Ok(more) => {
                 if std::mem::take(&mut self.grown) {
@@ -423,6 +516,15 @@ impl StreamState {
                 }
                 self.retry_pause = RETRY_FIRST;
                 more
+            }
+            Err(IngestError::Store(error @ StoreError::Fenced { .. })) => {
+                inner.fence(&error);
+                stream.set_trouble(inner.check_fence().err().map(|error| error.to_string()));
+                false
+            }
+            Err(IngestError::Lost { mark }) => {
+                self.lost(inner, stream, mark);
+                true
             }
             Err(error) => {
                 let what = crate::error_chain(&error);
@@ -438,10 +540,15 @@ impl StreamState {
     }
 
     async fn try_step(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, IngestError> {
-        let old = self.unflushed_since.is_some_and(|since| since.elapsed() >= inner.options.flush_after);
+        if self.lost_after.is_some() {
+            self.write_again(inner, stream).await?;
+        }
+        let asked = inner.flushes_asked.load(Ordering::Acquire);
+        let is_asked = asked != std::mem::replace(&mut self.flushes_seen, asked);
+        let old = self.unflushed_since.is_some_and(|since| is_asked || since.elapsed() >= inner.options.flush_after);
         let may = self.flush_again_at.is_none_or(|at| Instant::now() >= at);
         if may && (old || self.unflushed_rows >= FLUSH_ROWS) {
-            self.check_live(inner, stream).await?;
+            self.look(inner, stream).await?;
             match self.flush(inner).await {
                 Ok(_) => {
                     if self.flush_again_at.take().is_some() {
@@ -474,27 +581,74 @@ impl StreamState {
         Some(due.max(allowed).max(Duration::from_millis(1)))
     }
 
-    /// A store that lost its contents lost the facts too: such generations are built again from history.
-    async fn check_live(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestError> {
-        let reads: Vec<Read> = self.live.iter().map(|writer| Read::Fact(writer.generation.ready_fact())).collect();
-        let answers = inner.options.online.read(&reads).await?;
-        let mut lost = Vec::new();
-        let mut answers = answers.iter();
-        self.live.retain(|writer| {
-            let there = matches!(answers.next(), Some(Answer::Fact(Some(_))));
-            if !there {
-                lost.push(writer.clone());
-            }
-            there
-        });
-        if !lost.is_empty() {
-            tracing::warn!(source = %stream.name, views = lost.len(), "the online store lost its contents; they are built again from history");
-            for writer in &lost {
-                inner.set_phase(&writer.generation, crate::Phase::Building { rows: 0 });
-            }
-            self.building.extend(lost);
-            crate::backfill::start(inner, stream, self);
+    /// A store that lost its contents lost the facts too: such generations are built again from history. One that lost
+    /// its newest writes lost its newest mark.
+    pub async fn look(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestError> {
+        if self.live.is_empty() {
+            return Ok(());
         }
+        let mut reads: Vec<Read> = self.live.iter().map(|writer| Read::Fact(writer.generation.ready_fact())).collect();
+        reads.push(Read::Mark(inner.mark_of(&stream.name)));
+        let mut answers = inner.options.online.read(&reads).await?;
+        let mark = match answers.pop() {
+            Some(Answer::Mark(mark)) => mark,
+            _ => None,
+        };
+        let mut answers = answers.iter();
+        let is_there: Vec<bool> =
+            self.live.iter().map(|_| matches!(answers.next(), Some(Answer::Fact(Some(_))))).collect();
+        let mut is_there = is_there.into_iter();
+        let (there, lost): (Vec<_>, Vec<_>) =
+            self.live.drain(..).partition(|_| is_there.next().unwrap_or(false) && mark.is_some());
+        self.live = there;
+        self.build_again(inner, stream, lost);
+        if let Some(mark) = mark.filter(|_| !self.live.is_empty()) {
+            self.look_at_mark(inner, mark);
+            if self.lost_after.is_some() {
+                inner.wake.notify_one();
+            }
+        }
+        Ok(())
+    }
+
+    /// A writer found the mark behind, or gone.
+    fn lost(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>, mark: Option<Position>) {
+        match mark {
+            Some(mark) => self.look_at_mark(inner, mark),
+            None => {
+                let lost = std::mem::take(&mut self.live);
+                self.build_again(inner, stream, lost);
+            }
+        }
+    }
+
+    fn build_again(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>, lost: Vec<Arc<ViewWriter>>) {
+        if self.live.is_empty() {
+            (self.marked, self.lost_after) = (None, None);
+        }
+        if lost.is_empty() {
+            return;
+        }
+        tracing::warn!(source = %stream.name, views = lost.len(), "the online store lost its contents; they are built again from history");
+        for writer in &lost {
+            inner.set_phase(&writer.generation, Phase::Building { rows: 0 });
+        }
+        self.building.extend(lost);
+        crate::backfill::start(inner, stream, self);
+    }
+
+    /// Generations that were built join the live ones at what is applied. The caller has made sure that all of it is in
+    /// them.
+    pub async fn join(&mut self, inner: &Inner, writers: &[Arc<ViewWriter>]) -> Result<(), IngestError> {
+        // While something is lost, the mark has to stay where it is.
+        if self.lost_after.is_none() {
+            let mark = inner.mark_of(&self.plan.name);
+            self.hand(inner, &mark).check_mark().await?;
+            inner.options.online.write(vec![Write::Mark(mark, self.applied)]).await?;
+            self.marked = self.marked.max(Some(self.applied));
+        }
+        self.building.retain(|writer| !writers.iter().any(|done| Arc::ptr_eq(done, writer)));
+        self.live.extend(writers.iter().cloned());
         Ok(())
     }
 
@@ -522,22 +676,34 @@ impl Unreadable {
     }
 }
 
-/// Applies rows in order of position to these generations; returns what had to be set aside.
+/// Applies rows in order of position to these generations; returns what had to be set aside, and the times of the rows.
 pub(crate) async fn apply_rows(
-    store: &dyn OnlineStore,
-    inner: &Inner,
+    hand: Hand<'_>,
     plan: &SourcePlan,
     writers: &[Arc<ViewWriter>],
     rows: &Positioned,
-) -> Result<Vec<SetAside>, IngestError> {
+) -> Result<(Vec<SetAside>, Vec<Option<Times>>), IngestError> {
     let times = plan.times(&rows.batch, Some(&rows.positions))?;
     let mut aside = Vec::new();
     let mut work = Vec::new();
     for writer in writers {
         work.extend(writer.work(&rows.batch, &times, &mut aside));
     }
-    aside.extend(apply(store, &inner.options.project, &work).await?);
-    Ok(aside)
+    aside.extend(apply(hand, &work).await?.aside);
+    Ok((aside, times))
+}
+
+/// Tells the meter how long the events of a chunk took.
+fn measure(inner: &Inner, stream: &Stream, chunk: &Positioned, times: &[Option<Times>]) {
+    let Some(meter) = &inner.options.meter else { return };
+    let now = (inner.options.clock)();
+    let since = |time: Micros| now.saturating_sub(time).max(0);
+    let visible = |(position, times): (&Position, &Option<Times>)| Visible {
+        since_event: since(times.map_or(position.time, |times| times.event_time)),
+        since_arrival: since(position.time),
+    };
+    let events: Vec<Visible> = chunk.positions.iter().zip(times).map(visible).collect();
+    meter.visible(&stream.name, &events);
 }
 
 /// The task: until the process ends, or everything is applied and flushed after [`Inner::stop`].

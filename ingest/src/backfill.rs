@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{Array, RecordBatch, UInt64Array};
+use arrow::array::{RecordBatch, UInt64Array};
 use arrow::compute::{concat_batches, take_record_batch};
 use arrow::datatypes::Schema;
 use bytes::Bytes;
@@ -18,12 +18,12 @@ use feature_defs::time::{Micros, Position};
 use feature_defs::value::{Value, encode_row};
 use futures::StreamExt;
 use offline_store::history::{History, HistoryError, Imported, Positioned};
-use online_store::Write;
+use online_store::{StoreError, Write};
 
 use crate::apply::{StreamState, apply_rows};
 use crate::log::Log;
 use crate::push::in_range;
-use crate::write::ViewWriter;
+use crate::write::{Lane, ViewWriter};
 use crate::{IngestError, Inner, Phase, Stream, dead_letter, lock};
 
 /// Rows applied at once: entities are read, changed and written once per chunk, so larger is faster; about 100 MB of rows
@@ -51,6 +51,7 @@ async fn build(inner: &Arc<Inner>, stream: &Arc<Stream>) {
         match try_build(inner, stream).await {
             Ok(true) => {}
             Ok(false) => return,
+            Err(IngestError::Store(error @ StoreError::Fenced { .. })) => return inner.fence(&error),
             Err(error) => {
                 let error = crate::error_chain(&error);
                 tracing::error!(source = %stream.name, error, "views cannot be built; it is tried again");
@@ -83,6 +84,9 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
         store.write(vec![Write::Fact(writer.generation.ready_fact(), None)]).await?;
         store.remove_generation(&writer.generation).await?;
     }
+    // Behind each chunk goes a mark, so that a store that loses what was written is noticed, and the build repeated.
+    let lane = format!("mark/{}/{}/build", inner.options.project, stream.name);
+    let mut lane = Lane::open(&**store, vec![lane]).await?.remove(0);
     tracing::info!(source = %stream.name, views = wanted.len(), "building views from history");
     let started = tokio::time::Instant::now();
     let mut from = Position::START;
@@ -100,7 +104,7 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
         if writers.is_empty() {
             return Ok(true);
         }
-        let round = pass(inner, stream, &plan, &writers, scan, &mut from, &mut rows).await?;
+        let round = pass(inner, stream, &mut lane, (&plan, &writers), scan, &mut from, &mut rows).await?;
         if round < LAST_ROUND_ROWS {
             break;
         }
@@ -110,8 +114,10 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
     let writers = still_wanted(&wanted, &state);
     let scan = state.history.scan(&state.plan, Some(columns(&writers)), from);
     let plan = state.plan.clone();
-    pass(inner, stream, &plan, &writers, scan, &mut from, &mut rows).await?;
+    pass(inner, stream, &mut lane, (&plan, &writers), scan, &mut from, &mut rows).await?;
+    lane.hand(&**store, &inner.options.project, 0).check_mark().await?;
     // Everything in history is in them now, and everything applied is in history, so they join here.
+    state.join(inner, &writers).await?;
     store.sync().await?;
     let ready =
         writers.iter().map(|writer| Write::Fact(writer.generation.ready_fact(), Some(Bytes::from_static(b"1"))));
@@ -120,8 +126,6 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
     for writer in &writers {
         inner.set_phase(&writer.generation, Phase::Ready);
     }
-    state.building.retain(|writer| !writers.iter().any(|done| Arc::ptr_eq(done, writer)));
-    state.live.extend(writers);
     inner.remember_wanted(&stream.name, &state).await?;
     stream.set_build_trouble(None);
     let seconds = started.elapsed().as_secs_f64();
@@ -145,8 +149,8 @@ fn columns(writers: &[Arc<ViewWriter>]) -> Vec<String> {
 async fn pass(
     inner: &Arc<Inner>,
     stream: &Stream,
-    plan: &SourcePlan,
-    writers: &[Arc<ViewWriter>],
+    lane: &mut Lane,
+    (plan, writers): (&SourcePlan, &[Arc<ViewWriter>]),
     mut scan: futures::stream::BoxStream<'static, Result<Positioned, HistoryError>>,
     from: &mut Position,
     total: &mut u64,
@@ -166,7 +170,12 @@ async fn pass(
             let batch = concat_batches(&chunk[0].batch.schema(), chunk.iter().map(|part| &part.batch))
                 .map_err(|error| IngestError::Arrow(error.to_string()))?;
             let whole = Positioned { batch, positions };
-            let aside = apply_rows(&*inner.options.online, inner, plan, writers, &whole).await?;
+            let store = &*inner.options.online;
+            let hand = lane.hand(store, &inner.options.project, inner.epoch());
+            hand.check_mark().await?;
+            let (aside, _) = apply_rows(hand, plan, writers, &whole).await?;
+            store.write(vec![Write::Mark(lane.mark.clone(), lane.next())]).await?;
+            lane.advance();
             dead_letter::write(
                 &inner.options.store,
                 &inner.project_path(),
@@ -277,16 +286,14 @@ async fn import(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestEr
 
 fn remember_ids(stream: &Stream, plan: &SourcePlan, batch: &RecordBatch) {
     let SourceKind::Stream { event_id: Some(name), .. } = &plan.kind else { return };
-    let (Some(column), Some(column_type)) = (batch.column_by_name(name), plan.column_type(name)) else { return };
     let mut intake = lock(&stream.intake);
-    for row in 0..column.len() {
-        if let Some(id) = intake.ids.hash(column, row, column_type) {
-            intake.ids.insert_imported(id);
-        }
+    for id in intake.ids.hashes(plan, name, batch).into_iter().flatten() {
+        intake.ids.insert_imported(id);
     }
 }
 
-/// Fills the index of event ids from the history: what was imported, and what was pushed within the horizon.
+/// Fills the index of event ids from the history: what was imported, and what was pushed within the horizon, with what it
+/// said.
 pub(crate) async fn recall_ids(
     stream: &Stream,
     plan: &Arc<SourcePlan>,
@@ -294,17 +301,26 @@ pub(crate) async fn recall_ids(
     oldest: Micros,
 ) -> Result<(), IngestError> {
     let SourceKind::Stream { event_id: Some(name), .. } = &plan.kind else { return Ok(()) };
-    let Some(column_type) = plan.column_type(name) else { return Ok(()) };
-    let mut scan = history.scan(plan, Some(vec![name.clone()]), Position::START);
+    if history.manifest().imported.is_some() {
+        let mut scan = history.scan(plan, Some(vec![name.clone()]), Position::START);
+        while let Some(events) = scan.next().await.transpose()? {
+            let mut intake = lock(&stream.intake);
+            let ids = intake.ids.hashes(plan, name, &events.batch);
+            for (position, id) in events.positions.iter().zip(ids) {
+                if let Some(id) = id.filter(|_| position.sequence < offline_store::history::FIRST_PUSHED) {
+                    intake.ids.insert_imported(id);
+                }
+            }
+        }
+    }
+    let mut scan = history.scan(plan, None, Position { time: oldest, sequence: 0 });
     while let Some(events) = scan.next().await.transpose()? {
-        let Some(column) = events.batch.column_by_name(name) else { continue };
         let mut intake = lock(&stream.intake);
-        for (row, position) in events.positions.iter().enumerate() {
-            let Some(id) = intake.ids.hash(column, row, column_type) else { continue };
-            if position.sequence < offline_store::history::FIRST_PUSHED {
-                intake.ids.insert_imported(id);
-            } else if position.time >= oldest {
-                intake.ids.insert(id, position.time);
+        let ids = intake.ids.hashes(plan, name, &events.batch);
+        let payloads = intake.ids.payloads(plan, &events.batch);
+        for ((position, id), payload) in events.positions.iter().zip(ids).zip(payloads) {
+            if let Some(id) = id.filter(|_| position.sequence >= offline_store::history::FIRST_PUSHED) {
+                intake.ids.insert(id, Some(payload), position.time);
             }
         }
     }

@@ -3,17 +3,20 @@
 //! This crate moves data between the world and the two stores. [`Ingest::push`] puts events of streams into a durable log
 //! ([`log`]); the applier ([`apply`](mod@apply)) takes them, in order of position, into the online store and into history.
 //! Views that are new are built from history while live events go on ([`backfill`]). Files that somebody else owns are
-//! materialized up to a time ([`materialize`]). What a row means is decided by `feature-defs`; how it is stored, by the
+//! materialized up to a time ([`materialize`]), when somebody asks, on their grid ([`keep`]), and when the online store has
+//! lost them; every run is written down ([`runs`]). What a row means is decided by `feature-defs`; how it is stored, by the
 //! stores.
 //!
 //! There is one `Ingest` per project, and it is the only writer of the project's log, history and online rows.
 
 pub mod log;
+pub mod runs;
 
 mod apply;
 mod backfill;
 mod dead_letter;
 mod event_ids;
+mod keep;
 mod materialize;
 mod push;
 mod tables;
@@ -47,9 +50,10 @@ use crate::apply::StreamState;
 use crate::event_ids::EventIds;
 use crate::log::{Durable, Log, LogError, LogOptions, Opened, RecordRef};
 use crate::push::Intake;
-use crate::write::ViewWriter;
+use crate::runs::{Run, RunLog, RunsError};
+use crate::write::{ViewWriter, WriteError};
 
-pub use crate::materialize::{Mode, Progress, Stage};
+pub use crate::materialize::{Mode, Progress, Stage, ViewProgress};
 pub use crate::tables::TableProgress;
 
 /// Where times come from: the process's clock, or a test's.
@@ -70,6 +74,28 @@ pub struct IngestOptions {
     pub limits: Limits,
     /// Applied events become history after this time at the latest.
     pub flush_after: Duration,
+    /// Sources of files are materialized by themselves at every instant of their `every`. Not where requests bring their
+    /// own times (`serve.request_time: allowed`): a replay says itself how far it is.
+    pub schedule: bool,
+    /// The online store may forget what no request of now can see. Not where requests bring their own times.
+    pub expires: bool,
+    /// Told how long events took to be visible.
+    pub meter: Option<Arc<dyn Meter>>,
+}
+
+/// Measures freshness.
+pub trait Meter: Send + Sync + 'static {
+    /// Events of a source can be seen online now.
+    fn visible(&self, source: &str, events: &[Visible]);
+}
+
+/// How long one event took, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Visible {
+    /// Since its event time.
+    pub since_event: Micros,
+    /// Since it arrived, or since it was due if that was later.
+    pub since_arrival: Micros,
 }
 
 /// What is kept in memory at most.
@@ -85,6 +111,12 @@ pub struct Limits {
     pub materialize_rows_max: usize,
     /// How long a push waits for the import of a prior history.
     pub import_wait: Duration,
+    /// How long a push waits for room in a full log, before it is refused.
+    pub room_wait: Duration,
+    /// How long a push that asked for it waits until its events are visible.
+    pub visible_wait: Duration,
+    /// How far ahead of the clock event times may be; beyond it they are mistakes.
+    pub ahead_max: Micros,
 }
 
 impl Default for Limits {
@@ -95,6 +127,9 @@ impl Default for Limits {
             early_rows_max: 4_000_000,
             materialize_rows_max: 2_000_000,
             import_wait: Duration::from_secs(10),
+            room_wait: Duration::from_secs(5),
+            visible_wait: Duration::from_secs(30),
+            ahead_max: 7 * DAY,
         }
     }
 }
@@ -121,6 +156,9 @@ impl IngestOptions {
             log: LogOptions::default(),
             limits: Limits::default(),
             flush_after: apply::FLUSH_AFTER,
+            schedule: true,
+            expires: true,
+            meter: None,
         }
     }
 }
@@ -161,6 +199,16 @@ pub enum IngestError {
     Background(#[source] std::io::Error),
     #[error("ingestion is shutting down; push again when the server is back")]
     Stopping,
+    #[error(
+        "another process has taken over writing the online store of this project ({what}); stop one of the two: this one takes nothing more until it is started again, and keeps what is in its log"
+    )]
+    Fenced { what: String },
+    #[error(
+        "the events are in the log and are not visible within {seconds} s ({what}); they will be, and need not be pushed again"
+    )]
+    NotVisible { seconds: u64, what: String },
+    #[error("the online store lost what was written last; it is written again")]
+    Lost { mark: Option<Position> },
     #[error("no definitions were applied yet; run `coeval apply` first")]
     NoPlan,
     #[error(transparent)]
@@ -173,6 +221,8 @@ pub enum IngestError {
     History(#[from] HistoryError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Runs(#[from] RunsError),
     #[error(
         "rows cannot be made visible through {through}, which is after the server's clock, {now}: rows that arrive until then would be left out for good; say `--through now`"
     )]
@@ -194,11 +244,23 @@ impl IngestError {
             | IngestError::TableInUse { .. }
             | IngestError::Background(_)
             | IngestError::Stopping
+            | IngestError::NotVisible { .. }
+            | IngestError::Lost { .. }
             | IngestError::DeadLetter(_) => true,
             IngestError::Log(error) => error.is_retryable(),
             IngestError::Store(error) => error.is_retryable(),
             IngestError::History(error) => error.is_retryable(),
+            IngestError::Runs(error) => error.is_retryable(),
             _ => false,
+        }
+    }
+}
+
+impl From<WriteError> for IngestError {
+    fn from(error: WriteError) -> IngestError {
+        match error {
+            WriteError::Store(error) => IngestError::Store(error),
+            WriteError::Lost { mark } => IngestError::Lost { mark },
         }
     }
 }
@@ -323,6 +385,16 @@ pub(crate) struct Inner {
     pub log: Log,
     /// Rings when the applier should look again: the clock was set, something was adopted.
     pub wake: Notify,
+    /// The same for whoever looks after the online store.
+    pub look: Notify,
+    /// What this process writes as, once it has taken over; 0 before.
+    epoch: AtomicU64,
+    /// Why this process may not write any more.
+    fenced: watch::Sender<Option<String>>,
+    /// Counts pushes that found the log full: the applier then flushes at once.
+    pub flushes_asked: AtomicU64,
+    /// Runs that go on by themselves, and why those do not that should.
+    pub kept: Mutex<keep::Kept>,
     pub stopping: watch::Sender<bool>,
     streams: Mutex<BTreeMap<Arc<str>, Arc<Stream>>>,
     /// Records found when the log was opened, until their source is adopted.
@@ -382,6 +454,11 @@ impl Ingest {
             options,
             log,
             wake: Notify::new(),
+            look: Notify::new(),
+            epoch: AtomicU64::new(0),
+            fenced: watch::channel(None).0,
+            flushes_asked: AtomicU64::new(0),
+            kept: Mutex::default(),
             stopping: watch::channel(false).0,
             streams: Mutex::default(),
             found: Mutex::new(found),
@@ -402,6 +479,7 @@ impl Ingest {
             tracing::warn!(folder = %spill.display(), %error, "temporary files of an earlier process could not be deleted");
         }
         let applier = tokio::spawn(apply::run(inner.clone(), durable));
+        inner.spawn(keep::run(inner.clone()));
         Ok(Ingest { inner, applier: Mutex::new(Some(applier)) })
     }
 
@@ -416,26 +494,22 @@ impl Ingest {
     pub async fn adopt_with(&self, plan: Arc<Plan>, pinned: &[Arc<ViewPlan>]) -> Result<(), IngestError> {
         let _one = self.inner.adopting.lock().await;
         self.inner.check_running()?;
+        self.inner.take_over().await?;
         for source in plan.sources.iter().filter(|source| source.is_stream()) {
             self.inner.adopt_stream(source).await?;
         }
         let all: Vec<Arc<ViewPlan>> = plan.views.iter().chain(pinned).cloned().collect();
-        let writer = |view: &Arc<ViewPlan>| Arc::new(ViewWriter::new(&self.inner.options.project, view.clone()));
-        let mut static_sources = BTreeSet::new();
         let mut wanted_generations = BTreeSet::new();
         for source in &plan.sources {
             let views = all.iter().filter(|view| view.source.name == source.name && !view.is_offline_only());
-            let mut writers: Vec<Arc<ViewWriter>> = views.map(writer).collect();
+            let mut writers: Vec<Arc<ViewWriter>> = views.map(|view| self.inner.writer(view)).collect();
             writers.sort_by(|a, b| a.generation.cmp(&b.generation));
             writers.dedup_by(|a, b| a.generation == b.generation);
             wanted_generations.extend(writers.iter().map(|writer| writer.generation.clone()));
             if source.is_stream() {
                 self.inner.adopt_views(&source.name, writers).await?;
             } else {
-                let any_missing = self.inner.adopt_file_views(&source.name, &writers).await?;
-                if source.is_static() && any_missing {
-                    static_sources.insert(source.name.to_string());
-                }
+                self.inner.adopt_file_views(&source.name, &writers).await?;
             }
         }
         lock(&self.inner.phases).retain(|generation, _| wanted_generations.contains(generation));
@@ -447,11 +521,8 @@ impl Ingest {
         }
         *lock(&self.inner.plan) = Some(plan);
         *lock(&self.inner.pinned) = pinned.to_vec();
-        if !static_sources.is_empty() {
-            let inner = self.inner.clone();
-            self.inner.spawn(async move { materialize::load_static(&inner, static_sources).await });
-        }
         self.inner.wake.notify_one();
+        self.inner.look.notify_one();
         Ok(())
     }
 
@@ -527,6 +598,16 @@ impl Ingest {
         phases.iter().filter(|(_, phase)| **phase != Phase::Ready).map(|(g, phase)| (g.clone(), *phase)).collect()
     }
 
+    /// What goes wrong with what is done without being asked, for people.
+    pub fn troubles(&self) -> Vec<String> {
+        lock(&self.inner.kept).troubles()
+    }
+
+    /// The newest runs of a source of files, newest first.
+    pub async fn runs(&self, source: &str, runs_max: usize) -> Result<Vec<Run>, IngestError> {
+        Ok(self.inner.runs().newest(source, runs_max).await?)
+    }
+
     pub fn status(&self) -> Vec<StreamStatus> {
         self.inner.streams().values().map(|stream| stream.status()).collect()
     }
@@ -536,9 +617,10 @@ impl Ingest {
         self.inner.log.bytes()
     }
 
-    /// Makes the applier look again at once, for tests and simulations that set the clock.
+    /// Makes appliers and schedules look again at once, for tests and simulations that set the clock.
     pub fn wake(&self) {
         self.inner.wake.notify_one();
+        self.inner.look.notify_one();
     }
 
     /// Takes no more pushes, applies what is due, puts it into history and closes the log.
@@ -613,8 +695,58 @@ impl Inner {
         tasks.push(tokio::spawn(task));
     }
 
-    fn check_running(&self) -> Result<(), IngestError> {
-        if *self.stopping.borrow() { Err(IngestError::Stopping) } else { Ok(()) }
+    pub fn runs(&self) -> RunLog {
+        RunLog::new(self.options.store.clone(), self.project_path())
+    }
+
+    pub fn writer(&self, view: &Arc<ViewPlan>) -> Arc<ViewWriter> {
+        Arc::new(ViewWriter::new(&self.options.project, view.clone(), self.options.expires))
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Claims the online store for this process: writes of those before it are refused from now on.
+    async fn take_over(&self) -> Result<(), IngestError> {
+        if self.epoch() == 0 {
+            let candidate = u64::try_from((self.options.clock)()).unwrap_or(1).max(1);
+            let name = format!("applier/{}", self.options.project);
+            let epoch = self.options.online.claim(&name, candidate).await?;
+            self.epoch.store(epoch, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// This process was replaced: it writes nothing more.
+    pub fn fence(&self, error: &StoreError) {
+        let what = error.to_string();
+        let is_news = self.fenced.send_if_modified(|fenced| {
+            let is_news = fenced.is_none();
+            fenced.get_or_insert(what.clone());
+            is_news
+        });
+        if is_news {
+            tracing::error!(what, "another process has taken over the online store; this one stops writing");
+        }
+    }
+
+    pub fn check_fence(&self) -> Result<(), IngestError> {
+        match &*self.fenced.borrow() {
+            Some(what) => Err(IngestError::Fenced { what: what.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until this process is fenced.
+    pub async fn until_fenced(&self) {
+        let mut fenced = self.fenced.subscribe();
+        // The sender lives as long as this.
+        let _ = fenced.wait_for(Option::is_some).await;
+    }
+
+    pub fn check_running(&self) -> Result<(), IngestError> {
+        if *self.stopping.borrow() { Err(IngestError::Stopping) } else { self.check_fence() }
     }
 
     fn stream(&self, source: &str) -> Result<Arc<Stream>, IngestError> {
@@ -657,7 +789,7 @@ impl Inner {
                 state.imported = false;
                 stream.imported.send_replace(false);
             }
-            lock(&stream.intake).plan = source.clone();
+            lock(&stream.intake).adopt(source.clone());
             stream.adopted.store(true, Ordering::Release);
             return Ok(());
         }
@@ -672,7 +804,7 @@ impl Inner {
         let applied = history.manifest().applied;
         let stream = Arc::new(Stream {
             name: source.name.clone(),
-            intake: Mutex::new(Intake { plan: source.clone(), ids, last_on_time: applied }),
+            intake: Mutex::new(Intake::new(source.clone(), ids, applied)),
             applied: watch::channel(applied).0,
             imported: watch::channel(imported).0,
             early: AtomicU64::new(0),
@@ -712,18 +844,28 @@ impl Inner {
     ) -> Result<(), IngestError> {
         let SourceKind::Stream { event_id: Some(name), .. } = &source.kind else { return Ok(()) };
         let events = self.log.read(record)?;
-        // A record whose columns no longer fit is a matter for the applier.
-        let Ok(batch) = source.align(&events.batch, Some(std::slice::from_ref(name))) else { return Ok(()) };
-        let (Some(column), Some(column_type)) = (batch.column_by_name(name), source.column_type(name)) else {
-            return Ok(());
+        // A record whose columns no longer fit is a matter for the applier; its ids are remembered if they can be read.
+        let (batch, is_whole) = match source.align(&events.batch, None) {
+            Ok(batch) => (batch, true),
+            Err(_) => match source.align(&events.batch, Some(std::slice::from_ref(name))) {
+                Ok(batch) => (batch, false),
+                Err(_) => return Ok(()),
+            },
         };
         let mut intake = lock(&stream.intake);
-        for row in 0..batch.num_rows() {
-            if let Some(id) = intake.ids.hash(column, row, column_type) {
-                intake.ids.insert(id, record.arrival);
+        let payloads = is_whole.then(|| intake.ids.payloads(source, &batch));
+        for (row, id) in intake.ids.hashes(source, name, &batch).into_iter().enumerate() {
+            if let Some(id) = id {
+                let payload = payloads.as_ref().map(|payloads| payloads[row]);
+                intake.ids.insert(id, payload, record.arrival);
             }
         }
         Ok(())
+    }
+
+    /// The name of the mark up to which a stream's events are in all of its live generations.
+    pub fn mark_of(&self, source: &str) -> String {
+        format!("mark/{}/{source}", self.options.project)
     }
 
     fn wanted_fact(&self, source: &str) -> String {
@@ -748,18 +890,23 @@ impl Inner {
         let Some(stream) = lock(&self.streams).get(source).cloned() else { return Ok(()) };
         let mut state = stream.state.lock().await;
         let online = &self.options.online;
-        let mut reads = vec![Read::Fact(self.wanted_fact(source))];
+        let mut reads = vec![Read::Fact(self.wanted_fact(source)), Read::Mark(self.mark_of(source))];
         reads.extend(writers.iter().map(|writer| Read::Fact(writer.generation.ready_fact())));
         let answers = online.read(&reads).await?;
         let before: BTreeSet<String> = match answers.first() {
             Some(Answer::Fact(Some(names))) => String::from_utf8_lossy(names).lines().map(str::to_owned).collect(),
             _ => BTreeSet::new(),
         };
+        // A generation is ready only behind a mark.
+        let mark = match answers.get(1) {
+            Some(Answer::Mark(mark)) => *mark,
+            _ => None,
+        };
         let (mut live, mut building, mut forget) = (Vec::new(), Vec::new(), Vec::new());
-        for (writer, answer) in writers.into_iter().zip(&answers[1..]) {
+        for (writer, answer) in writers.into_iter().zip(&answers[2..]) {
             let fact = writer.generation.ready_fact();
             let is_ready = matches!(answer, Answer::Fact(Some(_)));
-            if is_ready && before.contains(&fact) && state.imported {
+            if is_ready && mark.is_some() && before.contains(&fact) && state.imported {
                 self.set_phase(&writer.generation, Phase::Ready);
                 live.push(writer);
             } else {
@@ -788,6 +935,9 @@ impl Inner {
         }
         state.live = live;
         state.building = building;
+        if let Some(mark) = mark.filter(|_| !state.live.is_empty()) {
+            state.look_at_mark(self, mark);
+        }
         self.remember_wanted(source, &state).await?;
         backfill::start(self, &stream, &mut state);
         drop(state);
@@ -801,20 +951,17 @@ impl Inner {
         Ok(())
     }
 
-    /// Views over files are filled by materialization; generations that nobody wants any more go. True: some of those
-    /// wanted are not ready.
-    async fn adopt_file_views(&self, source: &str, writers: &[Arc<ViewWriter>]) -> Result<bool, IngestError> {
+    /// Views over files are filled by materialization; generations that nobody wants any more go.
+    async fn adopt_file_views(&self, source: &str, writers: &[Arc<ViewWriter>]) -> Result<(), IngestError> {
         // A run under way would go on writing what is removed here, and call it complete in the end.
         let _none_runs = self.materializing.lock().await;
         let online = &self.options.online;
         let mut reads = vec![Read::Fact(self.wanted_fact(source))];
         reads.extend(writers.iter().map(|writer| Read::Fact(writer.generation.ready_fact())));
         let answers = online.read(&reads).await?;
-        let mut missing = false;
         let mut names: Vec<String> = Vec::new();
         for (writer, answer) in writers.iter().zip(&answers[1..]) {
             let is_ready = matches!(answer, Answer::Fact(Some(_)));
-            missing |= !is_ready;
             self.set_phase(&writer.generation, if is_ready { Phase::Ready } else { Phase::Unmaterialized });
             names.push(format!("{}@{}", writer.generation.view, writer.generation.digest));
         }
@@ -828,7 +975,7 @@ impl Inner {
             }
         }
         online.write(vec![Write::Fact(self.wanted_fact(source), Some(Bytes::from(names.join("\n"))))]).await?;
-        Ok(missing)
+        Ok(())
     }
 }
 

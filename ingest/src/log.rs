@@ -90,6 +90,10 @@ pub enum LogError {
         "the event log holds {bytes} bytes that are not in the history yet, {bytes_max} are allowed; the push may be repeated later"
     )]
     Full { bytes: u64, bytes_max: u64 },
+    #[error(
+        "the disk of the event log did not take what came before within {millis} ms; the push may be repeated later"
+    )]
+    Slow { millis: u64 },
     #[error("a push of {bytes} bytes is larger than {RECORD_BYTES_MAX}; split it")]
     TooLarge { bytes: usize },
     #[error("the event log stopped after a failure ({what}); mend the disk, then restart")]
@@ -100,7 +104,7 @@ pub enum LogError {
 
 impl LogError {
     pub fn is_retryable(&self) -> bool {
-        matches!(self, LogError::Full { .. })
+        matches!(self, LogError::Full { .. } | LogError::Slow { .. })
     }
 }
 

@@ -3,6 +3,10 @@
 //! Rows are grouped by entity first: an entity is read, changed and written once per call, whatever the number of its rows.
 //! A store that is away fails the call, which is then repeated: every write is idempotent by position. A single entity that
 //! the store refuses, while it takes other writes, is set aside with a reason, and does not stop the rest.
+//!
+//! A store may lose the newest of what it took (a crash of Redis that syncs once a second, a failover). Writers therefore
+//! end each piece of work with a *mark*, and read it before the next: a mark that went back says that everything after it
+//! has to be written again, before an entity gets a later position that would hide what it lacks.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,9 +15,9 @@ use arrow::array::RecordBatch;
 use bytes::Bytes;
 use feature_defs::as_of::{Row, Times};
 use feature_defs::plan::{ViewPlan, ViewPlanKind, ViewRows};
-use feature_defs::time::{Micros, Position};
-use feature_defs::value::Type;
-use feature_defs::window::{TileId, WindowEvent};
+use feature_defs::time::{Micros, Position, STATIC};
+use feature_defs::value::{Type, decode_i64, encode_cells};
+use feature_defs::window::{DAY, TileId, WindowEvent};
 use online_store::key::{Generation, Key};
 use online_store::tile::{Layout, Tiles};
 use online_store::{Answer, OnlineStore, Read, StoreError, Write, row};
@@ -29,6 +33,92 @@ pub struct ViewWriter {
     pub generation: Generation,
     layout: Option<Layout>,
     types: Vec<Type>,
+    /// How long after its event time the store may forget what is stored of an entity; none: never.
+    expires_after: Option<Micros>,
+}
+
+/// As whom something is written, and up to where the store is known to hold what was written before.
+#[derive(Clone, Copy)]
+pub struct Hand<'a> {
+    pub store: &'a dyn OnlineStore,
+    pub project: &'a str,
+    /// Tiles of a writer with a larger one are not touched.
+    pub epoch: u64,
+    /// The mark of this writer, and what it has to be at least.
+    pub mark: Option<(&'a str, Position)>,
+}
+
+/// Pieces of work that follow each other, each behind the mark of the one before.
+#[derive(Debug, Clone)]
+pub struct Lane {
+    pub mark: String,
+    last: Position,
+}
+
+impl Lane {
+    /// Goes on where the mark is: marks never go back, so those of a new piece of work come after those of every other.
+    pub async fn open(store: &dyn OnlineStore, marks: Vec<String>) -> Result<Vec<Lane>, StoreError> {
+        let answers = store.read(&marks.iter().cloned().map(Read::Mark).collect::<Vec<_>>()).await?;
+        let lane = |(mark, answer)| match answer {
+            Answer::Mark(Some(last)) => Lane { mark, last },
+            _ => Lane { mark, last: Position::START },
+        };
+        Ok(marks.into_iter().zip(answers).map(lane).collect())
+    }
+
+    pub fn hand<'a>(&'a self, store: &'a dyn OnlineStore, project: &'a str, epoch: u64) -> Hand<'a> {
+        let mark = (self.last > Position::START).then_some((&*self.mark, self.last));
+        Hand { store, project, epoch, mark }
+    }
+
+    /// The next mark, to be written behind a piece of work.
+    pub fn next(&self) -> Position {
+        let before = self.last.max(Position { time: 0, sequence: 0 });
+        Position { sequence: before.sequence + 1, ..before }
+    }
+
+    /// It was written.
+    pub fn advance(&mut self) {
+        self.last = self.next();
+    }
+}
+
+/// What became of rows.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// Rows that the store took.
+    pub applied: u64,
+    /// Rows that were there already, or older than what was.
+    pub stale: u64,
+    pub aside: Vec<SetAside>,
+}
+
+/// Why something was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the online store lost what was written last; it is written again")]
+    Lost { mark: Option<Position> },
+}
+
+impl<'a> Hand<'a> {
+    fn check(&self, answer: Option<&Answer>) -> Result<(), WriteError> {
+        let Some((_, expected)) = self.mark else { return Ok(()) };
+        match answer {
+            Some(Answer::Mark(mark)) if mark.is_none_or(|mark| mark < expected) => {
+                Err(WriteError::Lost { mark: *mark })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails if the store lost something that this hand has written.
+    pub async fn check_mark(&self) -> Result<(), WriteError> {
+        let Some((name, _)) = self.mark else { return Ok(()) };
+        let answers = self.store.read(&[Read::Mark(name.to_owned())]).await?;
+        self.check(answers.first())
+    }
 }
 
 /// Everything new about one entity.
@@ -58,7 +148,8 @@ pub struct SetAside {
 }
 
 impl ViewWriter {
-    pub fn new(project: &str, view: Arc<ViewPlan>) -> ViewWriter {
+    /// With `expires`, the store may forget what no request of now can see any more.
+    pub fn new(project: &str, view: Arc<ViewPlan>, expires: bool) -> ViewWriter {
         let layout = match &view.kind {
             ViewPlanKind::Windowed { aggregates, windows, levels: Some(levels), .. } => Some(Layout {
                 aggregates: aggregates.iter().map(|aggregate| aggregate.aggregate.clone()).collect(),
@@ -69,7 +160,28 @@ impl ViewWriter {
         };
         let generation = Generation::new(project, &view.name, view.storage_digest.as_str());
         let types = view.row_types();
-        ViewWriter { view, generation, layout, types }
+        let expires_after = match &view.kind {
+            ViewPlanKind::AsOf { max_age, .. } => max_age.ttl.map(|ttl| ttl.saturating_add(max_age.keep)),
+            // A day more than any window reaches: the clocks of readers and of the store need not agree.
+            ViewPlanKind::Windowed { windows, .. } => {
+                let longest = windows.iter().map(|window| window.length).max().unwrap_or(0);
+                let hop = windows.iter().filter_map(|window| window.hop).max().unwrap_or(0);
+                Some(longest.saturating_add(hop).saturating_add(DAY))
+            }
+        };
+        let expires_after = expires_after.filter(|_| expires);
+        ViewWriter { view, generation, layout, types, expires_after }
+    }
+
+    /// When an entity whose newest event has this time may be forgotten.
+    fn expires(&self, event_time: Micros) -> Option<Micros> {
+        self.expires_after.filter(|_| event_time != STATIC).map(|after| event_time.saturating_add(after))
+    }
+
+    /// A write of a row made by [`ViewWriter::row`] or [`ViewWriter::blobs`].
+    pub fn write_row(&self, key: Key, blob: Bytes) -> Write {
+        let event_time = row::order(&blob).first_chunk().map_or(STATIC, |bytes| decode_i64(*bytes));
+        Write::Row { key, expires: self.expires(event_time), blob }
     }
 
     /// Rows of the view in a batch; those that cannot be evaluated are set aside one by one.
@@ -95,6 +207,26 @@ impl ViewWriter {
             }
         }
         done
+    }
+
+    /// The blobs of all rows, at one position: slices of one buffer, without a value for each cell.
+    pub fn blobs(&self, rows: &ViewRows, position: Position) -> Vec<Bytes> {
+        let cells = rows.cells(&self.types);
+        let mut buffer = Vec::with_capacity(rows.len() * (row::HEADER_BYTES + 1 + cells.len() * 9));
+        let mut ends = Vec::with_capacity(rows.len());
+        for (index, times) in rows.times.iter().enumerate() {
+            row::encode_header(&Times { position, ..*times }, rows.deleted[index], &mut buffer);
+            encode_cells(&cells, index, &mut buffer);
+            ends.push(buffer.len());
+        }
+        let buffer = Bytes::from(buffer);
+        let mut start = 0;
+        let slice = |end| {
+            let slice = buffer.slice(start..end);
+            start = end;
+            slice
+        };
+        ends.into_iter().map(slice).collect()
     }
 
     pub fn row(&self, rows: &ViewRows, index: usize, times: Times) -> Bytes {
@@ -156,28 +288,29 @@ impl EntityChange {
     }
 }
 
-/// Applies the work of any views; each entity of a view occurs once. Returns what the store refused.
-pub async fn apply(store: &dyn OnlineStore, project: &str, work: &[EntityWork]) -> Result<Vec<SetAside>, StoreError> {
-    let mut aside = Vec::new();
+/// Applies the work of any views; each entity of a view occurs once.
+pub async fn apply(hand: Hand<'_>, work: &[EntityWork]) -> Result<Applied, WriteError> {
+    let mut done = Applied::default();
     for group in work.chunks(ENTITIES_PER_CALL) {
         let mut parts = vec![group];
         while let Some(part) = parts.pop() {
-            let error = match apply_group(store, part).await {
+            let error = match apply_group(hand, part, &mut done).await {
                 Ok(()) => continue,
                 Err(error) => error,
             };
             // A refusal may be about one entity (too large, damaged) or about the store as a whole (out of memory, read
             // only): the store is asked to take something harmless before an entity is blamed.
             match (&error, part) {
-                (StoreError::Refused { .. } | StoreError::Corrupt { .. }, [one]) => {
-                    store.write(vec![Write::Fact(format!("probe/{project}"), Some(Bytes::from_static(b"1")))]).await?;
-                    aside.push(SetAside {
+                (WriteError::Store(StoreError::Refused { .. } | StoreError::Corrupt { .. }), [one]) => {
+                    let name = format!("probe/{}", hand.project);
+                    hand.store.write(vec![Write::Fact(name, Some(Bytes::from_static(b"1")))]).await?;
+                    done.aside.push(SetAside {
                         generation: one.writer.generation.clone(),
                         rows: one.rows.clone(),
                         reason: error.to_string(),
                     });
                 }
-                (StoreError::Refused { .. } | StoreError::Corrupt { .. }, part) => {
+                (WriteError::Store(StoreError::Refused { .. } | StoreError::Corrupt { .. }), part) => {
                     let (first, second) = part.split_at(part.len() / 2);
                     parts.push(second);
                     parts.push(first);
@@ -186,22 +319,27 @@ pub async fn apply(store: &dyn OnlineStore, project: &str, work: &[EntityWork]) 
             }
         }
     }
-    Ok(aside)
+    Ok(done)
 }
 
-async fn apply_group(store: &dyn OnlineStore, group: &[EntityWork]) -> Result<(), StoreError> {
-    let reads: Vec<Read> = group
-        .iter()
-        .filter(|work| matches!(work.change, EntityChange::Events { .. }))
-        .map(|work| Read::AllTiles(work.key.clone()))
-        .collect();
-    let answers = if reads.is_empty() { Vec::new() } else { store.read(&reads).await? };
+async fn apply_group(hand: Hand<'_>, group: &[EntityWork], done: &mut Applied) -> Result<(), WriteError> {
+    let entities = group.iter().filter(|work| matches!(work.change, EntityChange::Events { .. }));
+    let mut reads: Vec<Read> = entities.map(|work| Read::AllTiles(work.key.clone())).collect();
+    if !reads.is_empty()
+        && let Some((name, _)) = hand.mark
+    {
+        reads.push(Read::Mark(name.to_owned()));
+    }
+    let answers = if reads.is_empty() { Vec::new() } else { hand.store.read(&reads).await? };
+    hand.check(answers.last())?;
     let mut answers = answers.into_iter();
     let mut writes = Vec::with_capacity(group.len());
+    let (mut rows, mut events_new, mut events_old) = (0, 0, 0);
     for work in group {
         match (&work.change, &work.writer.layout) {
-            (EntityChange::Row(row), _) => {
-                writes.push(Write::Row { key: work.key.clone(), blob: row.clone(), expires: None })
+            (EntityChange::Row(blob), _) => {
+                writes.push(work.writer.write_row(work.key.clone(), blob.clone()));
+                rows += 1;
             }
             (EntityChange::Events { events, position }, Some(layout)) => {
                 let mut tiles: Tiles = match answers.next() {
@@ -210,16 +348,19 @@ async fn apply_group(store: &dyn OnlineStore, group: &[EntityWork]) -> Result<()
                         .map_err(|error| StoreError::Corrupt { key: work.key.to_string(), what: error.to_string() })?,
                     _ => Tiles::default(),
                 };
+                let before = tiles.position.unwrap_or(Position::START);
+                let new = events.iter().filter(|event| event.times.position > before).count() as u64;
+                (events_new, events_old) = (events_new + new, events_old + events.len() as u64 - new);
+                let newest = events.iter().map(|event| event.times.event_time).max().unwrap_or(STATIC);
                 let events = reachable(layout, &tiles, events);
                 if let Some(change) = layout.apply(&mut tiles, events, *position) {
-                    let (key, position) = (work.key.clone(), change.position);
                     writes.push(Write::Tiles {
-                        key,
-                        position,
+                        key: work.key.clone(),
+                        position: change.position,
+                        epoch: hand.epoch,
                         set: change.set,
                         remove: change.remove,
-                        epoch: 0,
-                        expires: None,
+                        expires: work.writer.expires(newest),
                     });
                 }
             }
@@ -227,8 +368,13 @@ async fn apply_group(store: &dyn OnlineStore, group: &[EntityWork]) -> Result<()
         }
     }
     if !writes.is_empty() {
-        store.write(writes).await?;
+        let tiles = writes.len() as u64 - rows;
+        let outcome = hand.store.write(writes).await?;
+        // What was read and found to be new is taken, unless somebody else was faster with the same.
+        let taken = outcome.applied.saturating_sub(tiles).min(rows);
+        (done.applied, done.stale) = (done.applied + taken, done.stale + rows - taken);
     }
+    (done.applied, done.stale) = (done.applied + events_new, done.stale + events_old);
     Ok(())
 }
 

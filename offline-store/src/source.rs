@@ -274,7 +274,17 @@ impl Sources {
         source: &Arc<SourcePlan>,
         columns: &[String],
     ) -> Result<SendableRecordBatchStream, SourceError> {
-        let frame = self.data_frame(source, columns).await?;
+        self.scan_files(source, columns, &self.files_of(source, columns).await?).await
+    }
+
+    /// [`Sources::scan`] of files that are listed already, with these columns.
+    pub async fn scan_files(
+        &self,
+        source: &Arc<SourcePlan>,
+        columns: &[String],
+        files: &SourceFiles,
+    ) -> Result<SendableRecordBatchStream, SourceError> {
+        let frame = self.frame(source, files).await?;
         let failed = |error: DataFusionError| SourceError::Scan { name: source.name.to_string(), source: error };
         let stream = frame.execute_stream().await.map_err(failed)?;
         let wanted: Vec<Field> = source
@@ -505,6 +515,12 @@ impl SourceFiles {
             fields.extend(self.schema.field_with_name(name).cloned());
         }
         Ok(SourceFiles { schema: Arc::new(Schema::new(fields)), ..self.clone() })
+    }
+
+    /// Some of the files, in the schema that is common to all.
+    pub fn part(&self, files: &[usize]) -> SourceFiles {
+        let files = files.iter().filter_map(|file| self.files.get(*file).cloned()).collect();
+        SourceFiles { files, ..self.clone() }
     }
 
     /// Where the files lie.

@@ -11,6 +11,8 @@ pub mod key;
 pub mod row;
 pub mod tile;
 
+pub mod estimate;
+
 pub mod conformance;
 pub mod embedded;
 pub mod memory;
@@ -27,7 +29,7 @@ use feature_defs::window::TileId;
 use crate::key::Key;
 
 /// One thing to read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Read {
     /// The row of an entity in an as-of view.
     Row(Key),

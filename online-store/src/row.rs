@@ -28,11 +28,20 @@ pub const POSITION_AT: usize = 1;
 /// Where the bytes that order rows begin.
 pub const ORDER_AT: usize = 25;
 const CONTENT_AT: usize = 50;
+/// Bytes before the validity bits.
+pub const HEADER_BYTES: usize = CONTENT_AT + 1;
 
 /// The blob of a row. Streams break ties by log sequence, which is the position's.
 pub fn encode(row: &Row) -> Bytes {
-    let Times { event_time, created_time, known_time, position } = row.times;
-    let mut bytes = Vec::with_capacity(CONTENT_AT + 1 + row.values.len() * 9);
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + row.values.len() * 9);
+    encode_header(&row.times, row.deleted, &mut bytes);
+    encode_row(&row.values, &mut bytes);
+    bytes.into()
+}
+
+/// What comes before the validity bits and values, for whoever encodes those from columns.
+pub fn encode_header(times: &Times, deleted: bool, bytes: &mut Vec<u8>) {
+    let Times { event_time, created_time, known_time, position } = *times;
     bytes.push(VERSION);
     bytes.extend_from_slice(&encode_position(position));
     bytes.extend_from_slice(&encode_i64(known_time));
@@ -40,12 +49,19 @@ pub fn encode(row: &Row) -> Bytes {
     bytes.push(u8::from(created_time.is_some()));
     bytes.extend_from_slice(&created_time.map_or([0; 8], encode_i64));
     bytes.extend_from_slice(&position.sequence.to_be_bytes());
-    bytes.push(u8::from(row.deleted));
-    encode_row(&row.values, &mut bytes);
-    bytes.into()
+    bytes.push(u8::from(deleted));
 }
 
-pub fn decode(blob: &[u8], types: &[Type]) -> Result<Row, DecodeError> {
+/// A blob taken apart, its values still encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts<'a> {
+    pub times: Times,
+    pub deleted: bool,
+    /// As [`encode_row`] wrote them.
+    pub values: &'a [u8],
+}
+
+pub fn parts(blob: &[u8]) -> Result<Parts<'_>, DecodeError> {
     let mut bytes = blob;
     let [version] = take::<1>(&mut bytes)?;
     if version != VERSION {
@@ -58,10 +74,14 @@ pub fn decode(blob: &[u8], types: &[Type]) -> Result<Row, DecodeError> {
     let created = decode_i64(take(&mut bytes)?);
     take::<8>(&mut bytes)?; // The tie: the applied position may have moved past the row's own.
     let [deleted] = take::<1>(&mut bytes)?;
-    let values = decode_row(bytes, types)?;
     let created_time = (has_created == 1).then_some(created);
     let times = Times { event_time, created_time, known_time, position: applied };
-    Ok(Row { times, deleted: deleted == 1, values })
+    Ok(Parts { times, deleted: deleted == 1, values: bytes })
+}
+
+pub fn decode(blob: &[u8], types: &[Type]) -> Result<Row, DecodeError> {
+    let Parts { times, deleted, values } = parts(blob)?;
+    Ok(Row { times, deleted, values: decode_row(values, types)? })
 }
 
 /// The bytes by which two blobs of one entity are ordered.

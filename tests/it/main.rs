@@ -1,6 +1,7 @@
 //! Whole servers, as users meet them.
 
 mod audit;
+mod faults;
 mod object_stores;
 mod process;
 mod redis_store;

@@ -85,6 +85,10 @@ impl Process {
         self.grpc.clone()
     }
 
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
     async fn push(&self, ids: &[String], wait_visible: bool) -> Result<v1::PushResponse, tonic::Status> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_micros() as i64;
         let texts: Vec<Option<&str>> = ids.iter().map(|id| Some(id.as_str())).collect();

@@ -1,9 +1,11 @@
 //! `coeval plan`: what `apply` would change, by digest. Reads only.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use feature_defs::catalog::{Files, SourceFile};
-use feature_defs::plan::{Plan, SourceSchemas, compile_definitions};
+use feature_defs::plan::{Plan, SourceSchemas, ViewPlan, compile_definitions};
+use online_store::estimate::{READ_BYTES_WARNED, estimate};
 use registry::state::Catalog;
 use serde::Serialize;
 
@@ -53,6 +55,21 @@ pub struct Difference {
     pub changes: Vec<Change>,
     /// Texts differ (comments, owners, layout), or the settings do.
     pub texts_changed: bool,
+    /// What each view of the definitions takes online.
+    pub sizes: Vec<Size>,
+}
+
+/// About what one entity takes in the online store, see [`online_store::estimate`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Size {
+    pub view: String,
+    /// Of an entity with an event in every tile, or with a row.
+    pub bytes_per_active_entity: usize,
+    pub bytes_per_read: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tiles_per_active_entity: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tiles_per_read: Option<usize>,
 }
 
 /// What is compared of an object: the digest of its meaning, and for views the digest of what is stored.
@@ -94,6 +111,7 @@ impl Difference {
             digest: checked.plan.digest.to_string(),
             changes: compare(&before, &after, &offline_only),
             texts_changed: applied.is_none_or(|(_, before)| *before != catalog),
+            sizes: sizes(&checked.plan),
         })
     }
 
@@ -121,10 +139,65 @@ impl Difference {
             summary.push_str(&format!("; {} to backfill", counted(backfills, "view generation")));
         }
         output.line(summary);
+        self.show_sizes(output);
         if output.verbosity() > 0 {
             output.line(format!("digest {}", self.digest));
         }
     }
+}
+
+impl Difference {
+    fn show_sizes(&self, output: &Output) {
+        if self.sizes.is_empty() {
+            return;
+        }
+        output.line("online, about, per entity:");
+        let width = self.sizes.iter().map(|size| size.view.chars().count()).max().unwrap_or(0);
+        for size in &self.sizes {
+            output.line(size.line(width));
+        }
+        for size in self.sizes.iter().filter(|size| size.bytes_per_read > READ_BYTES_WARNED) {
+            output.note(format!(
+                "warning: a read of `{}` brings about {} per entity; above {} it is most of what a request takes: use \
+                 shorter windows, coarser hops, or fewer sketches and last_n in one view",
+                size.view,
+                bytes(size.bytes_per_read),
+                bytes(READ_BYTES_WARNED)
+            ));
+        }
+    }
+}
+
+impl Size {
+    fn line(&self, width: usize) -> String {
+        let tiles = |count: Option<usize>| count.map_or_else(String::new, |count| format!(" in {count} tiles"));
+        format!(
+            "  {:<width$}  {}{} stored when active, {}{} per read",
+            self.view,
+            bytes(self.bytes_per_active_entity),
+            tiles(self.tiles_per_active_entity),
+            bytes(self.bytes_per_read),
+            tiles(self.tiles_per_read),
+        )
+    }
+}
+
+fn bytes(count: usize) -> String {
+    if count < 10_000 { format!("{count} B") } else { format!("{:.1} KB", count as f64 / 1_000.0) }
+}
+
+fn sizes(plan: &Plan) -> Vec<Size> {
+    let size = |view: &Arc<ViewPlan>| {
+        let estimate = estimate(&plan.project, view)?;
+        Some(Size {
+            view: view.name.to_string(),
+            bytes_per_active_entity: estimate.stored_bytes,
+            bytes_per_read: estimate.read_bytes,
+            tiles_per_active_entity: estimate.stored_tiles,
+            tiles_per_read: estimate.read_tiles,
+        })
+    };
+    plan.views.iter().filter_map(size).collect()
 }
 
 impl Change {

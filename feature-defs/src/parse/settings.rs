@@ -3,7 +3,7 @@
 
 use super::reader::{ABOUT, Reader};
 use super::{SETTINGS_FILE, overlay_path};
-use crate::catalog::{Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, Settings};
+use crate::catalog::{CacheSettings, Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, Settings};
 use crate::diagnose::{Diagnostic, Severity, Span, Spanned, nearest, shown};
 use crate::yaml::{self, Kind, Node};
 
@@ -13,6 +13,7 @@ pub(super) const KEYS: [&str; 10] =
 const GRPC_DEFAULT: &str = "127.0.0.1:7400";
 const HTTP_DEFAULT: &str = "127.0.0.1:7401";
 const OFFLINE_MEMORY_DEFAULT: u64 = 4 << 30;
+const CACHE_MEMORY_DEFAULT: u64 = 64 << 20;
 /// The key is a sentence on purpose: whoever writes it has read it.
 const BEYOND_LOOPBACK: &str = "listen_beyond_loopback_without_authentication";
 
@@ -202,6 +203,7 @@ fn settings(reader: &mut Reader<'_>, root: &Node) -> Option<Settings> {
         http: Spanned::new(HTTP_DEFAULT.to_string(), here),
         request_time: RequestTime::Refused,
         beyond_loopback: false,
+        cache: None,
     });
     let guardrails = reader.optional(&object, "guardrails", |reader, node| reader.list(node, Reader::guardrail));
     Some(Settings {
@@ -303,7 +305,7 @@ fn offline(reader: &mut Reader<'_>, node: &Node) -> Option<OfflineSettings> {
 }
 
 fn serve(reader: &mut Reader<'_>, node: &Node) -> Option<ServeSettings> {
-    let object = reader.object(node, "server", &["grpc", "http", "request_time", BEYOND_LOOPBACK])?;
+    let object = reader.object(node, "server", &["grpc", "http", "request_time", "cache", BEYOND_LOOPBACK])?;
     let here = object.span;
     let request_time = reader.optional(&object, "request_time", |reader, node| {
         reader.one_of(node, &[("refused", RequestTime::Refused), ("allowed", RequestTime::Allowed)])
@@ -313,5 +315,14 @@ fn serve(reader: &mut Reader<'_>, node: &Node) -> Option<ServeSettings> {
         http: reader.optional(&object, "http", address).unwrap_or(Spanned::new(HTTP_DEFAULT.to_string(), here)),
         request_time: request_time.map_or(RequestTime::Refused, |choice| choice.value),
         beyond_loopback: reader.optional(&object, BEYOND_LOOPBACK, Reader::bool).unwrap_or(false),
+        cache: reader.optional(&object, "cache", cache),
     })
+}
+
+fn cache(reader: &mut Reader<'_>, node: &Node) -> Option<CacheSettings> {
+    let object = reader.object(node, "cache", &["staleness", "memory"])?;
+    // There is no bound that suits everybody, so it has to be said.
+    let staleness = reader.required(&object, "staleness", Reader::duration)?;
+    let memory_bytes = reader.optional(&object, "memory", Reader::size).unwrap_or(CACHE_MEMORY_DEFAULT);
+    Some(CacheSettings { staleness, memory_bytes })
 }

@@ -2,6 +2,7 @@
 //!
 //! The offline engine and the gateway call this with answers of different origin and get the same features.
 
+use std::borrow::Borrow;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, TimestampMicrosecondArray};
@@ -40,6 +41,8 @@ pub struct ViewAnswer {
 pub struct Assembled {
     pub columns: Vec<ArrayRef>,
     pub statuses: Vec<Arc<[Status]>>,
+    /// How many values of each feature are its declared default.
+    pub defaults: Vec<u32>,
 }
 
 /// A column and what is true of each of its values.
@@ -47,14 +50,26 @@ pub struct Assembled {
 struct Judged {
     values: ArrayRef,
     statuses: Arc<[Status]>,
+    defaults: u32,
+}
+
+/// What was given, with the statuses that most columns share.
+struct Given<'a> {
+    views: Vec<&'a ViewAnswer>,
+    /// Of each view's rows.
+    statuses: Vec<Arc<[Status]>>,
+    requests: &'a [ArrayRef],
+    at: &'a [Micros],
+    /// PRESENT for every row.
+    present: Arc<[Status]>,
 }
 
 impl ServicePlan {
     /// Puts features together. `views` are the answers to [`ServicePlan::inputs`], `requests` the columns of
     /// [`ServicePlan::columns`], `at` the time of each row.
-    pub fn assemble(
+    pub fn assemble<A: Borrow<ViewAnswer>>(
         &self,
-        views: &[ViewAnswer],
+        views: &[A],
         requests: &[ArrayRef],
         at: &[Micros],
     ) -> Result<Assembled, AssembleError> {
@@ -68,96 +83,110 @@ impl ServicePlan {
                 self.columns.len()
             )));
         }
+        let views: Vec<&ViewAnswer> = views.iter().map(Borrow::borrow).collect();
+        let given = Given {
+            statuses: views.iter().map(|view| view.statuses.as_slice().into()).collect(),
+            views,
+            requests,
+            at,
+            present: vec![Status::Present; rows].into(),
+        };
         let mut transforms: Vec<Judged> = Vec::with_capacity(self.transforms.len());
         for transform in &self.transforms {
-            let inputs: Vec<Judged> = transform
-                .reads
-                .iter()
-                .map(|slot| self.slot(*slot, views, requests, at, &transforms))
-                .collect::<Result<_, _>>()?;
+            let inputs: Vec<Judged> =
+                transform.reads.iter().map(|slot| self.slot(*slot, &given, &transforms)).collect::<Result<_, _>>()?;
             let columns: Vec<ArrayRef> = inputs.iter().map(|input| input.values.clone()).collect();
             let values = transform
                 .expression
                 .evaluate(&columns, rows)
                 .map_err(|source| AssembleError::Transform { address: transform.address.clone(), source })?;
-            let statuses = (0..rows)
-                .map(|row| {
-                    let worst = inputs.iter().map(|input| input.statuses[row]).fold(Status::Present, Status::worst);
-                    if worst == Status::Present && values.is_null(row) { Status::NullValue } else { worst }
-                })
-                .collect();
-            let values = fill_default(values, transform.default.as_ref(), &transform.feature_type)?;
-            transforms.push(Judged { values, statuses });
+            let statuses = judge(&values, &worst(&inputs, &given.present));
+            let (values, defaults) = fill_default(values, transform.default.as_ref(), &transform.feature_type)?;
+            transforms.push(Judged { values, statuses, defaults });
         }
-        let mut columns = Vec::with_capacity(self.outputs.len());
-        let mut statuses = Vec::with_capacity(self.outputs.len());
+        let mut assembled = Assembled {
+            columns: Vec::with_capacity(self.outputs.len()),
+            statuses: Vec::with_capacity(self.outputs.len()),
+            defaults: Vec::with_capacity(self.outputs.len()),
+        };
         for output in &self.outputs {
-            let judged = self.slot(output.slot, views, requests, at, &transforms)?;
-            columns.push(judged.values);
-            statuses.push(judged.statuses);
+            let Judged { values, statuses, defaults } = self.slot(output.slot, &given, &transforms)?;
+            assembled.columns.push(values);
+            assembled.statuses.push(statuses);
+            assembled.defaults.push(defaults);
         }
-        Ok(Assembled { columns, statuses })
+        Ok(assembled)
     }
 
-    fn slot(
-        &self,
-        slot: Slot,
-        views: &[ViewAnswer],
-        requests: &[ArrayRef],
-        at: &[Micros],
-        transforms: &[Judged],
-    ) -> Result<Judged, AssembleError> {
+    fn slot(&self, slot: Slot, given: &Given<'_>, transforms: &[Judged]) -> Result<Judged, AssembleError> {
         Ok(match slot {
             Slot::Feature { input, feature } => {
-                let answer = &views[input];
-                let features = self.inputs[input].view.features();
-                let (_, feature_type, default) = features[feature];
-                let values = answer.values[feature].clone();
-                let statuses = judge(&values, |row| answer.statuses[row]);
-                Judged { values: fill_default(values, default, feature_type)?, statuses }
+                let (feature_type, default) = self.inputs[input].view.feature(feature);
+                let values = given.views[input].values[feature].clone();
+                let statuses = judge(&values, &given.statuses[input]);
+                let (values, defaults) = fill_default(values, default, feature_type)?;
+                Judged { values, statuses, defaults }
             }
             Slot::EventTime { input } => {
-                let answer = &views[input];
+                let answer = given.views[input];
                 let times: TimestampMicrosecondArray =
                     answer.event_times.iter().map(|time| time.filter(|time| *time != STATIC)).collect();
                 // A static row is there, and has no event time; that is no worse than PRESENT.
-                let statuses = answer.statuses.as_slice().into();
-                Judged { values: Arc::new(times.with_timezone("UTC")), statuses }
+                let statuses = given.statuses[input].clone();
+                Judged { values: Arc::new(times.with_timezone("UTC")), statuses, defaults: 0 }
             }
             Slot::At => {
-                let times = TimestampMicrosecondArray::from(at.to_vec()).with_timezone("UTC");
-                Judged { values: Arc::new(times), statuses: vec![Status::Present; at.len()].into() }
+                let times = TimestampMicrosecondArray::from(given.at.to_vec()).with_timezone("UTC");
+                Judged { values: Arc::new(times), statuses: given.present.clone(), defaults: 0 }
             }
             Slot::Request(column) => {
-                let values = requests[column].clone();
-                let statuses = judge(&values, |_| Status::Present);
-                Judged { values, statuses }
+                let values = given.requests[column].clone();
+                let statuses = judge(&values, &given.present);
+                Judged { values, statuses, defaults: 0 }
             }
             Slot::Transform(index) => transforms[index].clone(),
         })
     }
 }
 
-/// NULL_VALUE for nulls in PRESENT rows.
-fn judge(values: &ArrayRef, row_status: impl Fn(usize) -> Status) -> Arc<[Status]> {
-    (0..values.len())
-        .map(|row| match row_status(row) {
-            Status::Present if values.is_null(row) => Status::NullValue,
-            status => status,
-        })
-        .collect()
+/// The worst status of the inputs, row by row; shared where no input has more than one opinion.
+fn worst(inputs: &[Judged], present: &Arc<[Status]>) -> Arc<[Status]> {
+    let mut worst = present.clone();
+    for input in inputs {
+        if Arc::ptr_eq(&worst, &input.statuses) || Arc::ptr_eq(&input.statuses, present) {
+            continue;
+        }
+        worst = if Arc::ptr_eq(&worst, present) {
+            input.statuses.clone()
+        } else {
+            worst.iter().zip(&*input.statuses).map(|(a, b)| Status::worst(*a, *b)).collect()
+        };
+    }
+    worst
 }
 
+/// NULL_VALUE for nulls in PRESENT rows.
+fn judge(values: &ArrayRef, statuses: &Arc<[Status]>) -> Arc<[Status]> {
+    if values.null_count() == 0 {
+        return statuses.clone();
+    }
+    let judged = statuses.iter().enumerate().map(|(row, status)| match status {
+        Status::Present if values.is_null(row) => Status::NullValue,
+        status => *status,
+    });
+    judged.collect()
+}
+
+/// Fills nulls, and says how many there were.
 fn fill_default(
     values: ArrayRef,
     default: Option<&Value>,
     value_type: &crate::value::Type,
-) -> Result<ArrayRef, AssembleError> {
-    let Some(default) = default.filter(|default| !default.is_null()) else { return Ok(values) };
-    if values.null_count() == 0 {
-        return Ok(values);
-    }
+) -> Result<(ArrayRef, u32), AssembleError> {
+    let nulls = values.null_count();
+    let Some(default) = default.filter(|default| !default.is_null() && nulls > 0) else { return Ok((values, 0)) };
     let default = Value::to_array([default], value_type);
     let present = is_not_null(&values).map_err(AssembleError::Default)?;
-    zip(&present, &values, &arrow::array::Scalar::new(default)).map_err(AssembleError::Default)
+    let filled = zip(&present, &values, &arrow::array::Scalar::new(default)).map_err(AssembleError::Default)?;
+    Ok((filled, u32::try_from(nulls).unwrap_or(u32::MAX)))
 }

@@ -16,7 +16,7 @@ use crate::aggregate::Buckets;
 use crate::as_of::Times;
 use crate::expression::{EvaluateError, Expression};
 use crate::time::{Position, STATIC};
-use crate::value::{Type, Value, canonical_f32, canonical_f64, encode};
+use crate::value::{Cells, Type, Value, canonical_f32, canonical_f64};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RowsError {
@@ -58,17 +58,11 @@ impl EntityKeys {
 /// Encodes entity keys from one column per key part. For the entity without keys every row is the empty key.
 pub fn encode_entity_keys(columns: &[(ArrayRef, &Type)], rows: usize) -> EntityKeys {
     let mut keys = EntityKeys { bytes: Vec::new(), ends: Vec::with_capacity(rows), valid: Vec::with_capacity(rows) };
+    let parts: Vec<Cells<'_>> = columns.iter().map(|(column, key_type)| Cells::new(column, key_type)).collect();
     for row in 0..rows {
-        let start = keys.bytes.len();
-        let mut valid = true;
-        for (column, key_type) in columns {
-            match Value::from_array(column, row, key_type) {
-                Value::Null => valid = false,
-                value => encode(&value, &mut keys.bytes),
-            }
-        }
-        if !valid {
-            keys.bytes.truncate(start);
+        let valid = !parts.iter().any(|part| part.is_null(row));
+        if valid {
+            parts.iter().for_each(|part| part.encode(row, &mut keys.bytes));
         }
         keys.valid.push(valid);
         keys.ends.push(keys.bytes.len() as u32);
@@ -96,6 +90,11 @@ impl ViewRows {
 
     pub fn is_empty(&self) -> bool {
         self.times.is_empty()
+    }
+
+    /// The columns for [`encode_cells`](crate::value::encode_cells), which gives the bytes of [`ViewRows::values`].
+    pub fn cells<'a>(&'a self, types: &'a [Type]) -> Vec<Cells<'a>> {
+        self.columns.iter().zip(types).map(|(column, value_type)| Cells::new(column, value_type)).collect()
     }
 
     pub fn values(&self, row: usize, types: &[Type]) -> Vec<Value> {

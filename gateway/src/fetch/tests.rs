@@ -1,16 +1,21 @@
 //! What is fetched against the reference of `feature-defs`, on online state made by hand.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::{ArrayRef, StringArray};
 use async_trait::async_trait;
-use feature_defs::as_of::{MaxAge, Times, Visibility as Seen, as_of};
+use bytes::Bytes;
+use feature_defs::as_of::{MaxAge, Row, Times, Visibility as Seen, as_of};
 use feature_defs::catalog::{Files, SourceFile};
-use feature_defs::plan::{Plan, SourceSchemas, compile_definitions};
-use feature_defs::value::encode;
-use feature_defs::window::{DAY, HOUR, MINUTE, WindowEvent, window_value};
+use feature_defs::plan::{Plan, ServicePlan, SourceSchemas, ViewPlanKind, compile_definitions};
+use feature_defs::time::Status;
+use feature_defs::value::{Type, Value, encode};
+use feature_defs::window::{DAY, HOUR, MINUTE, Window, WindowEvent, window_value};
+use online_store::key::Generation;
 use online_store::memory::MemoryStore;
-use online_store::{NodeReport, Write, WriteOutcome};
+use online_store::tile::{Layout, Tiles};
+use online_store::{Answer, NodeReport, Read, Write, WriteOutcome, row};
 
 use super::*;
 
@@ -151,13 +156,17 @@ fn ask(shops: &[Option<&str>]) -> Rows {
     Rows { count: shops.len(), columns, incomplete: Vec::new() }
 }
 
+fn reader(service: &Arc<ServicePlan>) -> ServiceReader {
+    ServiceReader::new(service.clone(), PROJECT)
+}
+
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(5)
 }
 
 /// Everything said about some shops at t, feature by feature: value and status.
 fn said(service: &ServicePlan, rows: &Rows, fetched: &Fetched) -> Vec<Vec<(Value, Status)>> {
-    let assembled = service.assemble(&fetched.answers(), &rows.columns, &fetched.at).unwrap();
+    let assembled = service.assemble(&fetched.answers().collect::<Vec<_>>(), &rows.columns, &fetched.at).unwrap();
     let outputs = service.outputs.iter().zip(assembled.columns.iter().zip(&assembled.statuses));
     let column = outputs.map(|(output, (values, statuses))| {
         let value = |row| (Value::from_array(values, row, &output.feature_type), statuses[row]);
@@ -177,8 +186,8 @@ async fn what_is_fetched_is_what_the_reference_says() {
     let mut exact = 0;
     for minutes in 94..400 {
         let t = T0 + minutes * MINUTE;
-        let fetched = fetch(service, PROJECT, &rows, When::At(vec![t; 6]), soon(), &store).await.unwrap();
-        let now = fetch(service, PROJECT, &rows, When::Now(t), soon(), &store).await.unwrap();
+        let fetched = fetch(&reader(service), &rows, When::At(vec![t; 6]), soon(), &store).await.unwrap();
+        let now = fetch(&reader(service), &rows, When::Now(t), soon(), &store).await.unwrap();
         let said_at = said(service, &rows, &fetched);
         assert_eq!(said_at, said(service, &rows, &now), "minute {minutes}");
         assert_eq!(now.at, vec![t; 6]);
@@ -213,7 +222,7 @@ async fn what_the_store_cannot_know_is_said_to_be_unavailable() {
     let rows = ask(&[Some("a"), Some("a"), Some("a")]);
     // The newest row of `a` happened at minute 88 and was known at 93.
     let at = [87, 90, 93].map(|minutes| T0 + minutes * MINUTE).to_vec();
-    let fetched = fetch(service, PROJECT, &rows, When::At(at.clone()), soon(), &store).await.unwrap();
+    let fetched = fetch(&reader(service), &rows, When::At(at.clone()), soon(), &store).await.unwrap();
     let sale = &fetched.inputs[0];
     assert_eq!(sale.answer.statuses, [Status::Unavailable, Status::Unavailable, Status::Present]);
     assert_eq!(sale.reasons, [Some(Reason::AtBeforeStore), Some(Reason::AtBeforeStore), None]);
@@ -231,7 +240,7 @@ async fn what_the_store_cannot_know_is_said_to_be_unavailable() {
     assert_eq!(counts, expected);
     // An hour earlier it does not.
     let at = vec![T0 + 33 * MINUTE; 3];
-    let fetched = fetch(service, PROJECT, &rows, When::At(at), soon(), &store).await.unwrap();
+    let fetched = fetch(&reader(service), &rows, When::At(at), soon(), &store).await.unwrap();
     assert_eq!(fetched.inputs[1].reasons, [Some(Reason::AtBeforeStore); 3]);
 }
 
@@ -242,10 +251,10 @@ async fn a_store_ahead_of_the_clock_is_answered_at_its_newest_position() {
     let store = store(&plan).await;
     let rows = ask(&[Some("a")]);
     let clock = T0 - 30 * DAY;
-    let fetched = fetch(service, PROJECT, &rows, When::Now(clock), soon(), &store).await.unwrap();
+    let fetched = fetch(&reader(service), &rows, When::Now(clock), soon(), &store).await.unwrap();
     let newest = T0 + 93 * MINUTE;
     assert_eq!(fetched.at, [newest]);
-    let at_newest = fetch(service, PROJECT, &rows, When::At(vec![newest]), soon(), &store).await.unwrap();
+    let at_newest = fetch(&reader(service), &rows, When::At(vec![newest]), soon(), &store).await.unwrap();
     assert_eq!(said(service, &rows, &fetched), said(service, &rows, &at_newest));
     assert_eq!(fetched.inputs[0].positions, [Some(Position { time: newest, sequence: 5 })]);
 }
@@ -258,7 +267,7 @@ async fn freshness_marks_the_answer_stale() {
     let stale = async |shop: &'static str, minutes: i64| {
         let rows = ask(&[Some(shop)]);
         let when = When::At(vec![T0 + minutes * MINUTE]);
-        fetch(service, PROJECT, &rows, when, soon(), &store).await.unwrap().stale
+        fetch(&reader(service), &rows, when, soon(), &store).await.unwrap().stale
     };
     assert!(!stale("a", 88 + 120).await);
     assert!(stale("a", 88 + 121).await);
@@ -273,13 +282,13 @@ async fn views_that_do_not_answer_say_why() {
     let rows = ask(&[Some("a"), None]);
     let when = || When::At(vec![T0 + 100 * MINUTE; 2]);
     let offline = plan.service("offline").unwrap();
-    let fetched = fetch(offline, PROJECT, &rows, when(), soon(), &store).await.unwrap();
+    let fetched = fetch(&reader(offline), &rows, when(), soon(), &store).await.unwrap();
     assert_eq!(fetched.inputs[0].reasons, [Some(Reason::OfflineOnly); 2]);
     assert_eq!(fetched.inputs[1].answer.statuses, [Status::Present, Status::NotFound]);
 
     let service = plan.service("selling").unwrap();
     store.write(vec![Write::Fact(generation(&plan, "takings").ready_fact(), None)]).await.unwrap();
-    let fetched = fetch(service, PROJECT, &rows, when(), soon(), &store).await.unwrap();
+    let fetched = fetch(&reader(service), &rows, when(), soon(), &store).await.unwrap();
     assert_eq!(fetched.inputs[0].reasons, [None, None]);
     assert_eq!(fetched.inputs[1].reasons, [Some(Reason::Backfilling), None]);
 
@@ -288,7 +297,7 @@ async fn views_that_do_not_answer_say_why() {
     blob[row::ORDER_AT] = 0xff;
     blob.push(0);
     store.write(vec![Write::Row { key, blob: blob.into(), expires: None }]).await.unwrap();
-    let fetched = fetch(service, PROJECT, &rows, when(), soon(), &store).await.unwrap();
+    let fetched = fetch(&reader(service), &rows, when(), soon(), &store).await.unwrap();
     assert_eq!(fetched.inputs[0].reasons, [Some(Reason::StoreError), None]);
 }
 
@@ -338,7 +347,7 @@ async fn a_store_that_is_away_makes_values_unavailable_and_fills_defaults() {
     let rows = ask(&[Some("a")]);
     let check = async |refuses: bool, reason: Reason| {
         let by = Instant::now() + Duration::from_millis(20);
-        let fetched = fetch(service, PROJECT, &rows, When::Now(T0), by, &Away { refuses }).await.unwrap();
+        let fetched = fetch(&reader(service), &rows, When::Now(T0), by, &Away { refuses }).await.unwrap();
         assert_eq!(fetched.at, [T0]);
         assert!(fetched.inputs.iter().all(|input| input.reasons == [Some(reason)]));
         let said = said(service, &rows, &fetched);
@@ -354,7 +363,8 @@ fn every_entity_is_read_once() {
     let plan = plan();
     let service = plan.service("selling").unwrap();
     let rows = ask(&[Some("a"), Some("b"), Some("a"), None, Some("b")]);
-    let read = ReadPlan::new(service, PROJECT, &rows);
-    assert_eq!(read.generations.len(), 2);
+    let reader = reader(service);
+    let read = Asked::new(&reader, &rows);
+    assert_eq!(read.reader.inputs.len(), 2);
     assert_eq!(read.slots.len(), 4);
 }

@@ -186,8 +186,22 @@ fn events(gateway: &Gateway) -> Result<Arc<dyn Events>, Failure> {
 }
 
 fn report(progress: Progress, through: i64) -> v1::MaterializeProgress {
-    let Progress { source, view, rows_read, rows_applied, rows_stale } = progress;
-    v1::MaterializeProgress { source, view, rows_read, rows_applied, rows_stale, done: false, through }
+    let Progress { source, view, rows_read, rows_applied, rows_stale, .. } = progress;
+    let Progress { rows_new, rows_total, entities, seconds, message, .. } = progress;
+    v1::MaterializeProgress {
+        source,
+        view,
+        rows_read,
+        rows_applied,
+        rows_stale,
+        done: false,
+        through,
+        rows_new,
+        rows_total,
+        entities,
+        seconds,
+        message: message.unwrap_or_default(),
+    }
 }
 
 async fn push_one(gateway: &Gateway, push: v1::PushRequest) -> Result<v1::PushResponse, Failure> {

@@ -8,7 +8,8 @@ use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use bytes::Bytes;
 use feature_defs::as_of::{Row, Times};
-use feature_defs::catalog::{Files, SourceFile};
+use feature_defs::catalog::{Files, RequestTime, SourceFile};
+use feature_defs::diagnose::{Span, Spanned};
 use feature_defs::plan::{Plan, SourceSchemas, ViewPlan, compile_definitions};
 use feature_defs::time::{Micros, Position};
 use feature_defs::value::{Type, Value, encode};
@@ -139,7 +140,7 @@ impl Events for Double {
         progress: mpsc::Sender<Progress>,
     ) -> Result<(), EventsError> {
         assert!(sources.is_empty(), "a stream is no file source");
-        let report = Progress { source: "x".into(), view: "".into(), rows_read: 2, rows_applied: 1, rows_stale: 0 };
+        let report = Progress { source: "x".into(), rows_read: 2, rows_applied: 1, ..Progress::default() };
         progress.send(report).await.unwrap();
         Ok(())
     }
@@ -212,7 +213,9 @@ async fn start_with(request_time: RequestTime, runtime: Option<Arc<dyn Runtime>>
         grpc: listen(GRPC, "127.0.0.1:0", false).await.unwrap(),
         http: listen(HTTP, "127.0.0.1:0", false).await.unwrap(),
     };
-    let running = start(listeners, opened, request_time, clock).await.unwrap();
+    let here = Spanned::new("127.0.0.1:0".to_owned(), Span::NOWHERE);
+    let serve = ServeSettings { grpc: here.clone(), http: here, request_time, beyond_loopback: false, cache: None };
+    let running = start(listeners, opened, &serve, clock).await.unwrap();
     running.started().await;
     let channel = Channel::from_shared(format!("http://{}", running.grpc_addr)).unwrap().connect().await.unwrap();
     Server {

@@ -6,6 +6,9 @@ use offline_store::history::FIRST_PUSHED;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use online_store::key::Generation;
+use online_store::{Answer, OnlineStore, Read};
+
 use super::world::*;
 use crate::{IngestError, Wait};
 
@@ -125,31 +128,42 @@ async fn while_the_store_is_away_pushes_are_logged_and_applied_later() {
 }
 
 #[tokio::test]
-async fn a_full_log_pushes_back_and_recovers() {
+async fn a_full_log_makes_pushers_wait_then_refuses_and_recovers() {
     let mut world = World::new(STREAM).await;
     world.stop().await;
     world.tune = |options| {
         options.log.log_bytes_max = 20_000;
         options.log.segment_bytes = 4_000;
+        options.limits.room_wait = Duration::from_millis(300);
     };
     world.open().await;
-    let mut refused = None;
+    // The log is many times as small as what goes through it: it is flushed when it is full, not half a minute later.
     for index in 0..100 {
+        world.push(&[sale("a", 1.0, &format!("e{index}"), T0 - index)]).await;
+    }
+    assert!(world.ingest().log_bytes() <= 20_000);
+    world.check_online().await;
+    // What cannot be applied stays in the log.
+    world.online.down.store(true, Ordering::SeqCst);
+    let mut refused = None;
+    for index in 100..200 {
         let sales = [sale("a", 1.0, &format!("e{index}"), T0 - index)];
-        match world.ingest().push("sales", batch(&sales), Wait::Visible).await {
+        let started = std::time::Instant::now();
+        match world.ingest().push("sales", batch(&sales), Wait::Durable).await {
             Ok(pushed) => world.remember(&sales, &pushed),
             Err(error) => {
                 assert!(error.is_retryable());
-                refused = Some((sales, error));
+                refused = Some((sales, error, started.elapsed()));
                 break;
             }
         }
     }
-    let (sales, error) = refused.expect("a log of 20 kB fills up");
+    let (sales, error, waited) = refused.expect("a log of 20 kB fills up");
     assert!(error.to_string().contains("are not in the history yet, 20000 are allowed"), "{error}");
-    world.ingest().flush().await.unwrap();
-    assert!(world.ingest().log_bytes() < 8_000, "segments in history are deleted");
+    assert!((Duration::from_millis(150)..Duration::from_secs(5)).contains(&waited), "waited {waited:?}");
+    world.online.down.store(false, Ordering::SeqCst);
     assert_eq!(world.push(&sales).await.accepted, 1, "an id that was refused is not taken for a duplicate");
+    world.check_online().await;
     world.check_history().await;
 }
 
@@ -290,7 +304,7 @@ async fn generated_streams_answer_as_the_reference() {
         let mut world = World::new(STREAM).await;
         let mut next_id = 0;
         for _ in 0..60 {
-            match random.random_range(0..12) {
+            match random.random_range(0..13) {
                 0 => {
                     world.crash().await;
                     world.open().await;
@@ -313,6 +327,13 @@ async fn generated_streams_answer_as_the_reference() {
                 }
                 4 | 5 => world.set_clock(world.now() + random.random_range(0..40) * MINUTE),
                 6 => world.check_online().await,
+                8 => {
+                    world.settle().await;
+                    world.online.lose(random.random_range(1..40)).await;
+                    if random.random_bool(0.5) {
+                        world.noticed().await;
+                    }
+                }
                 7 => {
                     let extra = if random.random_bool(0.5) { EXTRA_VIEW } else { "" };
                     world.adopt(&format!("{STREAM}{extra}")).await;
@@ -325,12 +346,256 @@ async fn generated_streams_answer_as_the_reference() {
                 }
             }
         }
+        world.settle().await;
+        world.noticed().await;
         world.check_online().await;
         world.check_history().await;
         world.set_clock(world.now() + 3 * HOUR);
         world.check_online().await;
         world.check_history().await;
     }
+}
+
+#[tokio::test]
+async fn what_the_store_lost_is_written_again_before_anything_new() {
+    let mut world = World::new(STREAM).await;
+    for index in 0..40 {
+        world.push(&[sale("a", f64::from(index), &format!("e{index}"), T0 - i64::from(index) * MINUTE)]).await;
+        if index == 20 {
+            world.ingest().flush().await.unwrap();
+        }
+    }
+    // Some of it is in history and some in memory. The next event must not hide what is missing.
+    world.online.lose(90).await;
+    world.push(&[sale("a", 7.0, "next", T0)]).await;
+    world.check_online().await;
+    // Nothing is pushed: it is noticed all the same, within a second or so, and nobody wakes anybody.
+    world.online.lose(25).await;
+    let started = std::time::Instant::now();
+    while world.online.inner().read(&[Read::Mark("mark/test/sales".into())]).await.unwrap()
+        != [Answer::Mark(Some(world.ingest().status()[0].applied))]
+    {
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", world.ingest().backfilling());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    world.check_online().await;
+    // Everything is gone, facts and all.
+    world.online.lose(usize::MAX).await;
+    world.noticed().await;
+    world.check_online().await;
+    // And while nobody ran.
+    world.stop().await;
+    world.online.lose(60).await;
+    world.open().await;
+    world.noticed().await;
+    world.check_online().await;
+    world.check_history().await;
+}
+
+#[tokio::test]
+async fn a_build_that_lost_something_begins_again() {
+    let mut world = World::new(STREAM).await;
+    let sales: Vec<Sale> =
+        (0..600).map(|n| sale(&format!("s{n}"), f64::from(n), &format!("e{n}"), T0 - i64::from(n) * MINUTE)).collect();
+    world.push(&sales).await;
+    world.settle().await;
+    world.online.until_loss.store(700, Ordering::SeqCst);
+    world.adopt(&format!("{STREAM}{EXTRA_VIEW}")).await;
+    world.noticed().await;
+    assert_eq!(world.online.until_loss.load(Ordering::SeqCst), 0, "something was lost");
+    world.check_online().await;
+}
+
+#[tokio::test]
+async fn a_process_that_was_replaced_stops_and_changes_nothing() {
+    let mut old = World::new(STREAM).await;
+    let first = [sale("a", 1.0, "1", T0 - 1), sale("b", 1.0, "1b", T0 - 1)];
+    old.push(&first).await;
+    let mut new = old.beside().await;
+    new.push(&first).await;
+    new.check_online().await;
+    let second = [sale("a", 2.0, "2", T0 - 2)];
+    new.push(&second).await;
+    old.push(&second).await;
+    new.check_online().await;
+    let third = [sale("a", 3.0, "3", T0 - 3)];
+    let error = old.ingest().push("sales", batch(&third), Wait::Visible).await.unwrap_err();
+    assert!(error.to_string().starts_with("another process has taken over writing the online store"), "{error}");
+    assert!(!error.is_retryable());
+    let error = old.ingest().push("sales", batch(&second), Wait::Durable).await.unwrap_err();
+    assert!(matches!(error, IngestError::Fenced { .. }), "{error}");
+    let trouble = old.ingest().status()[0].trouble.clone();
+    assert!(trouble.is_some_and(|trouble| trouble.contains("stop one of the two")), "{:?}", old.ingest().status());
+    new.push(&third).await;
+    new.check_online().await;
+    // What the old one had taken is still in its log, and a new process over it goes on from there.
+    old.stop().await;
+    old.open().await;
+    let again = old.ingest().push("sales", batch(&third), Wait::Visible).await.unwrap();
+    assert_eq!(again.duplicates, 1);
+    new.check_online().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_appliers_at_once_change_nothing() {
+    let mut one = World::new(STREAM).await;
+    let mut two = one.beside().await;
+    for round in 0..30 {
+        let sales: Vec<Sale> = (0..20)
+            .map(|n| {
+                let shop = ["a", "b", "c"][n % 3];
+                sale(shop, (round * n) as f64, &format!("{round}-{n}"), T0 - (n * round) as i64 * MINUTE)
+            })
+            .collect();
+        let (batch_one, batch_two) = (batch(&sales), batch(&sales));
+        let (first, second) = tokio::join!(
+            one.ingest().push("sales", batch_one, Wait::Visible),
+            two.ingest().push("sales", batch_two, Wait::Visible)
+        );
+        two.remember(&sales, &second.unwrap());
+        match first {
+            Ok(pushed) => one.remember(&sales, &pushed),
+            Err(error) => {
+                assert!(matches!(error, IngestError::Fenced { .. }), "{error}");
+                // Whoever was replaced comes back with its log, and replaces the other.
+                one.stop().await;
+                two.check_online().await;
+                return;
+            }
+        }
+    }
+    panic!("the second process has not replaced the first");
+}
+
+#[tokio::test]
+async fn an_id_that_is_used_again_for_another_event_is_rejected() {
+    let mut world = World::new(STREAM).await;
+    let first = sale("a", 1.0, "1", T0 - 1);
+    let mut other = first.clone();
+    other.amount = Some(2.0);
+    let pushed = world.push(&[first.clone(), other.clone(), sale("b", 5.0, "2", T0 - 1)]).await;
+    let reason = "`id` was used before for an event that said something else; give every event its own".to_owned();
+    assert_eq!((pushed.accepted, pushed.duplicates, &pushed.rejected), (2, 0, &vec![(1, reason.clone())]));
+    for when in ["at once", "after a crash, from the log", "after a stop, from the history"] {
+        let pushed = world.push(&[sale("b", 5.0, "2", T0 - 1), other.clone(), first.clone()]).await;
+        assert_eq!((pushed.accepted, pushed.duplicates), (0, 2), "{when}");
+        assert_eq!(pushed.rejected, [(1, reason.clone())], "{when}");
+        world.check_online().await;
+        if when == "at once" {
+            world.crash().await;
+        } else {
+            world.stop().await;
+        }
+        world.open().await;
+    }
+    // A column that is new says nothing about what was said before.
+    world
+        .adopt(&STREAM.replace(
+            "    event_time: sold_at",
+            "      - {name: note, type: string, nullable: true}\n    event_time: sold_at",
+        ))
+        .await;
+    assert_eq!(world.ingest().push("sales", batch(&[first.clone()]), Wait::Durable).await.unwrap().duplicates, 1);
+    world.adopt(STREAM).await;
+    world.check_history().await;
+}
+
+#[tokio::test]
+async fn events_of_the_far_future_are_rejected() {
+    let mut world = World::new(STREAM).await;
+    let day = 24 * HOUR;
+    let pushed = world.push(&[sale("a", 1.0, "1", T0 + 7 * day + 1), sale("a", 1.0, "2", T0 + 7 * day)]).await;
+    assert_eq!((pushed.accepted, pushed.early), (1, 1));
+    assert_eq!(pushed.rejected, [(0, "`sold_at` is more than 7 days ahead of the server's clock".to_owned())]);
+    world.check_history().await;
+    // Nothing of it was kept: a day later the same event is a new one.
+    world.set_clock(T0 + day);
+    assert_eq!(world.push(&[sale("a", 1.0, "1", T0 + 7 * day + 1)]).await.accepted, 1);
+}
+
+#[tokio::test]
+async fn freshness_is_measured_when_events_are_visible() {
+    #[derive(Default)]
+    struct Seen(std::sync::Mutex<Vec<(String, crate::Visible)>>);
+    impl crate::Meter for Seen {
+        fn visible(&self, source: &str, events: &[crate::Visible]) {
+            self.0.lock().unwrap().extend(events.iter().map(|event| (source.to_owned(), *event)));
+        }
+    }
+    static SEEN: std::sync::OnceLock<std::sync::Arc<Seen>> = std::sync::OnceLock::new();
+    let mut world = World::new(STREAM).await;
+    world.stop().await;
+    world.tune = |options| options.meter = Some(SEEN.get_or_init(Default::default).clone());
+    world.open().await;
+    world.push(&[sale("a", 1.0, "1", T0 - 3 * MINUTE), sale("a", 1.0, "early", T0 + MINUTE)]).await;
+    world.set_clock(T0 + 3 * MINUTE);
+    world.settle().await;
+    let visible = |since_event, since_arrival| crate::Visible { since_event, since_arrival };
+    let seen = SEEN.get().unwrap().0.lock().unwrap().clone();
+    let expected = [visible(3 * MINUTE, 0), visible(2 * MINUTE, 2 * MINUTE)].map(|event| ("sales".to_owned(), event));
+    assert_eq!(seen, expected);
+}
+
+#[tokio::test]
+async fn what_no_request_can_see_any_more_may_be_forgotten() {
+    let mut world = World::new(STREAM).await;
+    world.push(&[sale("a", 1.0, "1", T0), sale("b", 1.0, "2", T0 - HOUR)]).await;
+    world.check_online().await;
+    let entities = |world: &World| {
+        let online = world.online.inner();
+        let views: Vec<Generation> = ["last", "load"]
+            .map(|view| Generation::new("test", view, world.plan.view(view).unwrap().storage_digest.as_str()))
+            .into();
+        async move {
+            let mut left = Vec::new();
+            for shop in ["a", "b"] {
+                let mut entity = Vec::new();
+                feature_defs::value::encode(&feature_defs::value::Value::String(shop.into()), &mut entity);
+                let reads = [Read::Row(views[0].key(entity.clone())), Read::Tiles(views[1].key(entity), vec![])];
+                let answers = online.read(&reads).await.unwrap();
+                left.push((
+                    matches!(answers[0], Answer::Row(Some(_))),
+                    matches!(answers[1], Answer::Tiles { position: Some(_), .. }),
+                ));
+            }
+            left
+        }
+    };
+    // ttl 2 h and keep 1 d; windows of 24 h on a grid of 1 h, and a day.
+    for (hours, left) in [(25, [(true, true); 2]), (26, [(true, true), (false, true)]), (27, [(false, true); 2])] {
+        world.set_clock(T0 + hours * HOUR - MINUTE);
+        crate::keep::collect(&world.ingest().inner).await;
+        assert_eq!(entities(&world).await, left, "{hours} h");
+    }
+    world.set_clock(T0 + 49 * HOUR);
+    world.stop().await;
+    world.tune = |options| options.expires = false;
+    world.open().await;
+    crate::keep::collect(&world.ingest().inner).await;
+    assert_eq!(entities(&world).await, [(false, true); 2], "nothing is forgotten where requests bring their times");
+    world.stop().await;
+    world.tune = |_| {};
+    world.open().await;
+    crate::keep::collect(&world.ingest().inner).await;
+    assert_eq!(entities(&world).await, [(false, false); 2]);
+}
+
+#[tokio::test]
+async fn a_push_that_waits_to_be_visible_does_not_wait_for_ever() {
+    let mut world = World::new(STREAM).await;
+    world.stop().await;
+    world.tune = |options| options.limits.visible_wait = Duration::from_millis(50);
+    world.open().await;
+    world.settle().await;
+    world.online.down.store(true, Ordering::SeqCst);
+    let sales = [sale("a", 1.0, "1", T0 - 1)];
+    let error = world.ingest().push("sales", batch(&sales), Wait::Visible).await.unwrap_err();
+    assert!(matches!(error, IngestError::NotVisible { .. }) && error.is_retryable(), "{error}");
+    assert!(error.to_string().contains("need not be pushed again"), "{error}");
+    world.events.push((sales[0].clone(), Position { time: T0, sequence: FIRST_PUSHED }));
+    world.online.down.store(false, Ordering::SeqCst);
+    world.check_online().await;
+    world.check_history().await;
 }
 
 fn generated(random: &mut SmallRng, now: i64, next_id: &mut u32) -> Sale {
@@ -421,7 +686,9 @@ async fn history_is_compacted_beside_live_events_and_changes_nothing() {
     world.check_online().await;
     world.crash().await;
     world.open().await;
-    assert_eq!(world.push(&[sale("a", 0.0, "e3", T0)]).await.duplicates, 1, "ids are found in runs as well");
+    let again = [sale("a", 3.0, "e3", T0 - 3 * MINUTE)];
+    assert_eq!(world.push(&again).await.duplicates, 1, "ids are found in runs as well");
+    assert_eq!(world.push(&[sale("a", 0.0, "e3", T0)]).await.rejected.len(), 1, "and what was said");
 
     // By hand, it is one run; what was applied and not written yet is in it.
     world.push(&[sale("b", 8.0, "last", T0)]).await;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arrow::array::{ArrayRef, BooleanArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
@@ -137,10 +137,21 @@ pub fn compiled(text: &str) -> Arc<Plan> {
     }
 }
 
-/// A store that fails when it is told to.
+/// One change of a store, for taking all but the last again.
+#[derive(Clone)]
+enum Taken {
+    Write(Write),
+    Remove(Generation),
+    Claim(String, u64),
+}
+
+/// A store that fails when it is told to, and loses its newest writes, as one does that syncs now and then.
 #[derive(Default)]
 pub struct Flaky {
-    pub inner: MemoryStore,
+    inner: Mutex<Arc<MemoryStore>>,
+    taken: tokio::sync::Mutex<Vec<Taken>>,
+    /// After so many more writes, half as many are lost and nobody is told; 0: none.
+    pub until_loss: AtomicU64,
     /// Every call fails.
     pub down: AtomicBool,
     /// Writes that still succeed before one call fails; 0: no limit.
@@ -148,6 +159,45 @@ pub struct Flaky {
 }
 
 impl Flaky {
+    pub fn inner(&self) -> Arc<MemoryStore> {
+        self.inner.lock().unwrap().clone()
+    }
+
+    /// Goes back by so many writes.
+    pub async fn lose(&self, writes: usize) {
+        let mut taken = self.taken.lock().await;
+        self.lose_of(&mut taken, writes).await;
+    }
+
+    async fn lose_of(&self, taken: &mut Vec<Taken>, writes: usize) {
+        let kept = taken.len().saturating_sub(writes);
+        taken.truncate(kept);
+        let fresh = Arc::new(MemoryStore::default());
+        for change in taken.iter().cloned() {
+            match change {
+                Taken::Write(write) => drop(fresh.write(vec![write]).await.unwrap()),
+                Taken::Remove(generation) => drop(fresh.remove_generation(&generation).await.unwrap()),
+                Taken::Claim(name, epoch) => drop(fresh.claim(&name, epoch).await.unwrap()),
+            }
+        }
+        *self.inner.lock().unwrap() = fresh;
+    }
+
+    async fn take(&self, writes: Vec<Write>) -> Result<WriteOutcome, StoreError> {
+        let mut taken = self.taken.lock().await;
+        taken.extend(writes.iter().cloned().map(Taken::Write));
+        let left = self.until_loss.load(Ordering::SeqCst);
+        let count = writes.len() as u64;
+        let outcome = self.inner().write(writes).await?;
+        if left > 0 {
+            self.until_loss.store(left.saturating_sub(count), Ordering::SeqCst);
+            if left <= count {
+                self.lose_of(&mut taken, left as usize / 2 + 1).await;
+            }
+        }
+        Ok(outcome)
+    }
+
     fn check(&self) -> Result<(), StoreError> {
         let unreachable = || StoreError::Unreachable { place: "test".into(), what: "told to".into() };
         if self.down.load(Ordering::SeqCst) { Err(unreachable()) } else { Ok(()) }
@@ -158,7 +208,7 @@ impl Flaky {
 impl OnlineStore for Flaky {
     async fn read(&self, reads: &[Read]) -> Result<Vec<Answer>, StoreError> {
         self.check()?;
-        self.inner.read(reads).await
+        self.inner().read(reads).await
     }
 
     /// Fails in the middle of a call: what came before the failing write is there.
@@ -170,36 +220,39 @@ impl OnlineStore for Flaky {
             let kept = writes.len().min(left as usize);
             self.writes_left.store(left - kept as u64, Ordering::SeqCst);
             if fails {
-                self.inner.write(writes.into_iter().take(kept).collect()).await?;
+                self.take(writes.into_iter().take(kept).collect()).await?;
                 self.down.store(true, Ordering::SeqCst);
                 return Err(StoreError::Timeout { place: "test".into(), millis: 1 });
             }
         }
-        self.inner.write(writes).await
+        self.take(writes).await
     }
 
     async fn sync(&self) -> Result<(), StoreError> {
         self.check()?;
-        self.inner.sync().await
+        self.inner().sync().await
     }
 
     async fn remove_generation(&self, generation: &Generation) -> Result<u64, StoreError> {
         self.check()?;
-        self.inner.remove_generation(generation).await
+        self.taken.lock().await.push(Taken::Remove(generation.clone()));
+        self.inner().remove_generation(generation).await
     }
 
     async fn claim(&self, name: &str, candidate: u64) -> Result<u64, StoreError> {
         self.check()?;
-        self.inner.claim(name, candidate).await
+        let epoch = self.inner().claim(name, candidate).await?;
+        self.taken.lock().await.push(Taken::Claim(name.to_owned(), epoch));
+        Ok(epoch)
     }
 
     async fn collect_expired(&self, now: Micros) -> Result<u64, StoreError> {
         self.check()?;
-        self.inner.collect_expired(now).await
+        self.inner().collect_expired(now).await
     }
 
     async fn report(&self) -> Result<Vec<NodeReport>, StoreError> {
-        self.inner.report().await
+        self.inner().report().await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
@@ -239,6 +292,43 @@ impl World {
         world
     }
 
+    /// Another process over the same online store, with a log and a history of its own.
+    pub async fn beside(&self) -> World {
+        let mut world = World {
+            folder: tempfile::tempdir().unwrap(),
+            store: Arc::new(InMemory::new()),
+            online: self.online.clone(),
+            clock: self.clock.clone(),
+            plan: self.plan.clone(),
+            ingest: None,
+            tune: self.tune,
+            events: Vec::new(),
+        };
+        world.open().await;
+        world
+    }
+
+    /// Until the online store has again what the streams have written.
+    pub async fn noticed(&self) {
+        let views = || self.plan.views.iter().filter(|view| &*view.source.name == "sales");
+        for _ in 0..20_000 {
+            self.ingest().wake();
+            let mut reads = vec![Read::Mark("mark/test/sales".into())];
+            reads.extend(views().map(|view| {
+                Read::Fact(Generation::new("test", &view.name, view.storage_digest.as_str()).ready_fact())
+            }));
+            let answers = self.online.inner().read(&reads).await.unwrap();
+            let applied = self.ingest().status().iter().find(|status| &*status.source == "sales").unwrap().applied;
+            let has_facts = answers[1..].iter().all(|answer| matches!(answer, Answer::Fact(Some(_))));
+            let is_marked = matches!(answers[0], Answer::Mark(Some(mark)) if mark >= applied);
+            if has_facts && is_marked && self.ingest().backfilling().is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("nobody notices: {:?} {:?}", self.ingest().status(), self.ingest().backfilling());
+    }
+
     pub fn options(&self) -> IngestOptions {
         let clock = self.clock.clone();
         let mut options = IngestOptions::new(
@@ -250,6 +340,8 @@ impl World {
             Arc::new(Sources::new(self.folder.path()).unwrap()),
             Arc::new(move || clock.load(Ordering::SeqCst)),
         );
+        // Runs are what the tests say; those of schedules switch it on.
+        options.schedule = false;
         (self.tune)(&mut options);
         options
     }
@@ -385,7 +477,7 @@ impl World {
                         })
                         .collect();
                     let expected = as_of(&all, t, *max_age, Visibility::Known);
-                    let answers = self.online.inner.read(&[Read::Row(key)]).await.unwrap();
+                    let answers = self.online.inner().read(&[Read::Row(key)]).await.unwrap();
                     let Answer::Row(blob) = &answers[0] else { panic!("{context}: {answers:?}") };
                     let stored: Vec<Row> = blob.iter().map(|blob| row::decode(blob, &types).unwrap()).collect();
                     let found = as_of(&stored, t, *max_age, Visibility::Known);
@@ -414,7 +506,7 @@ impl World {
                         .map(|row| WindowEvent { times: rows.times[*row], inputs: rows.values(*row, &types) })
                         .collect();
                     let asked = layout.tiles_at(t);
-                    let answers = self.online.inner.read(&[Read::Tiles(key, asked.clone())]).await.unwrap();
+                    let answers = self.online.inner().read(&[Read::Tiles(key, asked.clone())]).await.unwrap();
                     let Answer::Tiles { position, tiles } = answers[0].clone() else {
                         panic!("{context}: {answers:?}")
                     };

@@ -100,6 +100,7 @@ impl TensorEncoder {
             columns: self.features.iter().map(|index| batch.column(*index).clone()).collect(),
             // The encoder asks for values alone.
             statuses: Vec::new(),
+            defaults: Vec::new(),
         };
         let encoded = self.model.encode(&features, rows);
         let mut columns: Vec<ArrayRef> = self.passed.iter().map(|index| batch.column(*index).clone()).collect();

@@ -229,7 +229,8 @@ async fn inputs_are_made_by_the_encoder_of_serving() {
     let model = world.process.model("", "sells").unwrap();
     let column = |name: &str| features.column_by_name(name).unwrap().clone();
     let columns = model.service.outputs.iter().map(|output| column(&output.name)).collect();
-    let expected = model.encode(&feature_defs::plan::Assembled { columns, statuses: Vec::new() }, 60);
+    let expected =
+        model.encode(&feature_defs::plan::Assembled { columns, statuses: Vec::new(), defaults: Vec::new() }, 60);
     let by_ticket = world.get(DatasetTicket { encode_for: "sells".into(), ..ticket() }).await.unwrap().0;
     let by_command = TrainingSetCommand { encode_for: "sells".into(), ..command("") };
     let by_command = world.exchange(by_command, spine(60)).await.unwrap().0;

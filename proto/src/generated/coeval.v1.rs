@@ -885,16 +885,20 @@ pub struct MaterializeRequest {
     #[prost(bool, tag = "4")]
     pub dry_run: bool,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MaterializeProgress {
     #[prost(string, tag = "1")]
     pub source: ::prost::alloc::string::String,
+    /// Empty where a source was skipped; the message says why.
     #[prost(string, tag = "2")]
     pub view: ::prost::alloc::string::String,
+    /// Rows of the source read so far, over all passes.
     #[prost(uint64, tag = "3")]
     pub rows_read: u64,
+    /// New rows that the store took; of a dry run, that it would take.
     #[prost(uint64, tag = "4")]
     pub rows_applied: u64,
+    /// New rows that the store had already, or something later.
     #[prost(uint64, tag = "5")]
     pub rows_stale: u64,
     /// True on the last message.
@@ -902,6 +906,21 @@ pub struct MaterializeProgress {
     pub done: bool,
     #[prost(sint64, tag = "7")]
     pub through: i64,
+    /// Rows of the view that became visible.
+    #[prost(uint64, tag = "8")]
+    pub rows_new: u64,
+    /// Rows of the source that one pass will read; absent where the files do not say.
+    #[prost(uint64, optional, tag = "9")]
+    pub rows_total: ::core::option::Option<u64>,
+    /// Entities written; of a dry run, that would change.
+    #[prost(uint64, tag = "10")]
+    pub entities: u64,
+    /// Since the work on the source began.
+    #[prost(double, tag = "11")]
+    pub seconds: f64,
+    /// What is worth knowing: why a source was skipped, or a view built anew.
+    #[prost(string, tag = "12")]
+    pub message: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FlushRequest {
