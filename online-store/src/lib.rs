@@ -18,6 +18,9 @@ pub mod embedded;
 pub mod memory;
 pub mod redis;
 
+#[cfg(test)]
+mod formats;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use feature_defs::time::{Micros, Position};

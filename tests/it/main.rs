@@ -5,3 +5,4 @@ mod faults;
 mod forget;
 mod object_stores;
 mod process;
+mod redis_store;
