@@ -48,7 +48,7 @@ use tokio::task::JoinHandle;
 
 use crate::apply::StreamState;
 use crate::event_ids::EventIds;
-use crate::log::{Durable, Log, LogError, LogOptions, Opened, RecordRef};
+use crate::log::{Durable, Log, LogError, LogOptions, Opened, Place};
 use crate::push::Intake;
 use crate::runs::{Run, RunLog, RunsError};
 use crate::write::{ViewWriter, WriteError};
@@ -62,7 +62,7 @@ pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
 #[derive(Clone)]
 pub struct IngestOptions {
     pub project: Arc<str>,
-    /// The folder of the disk log.
+    /// The folder of the event log: its segments, or only its lock where a Redis keeps it.
     pub folder: PathBuf,
     pub store: Arc<dyn ObjectStore>,
     /// The root of the store; the project's own folder lies below it.
@@ -71,6 +71,8 @@ pub struct IngestOptions {
     pub sources: Arc<Sources>,
     pub clock: Clock,
     pub log: LogOptions,
+    /// The address of a Redis that keeps the event log, instead of the folder.
+    pub log_redis: Option<Arc<str>>,
     pub limits: Limits,
     /// Applied events become history after this time at the latest.
     pub flush_after: Duration,
@@ -154,6 +156,7 @@ impl IngestOptions {
             sources,
             clock,
             log: LogOptions::default(),
+            log_redis: None,
             limits: Limits::default(),
             flush_after: apply::FLUSH_AFTER,
             schedule: true,
@@ -398,7 +401,7 @@ pub(crate) struct Inner {
     pub stopping: watch::Sender<bool>,
     streams: Mutex<BTreeMap<Arc<str>, Arc<Stream>>>,
     /// Records found when the log was opened, until their source is adopted.
-    found: Mutex<BTreeMap<Arc<str>, Vec<RecordRef>>>,
+    found: Mutex<BTreeMap<Arc<str>, Vec<Durable>>>,
     plan: Mutex<Option<Arc<Plan>>>,
     /// Views of earlier definitions that go on being written.
     pinned: Mutex<Vec<Arc<ViewPlan>>>,
@@ -444,11 +447,15 @@ impl Ingest {
     /// Opens the log. Nothing is applied, and nothing can be pushed, before [`Ingest::adopt`].
     pub async fn open(options: IngestOptions) -> Result<Ingest, IngestError> {
         let (folder, log_options, clock) = (options.folder.clone(), options.log.clone(), options.clock.clone());
-        let opened = tokio::task::spawn_blocking(move || Log::open(&folder, log_options, clock)).await;
+        let place = match &options.log_redis {
+            None => Place::Disk,
+            Some(url) => Place::Redis { url: url.clone(), project: options.project.clone() },
+        };
+        let opened = tokio::task::spawn_blocking(move || Log::open(&folder, place, log_options, clock)).await;
         let Opened { log, records, durable } = opened.map_err(|error| IngestError::Arrow(error.to_string()))??;
-        let mut found: BTreeMap<Arc<str>, Vec<RecordRef>> = BTreeMap::new();
-        for record in records {
-            found.entry(record.source.clone()).or_default().push(record);
+        let mut found: BTreeMap<Arc<str>, Vec<Durable>> = BTreeMap::new();
+        for durable in records {
+            found.entry(durable.record.source.clone()).or_default().push(durable);
         }
         let inner = Arc::new(Inner {
             options,
@@ -600,7 +607,14 @@ impl Ingest {
 
     /// What goes wrong with what is done without being asked, for people.
     pub fn troubles(&self) -> Vec<String> {
-        lock(&self.inner.kept).troubles()
+        let mut troubles = lock(&self.inner.kept).troubles();
+        troubles.extend(self.inner.log.trouble());
+        troubles
+    }
+
+    /// Where the event log is, if it is not on this machine's disk.
+    pub fn log_place(&self) -> Option<String> {
+        self.inner.log.remote().map(str::to_owned)
     }
 
     /// The newest runs of a source of files, newest first.
@@ -612,7 +626,7 @@ impl Ingest {
         self.inner.streams().values().map(|stream| stream.status()).collect()
     }
 
-    /// Bytes of the event log on disk.
+    /// Bytes of the event log.
     pub fn log_bytes(&self) -> u64 {
         self.inner.log.bytes()
     }
@@ -817,14 +831,15 @@ impl Inner {
         let oldest = (self.options.clock)().saturating_sub(limits.event_ids_horizon);
         backfill::recall_ids(&stream, source, &state.history, oldest).await?;
         let found = lock(&self.found).get(&source.name).cloned().unwrap_or_default();
-        for record in found {
+        for durable in found {
+            let record = &durable.record;
             if record.import.is_none() || record.import.as_deref() == state.import_id() {
-                self.recall_logged_ids(&stream, source, &record)?;
+                self.recall_logged_ids(&stream, source, &durable).await?;
             }
-            state.receive(&self.log, Durable { record, events: None })?;
+            state.receive(&self.log, durable).await?;
         }
         if imported {
-            state.go_on(&self.log)?;
+            state.go_on(&self.log).await?;
         }
         if let Some(position) = state.last_on_time() {
             lock(&stream.intake).last_on_time = position;
@@ -836,14 +851,17 @@ impl Inner {
         Ok(())
     }
 
-    fn recall_logged_ids(
+    async fn recall_logged_ids(
         &self,
         stream: &Stream,
         source: &feature_defs::plan::SourcePlan,
-        record: &RecordRef,
+        Durable { record, events }: &Durable,
     ) -> Result<(), IngestError> {
         let SourceKind::Stream { event_id: Some(name), .. } = &source.kind else { return Ok(()) };
-        let events = self.log.read(record)?;
+        let events = match events {
+            Some(events) => events.clone(),
+            None => self.log.read(record).await?,
+        };
         // A record whose columns no longer fit is a matter for the applier; its ids are remembered if they can be read.
         let (batch, is_whole) = match source.align(&events.batch, None) {
             Ok(batch) => (batch, true),

@@ -111,7 +111,9 @@ pub enum LogError {
     #[error("the event log stopped after a failure ({what}); mend what failed, then restart")]
     Stopped { what: String },
     /// Nothing was taken.
-    #[error("the event log at {place} takes no events now ({what}); it is tried again by itself, push again a little later")]
+    #[error(
+        "the event log at {place} takes no events now ({what}); it is tried again by itself, push again a little later"
+    )]
     Away { place: String, what: String },
     /// It may have been taken.
     #[error(
@@ -461,8 +463,7 @@ impl Log {
         }
         state.arrival = state.arrival.max((self.clock)());
         let (arrival, first_sequence, ticket) = (state.arrival, state.next_sequence, state.next_ticket);
-        let payload =
-            record::events_payload(source, arrival, first_sequence, rows, import.as_deref(), &encoded.stream);
+        let payload = record::events_payload(source, arrival, first_sequence, rows, import.as_deref(), &encoded.stream);
         let payload_bytes = payload.len() as u32;
         let record = RecordRef {
             source: source.clone(),
@@ -771,7 +772,9 @@ impl Writer {
             left: Vec::new(),
         };
         // Every opening begins a segment of its own: what an earlier process wrote is never appended to.
-        writer.begin(start.next_sequence, start.arrival)?;
+        let id = writer.next_id();
+        writer.try_begin(id, start.next_sequence, start.arrival)?;
+        writer.began(id);
         Ok((writer, start))
     }
 
@@ -873,18 +876,29 @@ impl Writer {
 
     /// Begins a segment, which is durable, with its name, before anything is written into it.
     fn begin(&mut self, first_sequence: u64, arrival: Micros) -> Result<(), LogError> {
-        let id = lock(&self.shared.segments).keys().next_back().map_or(1, |last| last + 1);
-        // One that was removed is not the newest that ever was.
-        let id = id.max(self.segment + 1);
-        self.insist(|writer| match &writer.storage {
+        let id = self.next_id();
+        self.insist(|writer| writer.try_begin(id, first_sequence, arrival))?;
+        self.began(id);
+        Ok(())
+    }
+
+    fn next_id(&self) -> u64 {
+        let newest = lock(&self.shared.segments).keys().next_back().copied().unwrap_or(0);
+        newest.max(self.segment) + 1
+    }
+
+    fn try_begin(&self, id: u64, first_sequence: u64, arrival: Micros) -> Result<(), LogError> {
+        match &self.storage {
             Storage::Disk(files) => files.begin(id, first_sequence, arrival),
             Storage::Redis(redis) => redis.begin(id, first_sequence, arrival),
-        })?;
+        }
+    }
+
+    fn began(&mut self, id: u64) {
         let cursor = matches!(self.storage, Storage::Redis(_)).then(Cursor::default);
         self.shared.bytes.fetch_add(HEADER_BYTES, Ordering::AcqRel);
         lock(&self.shared.segments).insert(id, Segment { bytes: HEADER_BYTES, pending_rows: 0, cursor });
         self.segment = id;
-        Ok(())
     }
 
     /// Tries until it is done, or until it is known that it will not be, or until the log is closed.

@@ -141,7 +141,6 @@ pub(super) fn decode(stream: &[u8]) -> Result<Events, String> {
     Ok(Events { batch: batch.project(&kept).map_err(failed)?, due })
 }
 
-
 /// The events of a record that was read back.
 pub(super) fn events(bytes: &[u8], record: &RecordRef) -> Result<Events, String> {
     let payload = payload_at(bytes).ok_or("the checksum differs")?;
