@@ -48,7 +48,7 @@ use tokio::task::JoinHandle;
 
 use crate::apply::StreamState;
 use crate::event_ids::EventIds;
-use crate::log::{Durable, Log, LogError, LogOptions, Opened, Place};
+use crate::log::{Durable, Log, LogError, LogOptions, Opened, Place, RecordRef};
 use crate::push::Intake;
 use crate::runs::{Run, RunLog, RunsError};
 use crate::write::{ViewWriter, WriteError};
@@ -212,6 +212,11 @@ pub enum IngestError {
     NotVisible { seconds: u64, what: String },
     #[error("the online store lost what was written last; it is written again")]
     Lost { mark: Option<Position> },
+    #[error(
+        "the event log on disk, {folder}, holds events of `{source_name}` that are not in the history; write `log: disk`, \
+         start the server until they are, stop it, and change to `log: redis` then"
+    )]
+    LeftOnDisk { folder: String, source_name: String },
     #[error("no definitions were applied yet; run `coeval apply` first")]
     NoPlan,
     #[error(transparent)]
@@ -402,6 +407,8 @@ pub(crate) struct Inner {
     streams: Mutex<BTreeMap<Arc<str>, Arc<Stream>>>,
     /// Records found when the log was opened, until their source is adopted.
     found: Mutex<BTreeMap<Arc<str>, Vec<Durable>>>,
+    /// Records on disk from before the log was in a Redis.
+    left: Vec<RecordRef>,
     plan: Mutex<Option<Arc<Plan>>>,
     /// Views of earlier definitions that go on being written.
     pinned: Mutex<Vec<Arc<ViewPlan>>>,
@@ -452,7 +459,8 @@ impl Ingest {
             Some(url) => Place::Redis { url: url.clone(), project: options.project.clone() },
         };
         let opened = tokio::task::spawn_blocking(move || Log::open(&folder, place, log_options, clock)).await;
-        let Opened { log, records, durable } = opened.map_err(|error| IngestError::Arrow(error.to_string()))??;
+        let Opened { log, records, durable, left } =
+            opened.map_err(|error| IngestError::Arrow(error.to_string()))??;
         let mut found: BTreeMap<Arc<str>, Vec<Durable>> = BTreeMap::new();
         for durable in records {
             found.entry(durable.record.source.clone()).or_default().push(durable);
@@ -469,6 +477,7 @@ impl Ingest {
             stopping: watch::channel(false).0,
             streams: Mutex::default(),
             found: Mutex::new(found),
+            left,
             plan: Mutex::default(),
             pinned: Mutex::default(),
             phases: Mutex::default(),
@@ -811,6 +820,7 @@ impl Inner {
         let history = history.with_work(tables::work(self));
         late(&history)?;
         fits(&history)?;
+        self.check_left(&history)?;
         self.log.raise(history.manifest().applied.time, history.manifest().sequence_max);
         let limits = &self.options.limits;
         let ids = EventIds::new(limits.event_ids_max, limits.event_ids_horizon);
@@ -848,6 +858,27 @@ impl Inner {
         self.log.delete_released();
         lock(&self.found).remove(&source.name);
         lock(&self.streams).insert(source.name.clone(), stream);
+        Ok(())
+    }
+
+    /// What was acknowledged while the log was on disk has to be in the history before another log is used.
+    fn check_left(&self, history: &History) -> Result<(), IngestError> {
+        let manifest = history.manifest();
+        let import = manifest.imported.as_ref().map(|imported| imported.id.as_str());
+        for record in self.left.iter().filter(|record| *record.source == *manifest.source) {
+            if record.import.is_some() && record.import.as_deref() != import {
+                continue;
+            }
+            let due = self.log.read_left(record)?.due;
+            let position = |(row, due): (usize, &Micros)| Position {
+                time: record.arrival.max(*due),
+                sequence: record.first_sequence + row as u64,
+            };
+            if due.iter().enumerate().map(position).any(|position| position > manifest.applied) {
+                let (folder, source_name) = (self.log.folder().display().to_string(), record.source.to_string());
+                return Err(IngestError::LeftOnDisk { folder, source_name });
+            }
+        }
         Ok(())
     }
 

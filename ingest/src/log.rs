@@ -224,6 +224,8 @@ pub struct Log {
     writer: Mutex<Option<JoinHandle<()>>>,
     in_flight: Arc<tokio::sync::Semaphore>,
     reader: Reader,
+    /// A log on disk from before, where this one is in a Redis.
+    left: Option<Arc<Disk>>,
     /// Held as long as the log is open: the lock ends with the process, however it ends.
     _lock: File,
 }
@@ -352,6 +354,8 @@ pub struct Opened {
     pub records: Vec<Durable>,
     /// Its length is bounded by the bytes of the log, and what it holds in memory by `cached_bytes_max`.
     pub durable: tokio::sync::mpsc::UnboundedReceiver<Durable>,
+    /// Records on the disk, where the log is in a Redis now: they are no part of it.
+    pub left: Vec<RecordRef>,
 }
 
 impl Log {
@@ -373,6 +377,10 @@ impl Log {
         }
         let files = Arc::new(Disk::new(folder));
         let token = redis::token();
+        let left = match &place {
+            Place::Disk => None,
+            Place::Redis { .. } => Some((files.clone(), files.scan()?)),
+        };
         let reader = match &place {
             Place::Disk => Reader::Disk(files.clone()),
             Place::Redis { url, project } => Reader::Redis(redis::Reader::new(url, project, token.clone())?),
@@ -426,10 +434,12 @@ impl Log {
             writer: Mutex::new(Some(writer)),
             in_flight,
             reader,
+            left: left.as_ref().map(|(files, _)| files.clone()),
             _lock: lock_file,
         };
         log.delete_released();
-        Ok(Opened { log, records, durable: received })
+        let left = left.into_iter().flat_map(|(_, found)| found).flat_map(|found| found.records);
+        Ok(Opened { log, records, durable: received, left: left.map(|durable| durable.record).collect() })
     }
 
     /// Encodes events; `due` is the later of known time and event time of each.
@@ -573,6 +583,19 @@ impl Log {
         }
     }
 
+    /// Reads one of [`Opened::left`].
+    pub fn read_left(&self, record: &RecordRef) -> Result<Events, LogError> {
+        match &self.left {
+            Some(files) => files.read(record),
+            None => Err(LogError::Stopped { what: "there is no log on disk beside it".into() }),
+        }
+    }
+
+    /// Where the log on disk is, or was.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// An error if another process has taken this log over, which can happen only where it is not on this machine's disk.
     pub async fn check_writer(&self) -> Result<(), LogError> {
         match &self.reader {
@@ -711,6 +734,11 @@ impl Drop for Log {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Says, for people, what a Redis holds of a project's log, or why it cannot hold one. Whoever writes it is not disturbed.
+pub async fn look(url: &str, project: &str) -> Result<String, LogError> {
+    redis::look(url, project).await
 }
 
 /// Batches are counted as they lie in memory.

@@ -321,6 +321,21 @@ async fn scan(link: &Link, segment: &mut Found, room: &mut u64) -> Result<(), Lo
     Ok(())
 }
 
+/// Whether a Redis can hold a log, and what it holds of it; nothing is taken over.
+pub(super) async fn look(url: &str, project: &str) -> Result<String, LogError> {
+    let link = Link::new(url, project, token())?;
+    let mut index = ::redis::cmd("HGETALL");
+    index.arg(&link.index);
+    let answers = link.call(vec![Link::durability(), index]).await?;
+    let [settings, index] = answers.try_into().unwrap_or_default();
+    link.check_durable(settings).await?;
+    let index: HashMap<String, String> = from_redis_value(link.good(index).await?).unwrap_or_default();
+    let ends = index.iter().filter(|(field, _)| field.starts_with('e')).filter_map(|(_, end)| end.parse::<u64>().ok());
+    let (segments, bytes) = ends.fold((0, 0), |(segments, bytes), end| (segments + 1, bytes + end));
+    let mib = bytes as f64 / f64::from(1 << 20);
+    Ok(format!("{}, {}: {mib:.1} MiB in {segments} segments, appendfsync always", link.place(), link.index))
+}
+
 /// The side that reads, on the runtime of whoever does.
 pub(super) struct Reader {
     link: Link,

@@ -9,7 +9,7 @@ use online_store::conformance::redis_server::RedisServer;
 
 use super::world::*;
 use crate::log::LogError;
-use crate::{IngestError, Wait};
+use crate::{Ingest, IngestError, Wait};
 
 async fn world(folder: &tempfile::TempDir) -> Option<(World, RedisServer)> {
     let redis = RedisServer::start(folder.path())?;
@@ -159,4 +159,28 @@ async fn a_redis_that_comes_back_needs_no_hand() {
         rows += part.unwrap().positions.len();
     }
     assert_eq!(rows, 3, "each event once");
+}
+
+#[tokio::test]
+async fn events_in_a_log_on_disk_are_not_left_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(redis) = RedisServer::start(folder.path()) else { return };
+    let mut world = World::new(STREAM).await;
+    world.push(&[sale("a", 1.0, "1", T0)]).await;
+    world.ingest().flush().await.unwrap();
+    world.push(&[sale("a", 2.0, "2", T0)]).await;
+    world.crash().await;
+    world.log_redis = Some(redis.url().into());
+    let ingest = Ingest::open(world.options()).await.unwrap();
+    let error = ingest.adopt(world.plan.clone()).await.unwrap_err().to_string();
+    assert!(error.contains("holds events of `sales` that are not in the history"), "{error}");
+    ingest.abandon().await;
+    world.log_redis = None;
+    world.open().await;
+    world.stop().await;
+    world.log_redis = Some(redis.url().into());
+    world.open().await;
+    world.push(&[sale("a", 4.0, "3", T0)]).await;
+    world.check_online().await;
+    world.check_history().await;
 }

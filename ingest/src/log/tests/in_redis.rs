@@ -56,6 +56,8 @@ async fn a_redis_that_may_forget_is_refused() {
         fixture.redis = Some(redis);
         let error = fixture.open().err().unwrap();
         assert!(matches!(error, LogError::Refused { .. }) && !error.is_retryable());
+        let looked = look(&fixture.redis.as_ref().unwrap().url(), "test").await.unwrap_err();
+        assert_eq!(looked.to_string(), error.to_string());
         let text = error.to_string();
         assert!(text.contains(part) && text.contains("or write `log: disk`"), "{text}");
         assert!(fixture.segments().is_empty(), "nothing was written");
@@ -87,6 +89,9 @@ async fn a_redis_that_begins_to_forget_acknowledges_nothing_until_it_stops() {
     drop(log);
     let Opened { log, records, .. } = fixture.open().unwrap();
     assert_eq!(text_of(&log, &records).await, ["before", "meanwhile", "after"]);
+    let looked = look(&fixture.redis.as_ref().unwrap().url(), "test").await.unwrap();
+    assert!(looked.ends_with("0.0 MiB in 2 segments, appendfsync always"), "{looked}");
+    acknowledged(&log, "not disturbed").await.unwrap();
 }
 
 #[tokio::test]
