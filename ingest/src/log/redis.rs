@@ -57,7 +57,7 @@ pub(super) fn token() -> Arc<str> {
 impl Link {
     fn new(url: &str, project: &str, token: Arc<str>) -> Result<Link, LogError> {
         let index = format!("c1:{{{project}}}log");
-        let direct = Direct::new(url, &index, TIMEOUT).map_err(|error| meaning("the Redis of `online:`", error))?;
+        let direct = Direct::new(url, &index, TIMEOUT).map_err(meaning)?;
         Ok(Link { direct, index, token })
     }
 
@@ -67,7 +67,7 @@ impl Link {
 
     async fn call(&self, commands: Vec<Cmd>) -> Result<Vec<Value>, LogError> {
         let count = commands.len();
-        let answers = self.direct.call(commands).await.map_err(|error| self.meaning(error))?;
+        let answers = self.direct.call(commands).await.map_err(meaning)?;
         if answers.len() == count {
             return Ok(answers);
         }
@@ -82,12 +82,8 @@ impl Link {
             "COEVALLOGTAKEN" => LogError::Superseded { what: details },
             "COEVALLOGGONE" | "COEVALLOGLOST" => LogError::Gone { place: self.place(), what: details },
             "COEVALLOGFORMAT" => LogError::Newer { path: self.index.clone(), found: details },
-            _ => self.meaning(self.direct.refusal(&error).await),
+            _ => meaning(self.direct.refusal(&error).await),
         })
-    }
-
-    fn meaning(&self, error: StoreError) -> LogError {
-        meaning(self.direct.place(), error)
     }
 
     fn place(&self) -> String {
@@ -140,13 +136,14 @@ impl Link {
     }
 }
 
-fn meaning(place: &str, error: StoreError) -> LogError {
-    let place = place.to_owned();
+fn meaning(error: StoreError) -> LogError {
     match error {
-        StoreError::Unreachable { what, .. } => LogError::Away { place, what },
-        StoreError::Timeout { millis, .. } => LogError::Away { place, what: format!("no answer within {millis} ms") },
-        StoreError::Refused { what, .. } => LogError::Refused { place, what },
-        error => LogError::Refused { place, what: error.to_string() },
+        StoreError::Unreachable { place, what } => LogError::Away { place, what },
+        StoreError::Timeout { place, millis } => {
+            LogError::Away { place, what: format!("no answer within {millis} ms") }
+        }
+        StoreError::Refused { place, what } => LogError::Refused { place, what },
+        error => LogError::Refused { place: "`online:`".to_owned(), what: error.to_string() },
     }
 }
 
