@@ -170,6 +170,10 @@ impl Redis {
             match runtime.block_on(take_over(&link, cached_bytes_max)) {
                 Ok(found) => return Ok((Redis { runtime, link }, found)),
                 Err(LogError::Away { .. }) if start.elapsed() < START_PATIENCE => std::thread::sleep(START_PAUSE),
+                Err(LogError::Away { place, what }) => {
+                    let what = format!("it cannot be reached ({what}); start it, or check `online:` in coeval.yaml");
+                    return Err(LogError::Refused { place, what });
+                }
                 Err(error) => return Err(error),
             }
         }
