@@ -94,7 +94,7 @@ async fn append_durably(log: &Log, rows: &[&str]) -> u64 {
 #[tokio::test]
 async fn records_come_back_in_order_after_a_restart() {
     for fixture in Fixture::all() {
-        let Opened { log, records, mut durable } = fixture.open().unwrap();
+        let Opened { log, records, mut durable, .. } = fixture.open().unwrap();
         assert!(records.is_empty());
         assert_eq!(append_durably(&log, &["a", "b"]).await, FIRST_PUSHED);
         fixture.clock.store(NOW - 50, Ordering::SeqCst);

@@ -305,7 +305,7 @@ async fn the_group_shows_what_is_in_history_and_the_next_process_begins_there() 
     log.delete_released();
     log.tick().await.unwrap();
     let groups = redis.ask(&["XINFO", "GROUPS", "c1:{test}log:0000000000000001"]).unwrap();
-    let groups: Vec<std::collections::HashMap<String, ::redis::Value>> = ::redis::from_redis_value(groups).unwrap();
+    let groups: Vec<HashMap<String, ::redis::Value>> = ::redis::from_redis_value(groups).unwrap();
     let said = |name: &str| ::redis::from_redis_value::<String>(groups[0][name].clone()).unwrap();
     assert_eq!(said("name"), "appliers");
     assert_eq!(said("last-delivered-id"), format!("{}-0", places[1].1));
