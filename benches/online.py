@@ -177,7 +177,8 @@ class Ours(Process):
     def __init__(self, place: Place, folder: Path, data: Path, online: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        settings = f"project: bench\nonline: {online}\nserve: {{grpc: 127.0.0.1:0, http: 127.0.0.1:0}}\n"
+        ports = f"grpc: 127.0.0.1:{free_port()}, http: 127.0.0.1:{free_port()}"
+        settings = f"project: bench\nonline: {online}\nserve: {{{ports}}}\n"
         (folder / "coeval.yaml").write_text(settings)
         (folder / "definitions.yaml").write_text(definitions(data))
         self.place, self.folder = place, folder
@@ -324,6 +325,8 @@ def online(report: Report, place: Place, args: argparse.Namespace) -> None:
         folder = work / "feast"
         peer = [place.feast, PEERS / "feast_store.py", folder, data, f"127.0.0.1:{redis.port}"]
         subprocess.run([str(part) for part in [*peer, "fill"]], check=True)
+        # The key of an entity in Feast ends with its project.
+        bytes_of_entities(report, redis, {"Feast's hash of one entity, the same 50 features": "*bench"})
         port = free_port()
         command = [place.feast.parent / "feast", "-c", folder, "serve", "--port", port, "--no-access-log"]
         with Process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
@@ -344,7 +347,8 @@ def online(report: Report, place: Place, args: argparse.Namespace) -> None:
         with Redis(work / "redis") as redis, Ours(place, work / "ours", data, f"redis://127.0.0.1:{redis.port}") as ours:
             ours.fill([f"wide{view}" for view in range(VIEWS)])
             wait_until_ready(ours)
-            bytes_of_entities(report, redis)
+            ours_of = {f"{view} of one entity": f"c1:*{view}@*" for view in ("wide0", "events_count")}
+            bytes_of_entities(report, redis, ours_of)
             reads(redis, ours)
             if wanted("feast", "saturation"):
                 guarded("feast", lambda: feast(redis))
@@ -389,7 +393,7 @@ def online(report: Report, place: Place, args: argparse.Namespace) -> None:
     def embedded() -> None:
         with Ours(place, work / "ours", data, "embedded") as ours:
             ours.fill(["wide0"])
-            wait_until_ready(ours, views=["wide0"])
+            wait_until_ready(ours, "wide")
             words = asked("wide")
             answer = load(place, ours.address, words, "--seconds", 0.5)["answer_bytes"]
             command = [place.bench, "floor-serve", "--answer-bytes", answer]
@@ -436,22 +440,33 @@ class Watch:
         )
 
 
-def wait_until_ready(ours: Ours, views: list[str] | None = None) -> None:
+def wait_until_ready(ours: Ours, service: str = "windows") -> None:
     """Until views over streams are built from history."""
-    asked = views or ["events_count", "amount_sum", "amount_mean"]
     until = time.monotonic() + 300
     while time.monotonic() < until:
-        said = ours.run("--json", "features", "get", *(f"{view}:*" for view in asked), "--key", "entity=1")
-        if "UNAVAILABLE" not in said:
+        if "UNAVAILABLE" not in ours.run("--json", "features", "get", service, "--row", "entity=1").upper():
             return
         time.sleep(0.5)
     raise Wrong("the views over the stream are not built after 300 s")
 
 
-def bytes_of_entities(report: Report, redis: Redis) -> None:
+# Keys hold bytes that are no text, so Redis itself adds up.
+SIZES = """
+local sizes, cursor = {}, '0'
+repeat
+  local found = redis.call('SCAN', cursor, 'MATCH', ARGV[1], 'COUNT', 1000)
+  cursor = found[1]
+  for _, key in ipairs(found[2]) do
+    sizes[#sizes + 1] = redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0)
+  end
+until cursor == '0' or #sizes >= 500
+return sizes
+"""
+
+
+def bytes_of_entities(report: Report, redis: Redis, patterns: dict[str, str]) -> None:
     """What one entity takes, as Redis counts it."""
-    for view in ("wide0", "events_count"):
-        keys = redis.cli("--scan", "--pattern", f"c1:*{view}@*", "--count", "10000").splitlines()[:200]
-        sizes = [int(redis.cli("MEMORY", "USAGE", key, "SAMPLES", "0")) for key in keys if key.isprintable() and "\\" not in key]
+    for what, pattern in patterns.items():
+        sizes = [int(size) for size in redis.cli("EVAL", SIZES, "0", pattern).split()]
         if sizes:
-            report.checks.append(f"{view}: {statistics.median(sizes):.0f} bytes in Redis per entity (median of {len(sizes)})")
+            report.checks.append(f"{what}: {statistics.median(sizes):.0f} bytes in Redis (median of {len(sizes)} keys)")

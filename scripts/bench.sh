@@ -2,14 +2,14 @@
 # The benchmarks: builds our program, installs the engines it is compared with, and runs them in turn. docs/benchmarks.md
 # says what is measured.
 #
-#     scripts/bench.sh pit|windows|flight [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
+#     scripts/bench.sh pit|windows|flight|online [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
 #
 # Generated files (about 12 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's
 # cache.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-[ $# -gt 0 ] || fail "say which benchmark: pit, windows or flight"
+[ $# -gt 0 ] || fail "say which benchmark: pit, windows, flight or online"
 have cargo || fail "cargo not found; run \`make setup\` first"
 place=${COEVAL_BENCH:-$cache/bench}
 peers=$place/peers
@@ -25,7 +25,28 @@ if [ "$(cat "$peers/.coeval-stamp" 2>/dev/null)" != "$wanted" ]; then
     printf '%s\n' "$wanted" >"$peers/.coeval-stamp"
 fi
 
+online=()
+if [ "$1" = online ]; then
+    have redis-server || scripts/setup.sh redis
+    feast=$place/feast
+    wanted=$({
+        python3 --version
+        cat benches/peers/requirements-feast.txt
+    } | sha256sum | cut -d' ' -f1)
+    if [ "$(cat "$feast/.coeval-stamp" 2>/dev/null)" != "$wanted" ]; then
+        step "installing Feast into $feast"
+        python3 -m venv --clear "$feast"
+        "$feast/bin/pip" install --quiet --disable-pip-version-check -r benches/peers/requirements-feast.txt >&2
+        printf '%s\n' "$wanted" >"$feast/.coeval-stamp"
+    fi
+    claim_builds
+    use_libtorch
+    step "building the server (release; the first time this takes a while)"
+    cargo build --release --locked -p cli --features torch
+    online=(--server "$CARGO_TARGET_DIR/release/coeval" --feast "$feast/bin/python")
+fi
+
 claim_builds
 step "building the benchmark program (release; the first time this takes a while)"
 cargo build --release --locked -p benches
-exec "$peers/bin/python" benches/run.py "$@" --bench "$CARGO_TARGET_DIR/release/bench" --data "$place/data"
+exec "$peers/bin/python" benches/run.py "$@" --bench "$CARGO_TARGET_DIR/release/bench" --data "$place/data" "${online[@]}"

@@ -214,9 +214,15 @@ impl Server {
 
     /// A training set over Flight, with statuses.
     pub async fn training_set(&self, service: &str, spine: RecordBatch) -> Result<RecordBatch, tonic::Status> {
+        self.dataset(service, "", spine).await
+    }
+
+    /// A training set that is kept under a name; an empty one keeps nothing.
+    pub async fn dataset(&self, service: &str, name: &str, spine: RecordBatch) -> Result<RecordBatch, tonic::Status> {
         let command = v1::TrainingSetCommand {
             project: self.project.clone(),
             service: service.into(),
+            dataset: name.into(),
             statuses: true,
             ..v1::TrainingSetCommand::default()
         };
@@ -228,17 +234,35 @@ impl Server {
             .filter_map(|data| async move { data.ok() });
         let mut client = FlightServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20);
         let answer = client.do_exchange(encoded).await?.into_inner();
-        // The last message says how it ended and holds no batch.
-        let answer = answer.try_filter(|message| std::future::ready(!message.data_header.is_empty()));
-        let answer = answer.map_err(|status| FlightError::Tonic(Box::new(status)));
-        let mut batches = FlightRecordBatchStream::new_from_flight_data(answer);
-        let mut collected = Vec::new();
-        while let Some(batch) = batches.try_next().await.map_err(tonic::Status::from)? {
-            collected.push(batch);
-        }
-        let schema = batches.schema().cloned().ok_or_else(|| tonic::Status::internal("no schema came"))?;
-        arrow::compute::concat_batches(&schema, &collected).map_err(|error| tonic::Status::internal(error.to_string()))
+        collect(answer).await
     }
+
+    /// The rows of a dataset that is kept.
+    pub async fn read_dataset(&self, name: &str, id: &str) -> Result<RecordBatch, tonic::Status> {
+        let ticket = v1::DatasetTicket {
+            project: self.project.clone(),
+            name: name.into(),
+            id: id.into(),
+            ..v1::DatasetTicket::default()
+        };
+        let mut client = FlightServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20);
+        let ticket = arrow_flight::Ticket { ticket: ticket.encode_to_vec().into() };
+        collect(client.do_get(ticket).await?.into_inner()).await
+    }
+}
+
+/// All batches of an answer as one.
+async fn collect(answer: tonic::Streaming<arrow_flight::FlightData>) -> Result<RecordBatch, tonic::Status> {
+    // The last message says how it ended and holds no batch.
+    let answer = answer.try_filter(|message| std::future::ready(!message.data_header.is_empty()));
+    let answer = answer.map_err(|status| FlightError::Tonic(Box::new(status)));
+    let mut batches = FlightRecordBatchStream::new_from_flight_data(answer);
+    let mut collected = Vec::new();
+    while let Some(batch) = batches.try_next().await.map_err(tonic::Status::from)? {
+        collected.push(batch);
+    }
+    let schema = batches.schema().cloned().ok_or_else(|| tonic::Status::internal("no schema came"))?;
+    arrow::compute::concat_batches(&schema, &collected).map_err(|error| tonic::Status::internal(error.to_string()))
 }
 
 /// Columns of requests.

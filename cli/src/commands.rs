@@ -9,6 +9,7 @@ pub mod plan;
 pub mod serve;
 
 pub mod compact;
+pub mod forget;
 pub mod ingest;
 pub mod materialize;
 

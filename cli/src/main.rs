@@ -81,6 +81,8 @@ enum Command {
     Materialize(materialize::MaterializeArguments),
     /// Sort and merge the files of managed tables
     Compact(compact::CompactArguments),
+    /// Remove an entity from everything that is kept, and hide it from then on
+    Forget(forget::ForgetArguments),
     /// Features as they are served
     #[command(subcommand)]
     Features(features::FeaturesCommand),
@@ -136,6 +138,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Ingest(arguments) => ingest::run(place, &arguments, output).await,
             Command::Materialize(arguments) => materialize::run(place, &arguments, output).await,
             Command::Compact(arguments) => compact::run(place, &arguments, output).await,
+            Command::Forget(arguments) => forget::run(place, &arguments, output).await,
             Command::Features(command) => features::run(place, &command, output).await,
             Command::Predict(arguments) => predict::run(place, &arguments, output).await,
             Command::Dataset(command) => dataset::run(place, &command, output).await,

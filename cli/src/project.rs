@@ -335,6 +335,19 @@ impl Place {
         !settings.store.contains("://") && !Path::new(&self.resolve(&settings.store)).exists()
     }
 
+    /// Has a plan that was compiled here follow what the project has forgotten.
+    pub async fn forget_listed(&self, settings: &Settings, plan: &Plan) -> Result<(), CliError> {
+        // Looking does not create a store.
+        if self.store_is_absent(settings) {
+            return Ok(());
+        }
+        let registry = self.registry(settings).await?;
+        if let Some(known) = registry.state().project(settings.project.as_str()) {
+            plan.forget(&gateway::forget::listed(known));
+        }
+        Ok(())
+    }
+
     /// The project's control log and its fold.
     pub async fn registry(&self, settings: &Settings) -> Result<Registry, CliError> {
         let (store, prefix) = open_store(&self.resolve(&settings.store))?;

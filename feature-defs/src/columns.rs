@@ -10,48 +10,58 @@ use arrow::array::{
     ArrayRef, BinaryArray, BooleanArray, Date32Array, Decimal128Array, Float32Array, Float64Array, Int32Array,
     Int64Array, StringArray, TimestampMicrosecondArray,
 };
-use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer, ScalarBuffer};
+use arrow::buffer::{BooleanBuffer, Buffer, MutableBuffer, NullBuffer, OffsetBuffer, ScalarBuffer};
+use arrow::datatypes::ArrowNativeType;
 
 use crate::value::{DecodeError, Type, Value, decode, decode_i64, take};
 
-/// Columns that grow by rows.
+/// Columns that grow by rows, up to as many as were announced.
 #[derive(Debug)]
 pub struct Columns {
     columns: Vec<Column>,
+    /// The values of all columns of fixed width, one column after the other, each with room for all rows: a request for
+    /// hundreds of features would spend more on allocating a buffer for each than on filling it.
+    fixed: MutableBuffer,
     rows: usize,
+    rows_max: usize,
 }
 
 #[derive(Debug)]
 struct Column {
     cells: Cells,
-    /// One per row; false under a null.
+    /// One per row, false under a null; empty until there is one.
     valid: Vec<bool>,
-    nulls: usize,
 }
 
+/// A column of fixed width begins at a byte of the shared buffer.
 #[derive(Debug)]
 enum Cells {
     Bool(Vec<bool>),
-    Int32(Vec<i32>),
-    Int64(Vec<i64>),
-    Float32(Vec<f32>),
-    Float64(Vec<f64>),
-    Date(Vec<i32>),
-    Timestamp(Vec<i64>),
-    Decimal { values: Vec<i128>, precision: u8, scale: i8 },
+    Int32(usize),
+    Int64(usize),
+    Float32(usize),
+    Float64(usize),
+    Date(usize),
+    Timestamp(usize),
+    Decimal { start: usize, precision: u8, scale: i8 },
     Bytes { bytes: Vec<u8>, ends: Vec<usize>, is_text: bool },
     Nested { values: Vec<Value>, value_type: Type },
 }
 
+/// Every column begins at a multiple of the widest value.
+const ALIGNMENT: usize = 16;
+
 impl Columns {
     /// No rows yet, with room for so many.
-    pub fn new<'a>(types: impl IntoIterator<Item = &'a Type>, rows: usize) -> Columns {
-        let column = |value_type: &Type| Column {
-            cells: Cells::new(value_type, rows),
-            valid: Vec::with_capacity(rows),
-            nulls: 0,
-        };
-        Columns { columns: types.into_iter().map(column).collect(), rows: 0 }
+    pub fn new<'a>(types: impl IntoIterator<Item = &'a Type>, rows_max: usize) -> Columns {
+        let mut end = 0;
+        let columns = types.into_iter().map(|value_type| {
+            let cells = Cells::new(value_type, rows_max, end);
+            end += (cells.width() * rows_max).next_multiple_of(ALIGNMENT);
+            Column { cells, valid: Vec::new() }
+        });
+        let columns = columns.collect();
+        Columns { columns, fixed: MutableBuffer::from_len_zeroed(end), rows: 0, rows_max }
     }
 
     pub fn rows(&self) -> usize {
@@ -61,6 +71,9 @@ impl Columns {
     /// Adds a row as [`encode_row`](crate::value::encode_row) wrote it; the bytes must end with it. After an error the
     /// columns are as before.
     pub fn push(&mut self, row: &[u8]) -> Result<(), DecodeError> {
+        if self.rows == self.rows_max {
+            return Err(DecodeError::Invalid("there are more rows than were announced"));
+        }
         let pushed = self.try_push(row);
         match pushed {
             Ok(()) => self.rows += 1,
@@ -71,21 +84,28 @@ impl Columns {
 
     fn try_push(&mut self, row: &[u8]) -> Result<(), DecodeError> {
         let (bitmap, mut bytes) = row.split_at_checked(self.columns.len().div_ceil(8)).ok_or(DecodeError::Truncated)?;
+        let fixed = self.fixed.as_slice_mut();
         for (index, column) in self.columns.iter_mut().enumerate() {
-            let valid = bitmap[index / 8] >> (index % 8) & 1 == 1;
-            if valid {
-                column.cells.push(&mut bytes)?;
+            if bitmap[index / 8] >> (index % 8) & 1 == 1 {
+                column.cells.push(&mut bytes, fixed, self.rows)?;
+                if !column.valid.is_empty() {
+                    column.valid.push(true);
+                }
             } else {
-                column.cells.push_zero();
-                column.nulls += 1;
+                column.cells.push_zero(fixed, self.rows);
+                if column.valid.is_empty() {
+                    column.valid.reserve(self.rows_max);
+                    column.valid.resize(self.rows, true);
+                }
+                column.valid.push(false);
             }
-            column.valid.push(valid);
         }
         if bytes.is_empty() { Ok(()) } else { Err(DecodeError::Trailing(bytes.len())) }
     }
 
     pub fn finish(self) -> Vec<ArrayRef> {
-        self.columns.into_iter().map(Column::finish).collect()
+        let fixed = Buffer::from(self.fixed);
+        self.columns.into_iter().map(|column| column.finish(&fixed, self.rows)).collect()
     }
 }
 
@@ -93,27 +113,30 @@ impl Column {
     fn truncate(&mut self, rows: usize) {
         self.cells.truncate(rows);
         self.valid.truncate(rows);
-        self.nulls = self.valid.iter().filter(|valid| !**valid).count();
+        if self.valid.iter().all(|valid| *valid) {
+            self.valid.clear();
+        }
     }
 
-    fn finish(self) -> ArrayRef {
-        let nulls = (self.nulls > 0).then(|| NullBuffer::from(self.valid));
+    fn finish(self, fixed: &Buffer, rows: usize) -> ArrayRef {
+        let nulls = (!self.valid.is_empty()).then(|| NullBuffer::from(self.valid));
         match self.cells {
             Cells::Bool(values) => Arc::new(BooleanArray::new(BooleanBuffer::from(values), nulls)),
-            Cells::Int32(values) => Arc::new(Int32Array::new(values.into(), nulls)),
-            Cells::Int64(values) => Arc::new(Int64Array::new(values.into(), nulls)),
-            Cells::Float32(values) => Arc::new(Float32Array::new(values.into(), nulls)),
-            Cells::Float64(values) => Arc::new(Float64Array::new(values.into(), nulls)),
-            Cells::Date(values) => Arc::new(Date32Array::new(values.into(), nulls)),
-            Cells::Timestamp(values) => {
-                Arc::new(TimestampMicrosecondArray::new(values.into(), nulls).with_timezone("UTC"))
+            Cells::Int32(start) => Arc::new(Int32Array::new(part(fixed, start, rows), nulls)),
+            Cells::Int64(start) => Arc::new(Int64Array::new(part(fixed, start, rows), nulls)),
+            Cells::Float32(start) => Arc::new(Float32Array::new(part(fixed, start, rows), nulls)),
+            Cells::Float64(start) => Arc::new(Float64Array::new(part(fixed, start, rows), nulls)),
+            Cells::Date(start) => Arc::new(Date32Array::new(part(fixed, start, rows), nulls)),
+            Cells::Timestamp(start) => {
+                Arc::new(TimestampMicrosecondArray::new(part(fixed, start, rows), nulls).with_timezone("UTC"))
             }
-            Cells::Decimal { values, precision, scale } => {
-                let array = Decimal128Array::new(values.into(), nulls).with_precision_and_scale(precision, scale);
+            Cells::Decimal { start, precision, scale } => {
+                let array = Decimal128Array::new(part(fixed, start, rows), nulls);
+                let array = array.with_precision_and_scale(precision, scale);
                 Arc::new(array.expect("a parsed decimal type has a valid precision and scale"))
             }
             Cells::Bytes { bytes, ends, is_text } => {
-                // A row of the store is far below the 2 GiB that i32 offsets reach, and a request has 10,000 of them.
+                // Checked as the bytes came: what 32-bit offsets reach.
                 let offsets: Vec<i32> =
                     std::iter::once(0).chain(ends.iter().map(|end| i32::try_from(*end).unwrap_or(i32::MAX))).collect();
                 let offsets = OffsetBuffer::new(ScalarBuffer::from(offsets));
@@ -130,22 +153,24 @@ impl Column {
     }
 }
 
-/// Bytes that the strings of one column may take: what 32-bit offsets reach, with a margin for the last value.
+fn part<T: ArrowNativeType>(fixed: &Buffer, start: usize, rows: usize) -> ScalarBuffer<T> {
+    ScalarBuffer::new(fixed.clone(), start / size_of::<T>(), rows)
+}
+
+/// Bytes that the strings of one column may take: what 32-bit offsets reach.
 const BYTES_MAX: usize = i32::MAX as usize;
 
 impl Cells {
-    fn new(value_type: &Type, rows: usize) -> Cells {
+    fn new(value_type: &Type, rows: usize, start: usize) -> Cells {
         match value_type {
             Type::Bool => Cells::Bool(Vec::with_capacity(rows)),
-            Type::Int32 => Cells::Int32(Vec::with_capacity(rows)),
-            Type::Int64 => Cells::Int64(Vec::with_capacity(rows)),
-            Type::Float32 => Cells::Float32(Vec::with_capacity(rows)),
-            Type::Float64 => Cells::Float64(Vec::with_capacity(rows)),
-            Type::Date => Cells::Date(Vec::with_capacity(rows)),
-            Type::Timestamp => Cells::Timestamp(Vec::with_capacity(rows)),
-            Type::Decimal { precision, scale } => {
-                Cells::Decimal { values: Vec::with_capacity(rows), precision: *precision, scale: *scale }
-            }
+            Type::Int32 => Cells::Int32(start),
+            Type::Int64 => Cells::Int64(start),
+            Type::Float32 => Cells::Float32(start),
+            Type::Float64 => Cells::Float64(start),
+            Type::Date => Cells::Date(start),
+            Type::Timestamp => Cells::Timestamp(start),
+            Type::Decimal { precision, scale } => Cells::Decimal { start, precision: *precision, scale: *scale },
             Type::String | Type::Binary => {
                 let is_text = *value_type == Type::String;
                 Cells::Bytes { bytes: Vec::new(), ends: Vec::with_capacity(rows), is_text }
@@ -156,27 +181,45 @@ impl Cells {
         }
     }
 
+    /// Bytes of one value in the shared buffer.
+    fn width(&self) -> usize {
+        match self {
+            Cells::Bool(_) | Cells::Bytes { .. } | Cells::Nested { .. } => 0,
+            Cells::Int32(_) | Cells::Float32(_) | Cells::Date(_) => 4,
+            Cells::Int64(_) | Cells::Float64(_) | Cells::Timestamp(_) => 8,
+            Cells::Decimal { .. } => 16,
+        }
+    }
+
     /// Reads one value from the front.
-    fn push(&mut self, from: &mut &[u8]) -> Result<(), DecodeError> {
+    fn push(&mut self, from: &mut &[u8], fixed: &mut [u8], row: usize) -> Result<(), DecodeError> {
         match self {
             Cells::Bool(values) => match take::<1>(from)? {
                 [0] => values.push(false),
                 [1] => values.push(true),
                 _ => return Err(DecodeError::Invalid("a bool is neither 0 nor 1")),
             },
-            Cells::Int32(values) | Cells::Date(values) => {
-                values.push((u32::from_be_bytes(take(from)?) ^ (1 << 31)) as i32);
+            Cells::Int32(start) | Cells::Date(start) => {
+                let value = (u32::from_be_bytes(take(from)?) ^ (1 << 31)) as i32;
+                put(fixed, *start, row, value.to_ne_bytes());
             }
-            Cells::Int64(values) | Cells::Timestamp(values) => values.push(decode_i64(take(from)?)),
-            Cells::Float32(values) => {
+            Cells::Int64(start) | Cells::Timestamp(start) => {
+                put(fixed, *start, row, decode_i64(take(from)?).to_ne_bytes());
+            }
+            Cells::Float32(start) => {
                 let ordered = u32::from_be_bytes(take(from)?);
-                values.push(f32::from_bits(if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered }));
+                let bits = if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered };
+                put(fixed, *start, row, bits.to_ne_bytes());
             }
-            Cells::Float64(values) => {
+            Cells::Float64(start) => {
                 let ordered = u64::from_be_bytes(take(from)?);
-                values.push(f64::from_bits(if ordered >> 63 == 1 { ordered & !(1 << 63) } else { !ordered }));
+                let bits = if ordered >> 63 == 1 { ordered & !(1 << 63) } else { !ordered };
+                put(fixed, *start, row, bits.to_ne_bytes());
             }
-            Cells::Decimal { values, .. } => values.push((u128::from_be_bytes(take(from)?) ^ (1 << 127)) as i128),
+            Cells::Decimal { start, .. } => {
+                let value = (u128::from_be_bytes(take(from)?) ^ (1 << 127)) as i128;
+                put(fixed, *start, row, value.to_ne_bytes());
+            }
             Cells::Bytes { bytes, ends, is_text } => {
                 let start = bytes.len();
                 unescape(from, bytes)?;
@@ -193,14 +236,12 @@ impl Cells {
         Ok(())
     }
 
-    fn push_zero(&mut self) {
+    fn push_zero(&mut self, fixed: &mut [u8], row: usize) {
         match self {
             Cells::Bool(values) => values.push(false),
-            Cells::Int32(values) | Cells::Date(values) => values.push(0),
-            Cells::Int64(values) | Cells::Timestamp(values) => values.push(0),
-            Cells::Float32(values) => values.push(0.0),
-            Cells::Float64(values) => values.push(0.0),
-            Cells::Decimal { values, .. } => values.push(0),
+            Cells::Int32(start) | Cells::Float32(start) | Cells::Date(start) => put(fixed, *start, row, [0; 4]),
+            Cells::Int64(start) | Cells::Float64(start) | Cells::Timestamp(start) => put(fixed, *start, row, [0; 8]),
+            Cells::Decimal { start, .. } => put(fixed, *start, row, [0; 16]),
             Cells::Bytes { bytes, ends, .. } => ends.push(bytes.len()),
             Cells::Nested { values, .. } => values.push(Value::Null),
         }
@@ -209,18 +250,21 @@ impl Cells {
     fn truncate(&mut self, rows: usize) {
         match self {
             Cells::Bool(values) => values.truncate(rows),
-            Cells::Int32(values) | Cells::Date(values) => values.truncate(rows),
-            Cells::Int64(values) | Cells::Timestamp(values) => values.truncate(rows),
-            Cells::Float32(values) => values.truncate(rows),
-            Cells::Float64(values) => values.truncate(rows),
-            Cells::Decimal { values, .. } => values.truncate(rows),
             Cells::Bytes { bytes, ends, .. } => {
                 ends.truncate(rows);
                 bytes.truncate(ends.last().copied().unwrap_or(0));
             }
             Cells::Nested { values, .. } => values.truncate(rows),
+            // What lies beyond the rows is written again by the next.
+            _ => {}
         }
     }
+}
+
+/// Writes the value of a row of the column that begins at `start`.
+fn put<const N: usize>(fixed: &mut [u8], start: usize, row: usize, bytes: [u8; N]) {
+    let at = start + row * N;
+    fixed[at..at + N].copy_from_slice(&bytes);
 }
 
 /// Bytes up to 0x00 0x00, where 0x00 0xFF stands for 0x00.

@@ -19,4 +19,5 @@ pub mod as_of;
 pub mod window;
 
 pub mod digest;
+pub mod forgotten;
 pub mod plan;

@@ -8,6 +8,7 @@ mod assemble;
 mod compile;
 mod model;
 mod project;
+mod redact;
 mod rows;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ use crate::as_of::MaxAge;
 use crate::catalog::{self, Visibility};
 use crate::digest::Digest;
 use crate::expression::Expression;
+use crate::forgotten::{Forgotten, ForgottenList};
 use crate::time::{Micros, SourceClock};
 use crate::value::{Type, Value};
 use crate::window::{Levels, Window};
@@ -26,6 +28,7 @@ pub use assemble::{AssembleError, Assembled, ViewAnswer};
 pub use compile::{SourceSchemas, compile};
 pub use model::{EncodedInput, EncodedModelInputs, InputValues};
 pub use project::{compile_definitions, read_definitions};
+pub use redact::{Judge, KeysOfViews, Redaction, redact};
 pub use rows::{EntityKeys, RowsError, ViewRows, align_batch, encode_entity_keys};
 
 /// Everything a project defines, compiled.
@@ -38,6 +41,8 @@ pub struct Plan {
     pub models: Vec<Arc<ModelPlan>>,
     /// Of the whole: two plans with this digest answer everything alike.
     pub digest: Digest,
+    /// What all views of the plan consult; whoever follows the control log keeps it up to date.
+    pub forgotten: Arc<ForgottenList>,
 }
 
 #[derive(Debug)]
@@ -73,6 +78,18 @@ pub struct ViewPlan {
     /// Covers only what changes stored bytes.
     pub storage_digest: Digest,
     pub semantic_digest: Digest,
+    /// The plan's: rows of entities that were forgotten are no rows of the view.
+    pub forgotten: Arc<ForgottenList>,
+    /// The entities that a row of this view is about: the view's own, and those of other views over the same source whose
+    /// key columns are among this view's. Who forgets an origin forgets the routes from it.
+    pub about: Vec<KeyPart>,
+}
+
+/// An entity, and which keys of a view, in the entity's order, are its key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct KeyPart {
+    pub entity: Arc<str>,
+    pub keys: Vec<usize>,
 }
 
 /// One key of the view's entity and the source column that holds it.
@@ -273,6 +290,10 @@ impl Plan {
     }
     pub fn model(&self, name: &str) -> Option<&Arc<ModelPlan>> {
         self.models.iter().find(|model| &*model.name == name)
+    }
+    /// From now on rows of these entities are absent, whoever reads by this plan.
+    pub fn forget(&self, forgotten: &Arc<Forgotten>) {
+        self.forgotten.set(forgotten);
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Gateway {
     pub started: AtomicBool,
     /// What the last look at the online store found wrong; written by the task that looks.
     pub store_problem: Mutex<Option<String>>,
+    /// One act of forgetting at a time, from its entry in the log to its end.
+    pub forgetting: tokio::sync::Mutex<()>,
     services: Services,
     requests: Semaphore,
 }
@@ -98,6 +100,7 @@ impl Gateway {
             drain,
             started: AtomicBool::new(false),
             store_problem: Mutex::new(None),
+            forgetting: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
         }

@@ -142,6 +142,10 @@ impl OnlineStore for CachedStore {
         self.store.report().await
     }
 
+    async fn purge(&self) -> Result<bool, StoreError> {
+        self.store.purge().await
+    }
+
     async fn ping(&self) -> Result<(), StoreError> {
         self.store.ping().await
     }

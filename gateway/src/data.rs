@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use chrono::{DateTime, SecondsFormat};
+use feature_defs::forgotten::Forgotten;
 use feature_defs::plan::{ModelPlan, Plan, ServicePlan, ViewPlan};
 use feature_defs::time::Micros;
 use ingest::log::LogError;
@@ -26,7 +27,9 @@ use tonic::Status;
 
 use crate::answer::Gateway;
 use crate::config::{ServeError, ServeOptions, store_folder};
-use crate::events::{Events, EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
+use crate::events::{
+    Events, EventsError, Forgetting, ForgottenPlace, Mode, Progress, Pushed, TableDone, TableProgress, Wait,
+};
 use crate::metrics::Freshness;
 use crate::run::Mount;
 use crate::status::{Failure, Kind};
@@ -184,6 +187,33 @@ impl Events for Live {
         })
     }
 
+    async fn follow_forgotten(&self, list: &Arc<Forgotten>) {
+        self.ingest.follow_forgotten(list).await;
+    }
+
+    async fn forget(
+        &self,
+        what: Forgetting,
+        mode: Mode,
+        progress: mpsc::Sender<String>,
+    ) -> Result<Vec<ForgottenPlace>, EventsError> {
+        let mode = match mode {
+            Mode::Apply => ingest::Mode::Apply,
+            Mode::DryRun => ingest::Mode::DryRun,
+        };
+        let Forgetting { list, hashes, keys } = what;
+        let places = self.ingest.forget(&ingest::Forgetting { list, hashes, keys }, mode, progress).await?;
+        let place = |place: ingest::Place| ForgottenPlace {
+            kind: place.kind.to_owned(),
+            name: place.name,
+            rows_removed: place.rows_removed,
+            rows_cleared: place.rows_cleared,
+            files: place.files,
+            note: place.note,
+        };
+        Ok(places.into_iter().map(place).collect())
+    }
+
     async fn flush(&self) -> Result<u64, EventsError> {
         Ok(self.ingest.flush().await?)
     }
@@ -327,7 +357,8 @@ impl Process {
             service_digest: Digest::try_new(manifest.service_digest.as_str())?,
             spine_digest: Digest::try_new(manifest.spine_digest.as_str())?,
             source_digests,
-            rows: manifest.rows,
+            // The record was made before an entity of it was forgotten, and stays what it is.
+            rows: manifest.rows_made(),
         })
     }
 }
@@ -366,6 +397,8 @@ impl Surroundings for Process {
         let (registry, project) = (&self.gateway.registry, &self.gateway.project);
         let change = Change::CreateDataset(record);
         registry.submit(project, &change, DATASETS_BY, None).await.map_err(Failure::from)?;
+        // Somebody may have been forgotten while it was made.
+        crate::forget::catch_up(&self.gateway, manifest, path).await?;
         Ok(())
     }
 

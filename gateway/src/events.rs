@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
+use feature_defs::forgotten::{Forgotten, KeyHash};
 use feature_defs::plan::{Plan, ViewPlan};
 use feature_defs::time::Micros;
 use tokio::sync::mpsc;
@@ -60,6 +61,27 @@ pub struct TableDone {
     pub rows: u64,
     pub buckets: u32,
     pub seconds: f64,
+}
+
+/// Entities that are to be forgotten.
+#[derive(Debug, Clone)]
+pub struct Forgetting {
+    /// Everything that was ever forgotten, these included.
+    pub list: Arc<Forgotten>,
+    pub hashes: Vec<(Arc<str>, KeyHash)>,
+    /// The keys themselves, encoded, where they are known.
+    pub keys: Vec<(Arc<str>, Box<[u8]>)>,
+}
+
+/// A place where something of them was, or would be, removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ForgottenPlace {
+    pub kind: String,
+    pub name: String,
+    pub rows_removed: u64,
+    pub rows_cleared: u64,
+    pub files: u64,
+    pub note: Option<String>,
 }
 
 /// How far a piece of work on a managed table has come: its source, and rows written.
@@ -125,6 +147,19 @@ pub trait Events: Send + Sync + 'static {
     /// Copies the files of a source into its table.
     async fn import_files(&self, source: &str, progress: mpsc::Sender<TableProgress>)
     -> Result<TableDone, EventsError>;
+
+    /// What was forgotten, from now on: when this returns, nothing more is written of it.
+    async fn follow_forgotten(&self, _list: &Arc<Forgotten>) {}
+
+    /// Removes entities from the online store, histories, the log and the dead letters. `progress` hears what is being done.
+    async fn forget(
+        &self,
+        _what: Forgetting,
+        _mode: Mode,
+        _progress: mpsc::Sender<String>,
+    ) -> Result<Vec<ForgottenPlace>, EventsError> {
+        Ok(Vec::new())
+    }
 
     /// Returns the number of events written to history.
     async fn flush(&self) -> Result<u64, EventsError>;

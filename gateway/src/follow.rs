@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::{Files, Runtime as RuntimeKind, SourceFile};
+use feature_defs::forgotten::Forgotten;
 use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, ViewPlan, compile_definitions};
 use feature_defs::value::Type;
 use inference::batch::BatchLimits;
@@ -90,6 +91,8 @@ struct Working {
     adopted: Option<(Arc<Plan>, Vec<String>)>,
     /// Plans of earlier definitions that a served version needs.
     earlier: BTreeMap<EntryNumber, Arc<Plan>>,
+    /// What all plans here were told of entities that were forgotten.
+    forgotten: Arc<Forgotten>,
     tried: Option<Instant>,
 }
 
@@ -228,6 +231,16 @@ impl Follower {
 
     async fn realise(&self, working: &mut Working, project: &Project, head: EntryNumber, before: &Served) -> Served {
         let mut problems = Vec::new();
+        let forgotten = crate::forget::listed(project);
+        // The list only grows. Whoever writes follows it before anybody is told of the entry.
+        if forgotten.len() != working.forgotten.len() {
+            let known = before.definitions.iter().map(|definitions| &definitions.plan);
+            known.chain(working.earlier.values()).for_each(|plan| plan.forget(&forgotten));
+            if let Some(events) = &self.events {
+                events.follow_forgotten(&forgotten).await;
+            }
+            working.forgotten = forgotten;
+        }
         let mut definitions = match self.compile(project, before).await {
             Ok(definitions) => Some(definitions),
             Err(problem) => {
@@ -235,6 +248,7 @@ impl Follower {
                 before.definitions.clone()
             }
         };
+        definitions.iter().for_each(|definitions| definitions.plan.forget(&working.forgotten));
         let mut planned = Vec::new();
         let mut used = Vec::new();
         let mut pinned: Vec<Arc<ViewPlan>> = Vec::new();
@@ -342,6 +356,7 @@ impl Follower {
                 let catalog = self.registry.catalog(entry).await?;
                 let problem = |text| Failure::new(Kind::Precondition, text);
                 let plan = compile(&self.project, &catalog).await.map_err(problem)?;
+                plan.forget(&working.forgotten);
                 working.earlier.insert(entry, plan.clone());
                 plan
             }
@@ -464,7 +479,7 @@ pub fn input_columns(plan: &ModelPlan) -> Vec<InputColumns> {
 }
 
 /// Compiles the definitions of a catalog, off the threads that answer requests.
-async fn compile(project: &ProjectName, catalog: &Catalog) -> Result<Arc<Plan>, String> {
+pub(crate) async fn compile(project: &ProjectName, catalog: &Catalog) -> Result<Arc<Plan>, String> {
     let mut schemas = SourceSchemas::new();
     for (source, schema) in &catalog.source_schemas {
         let columns: Vec<(String, Type)> = serde_json::from_value(schema.clone())

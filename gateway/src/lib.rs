@@ -21,6 +21,7 @@ pub mod events;
 pub mod features;
 pub mod fetch;
 pub mod follow;
+pub mod forget;
 pub mod metrics;
 pub mod predict;
 pub mod request;

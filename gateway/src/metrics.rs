@@ -383,3 +383,25 @@ impl Metrics {
         text
     }
 }
+
+#[cfg(test)]
+mod freshness_tests {
+    use super::*;
+
+    #[test]
+    fn freshness_is_a_histogram_by_source() {
+        let (mut metrics, freshness) = (Metrics::new(), Freshness::default());
+        metrics.add_freshness(&freshness);
+        freshness.observe("sales", [(2.5, 0.003), (90.0, 0.02)].into_iter());
+        let mut text = String::new();
+        text::encode(&mut text, &metrics.registry).unwrap();
+        for line in [
+            "coeval_event_freshness_seconds_bucket{le=\"4.0\",source=\"sales\"} 1",
+            "coeval_event_freshness_seconds_count{source=\"sales\"} 2",
+            "coeval_push_visible_seconds_bucket{le=\"0.0032\",source=\"sales\"} 1",
+            "coeval_push_visible_seconds_sum{source=\"sales\"} 0.023",
+        ] {
+            assert!(text.contains(line), "{line} is missing in:\n{text}");
+        }
+    }
+}

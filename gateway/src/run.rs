@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use chrono::DateTime;
-use feature_defs::catalog::{LogKind, OnlineUrl, ServeSettings, Settings};
+use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, ServeSettings, Settings};
 use inference::model::Runtime;
 use ingest::IngestOptions;
 use online_store::OnlineStore;
@@ -263,6 +263,7 @@ async fn keep_up(gateway: Arc<Gateway>, health: tonic_health::server::HealthRepo
     tokio::select! {
         () = gateway.follower.run(stop.clone()) => {}
         () = look => {}
+        () = crate::forget::finish(&gateway) => {}
     }
 }
 

@@ -148,12 +148,14 @@ impl From<RegistryError> for Failure {
                     | R::UnknownModel { .. }
                     | R::UnknownVersion { .. }
                     | R::UnknownDataset { .. } => Kind::Unknown,
-                    R::MetricNotFinite { .. } | R::Incomplete { .. } => Kind::Invalid,
+                    R::MetricNotFinite { .. } | R::Incomplete { .. } | R::KeyCount { .. } => Kind::Invalid,
+                    R::OtherSalt => Kind::Unavailable,
                     R::ChangesStopped(_)
                     | R::UnknownService { .. }
                     | R::OtherService { .. }
                     | R::UnknownDigest { .. }
                     | R::OtherDigest { .. }
+                    | R::NotForgotten { .. }
                     | R::DatasetTaken { .. } => Kind::Precondition,
                 };
                 Failure::new(kind, refusal.to_string())

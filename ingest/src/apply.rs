@@ -27,8 +27,8 @@ use online_store::key::Generation;
 use online_store::{Answer, Read, StoreError, Write};
 use tokio::time::Instant;
 
-use crate::log::{Durable, Events, Log, LogError, RecordRef};
-use crate::write::{Hand, SetAside, ViewWriter, apply};
+use crate::log::{BLANK, Durable, Events, Log, LogError, RecordRef};
+use crate::write::{Lane, SetAside, ViewWriter, apply};
 use crate::{IngestError, Inner, Phase, Stream, Visible, dead_letter};
 
 /// Rows applied at once: large enough to share the reads of busy entities, small enough to be visible soon.
@@ -97,6 +97,8 @@ pub(crate) struct StreamState {
     pub applied: Position,
     /// Up to where the online store has said that it has every event.
     marked: Option<Position>,
+    /// Through which the live generations are written; none: it is opened with the next chunk.
+    lane: Option<Lane>,
     /// The online store lost events after this, which are written again before anything else is.
     lost_after: Option<Position>,
     /// Of those who found the log full, how many have been served.
@@ -137,6 +139,7 @@ impl StreamState {
             imported: false,
             applied,
             marked: None,
+            lane: None,
             lost_after: None,
             flushes_seen: 0,
             received: 0,
@@ -203,7 +206,7 @@ impl StreamState {
         let mut in_history = 0;
         for (row, due) in due.iter().enumerate() {
             let position = Position { time: record.arrival.max(*due), sequence: record.first_sequence + row as u64 };
-            if position <= done {
+            if position <= done || *due == BLANK {
                 in_history += 1;
             } else if *due <= record.arrival {
                 on_time.push(row as u32);
@@ -219,6 +222,18 @@ impl StreamState {
         } else {
             self.on_time.push_back(Held { record, events, rows: on_time, next: 0 });
         }
+    }
+
+    /// Rows, by segment and sequence, that were taken out of the log: they wait for their time no longer.
+    pub fn drop_early(&mut self, log: &Log, gone: &[(u64, u64)]) {
+        let gone: HashSet<(u64, u64)> = gone.iter().copied().collect();
+        self.early.retain(|Reverse(early)| {
+            let is_gone = gone.contains(&(early.record.segment, early.position.sequence));
+            if is_gone {
+                log.release(early.record.place(), 1);
+            }
+            !is_gone
+        });
     }
 
     /// The import that was completed, if any.
@@ -391,11 +406,9 @@ impl StreamState {
                 .map_err(IngestError::DeadLetter)?;
         }
         let last = self.picked.iter().map(|pick| pick.position).max().unwrap_or(self.applied);
-        if let Some(chunk) = chunk {
-            let mark = inner.mark_of(&stream.name);
-            let hand = self.hand(inner, &mark);
-            hand.check_mark().await?;
-            let (aside, event_times) = apply_rows(hand, &self.plan, &self.live, &chunk).await?;
+        let chunk = chunk.map(|chunk| inner.redacted(&self.plan, chunk)).transpose()?;
+        if let Some(chunk) = chunk.filter(|chunk| !chunk.positions.is_empty()) {
+            let (aside, event_times) = self.write_live(inner, &chunk).await?;
             self.write_mark(inner, last).await?;
             dead_letter::write(&inner.options.store, &project, &stream.name, &chunk.batch, &chunk.positions, &aside)
                 .await
@@ -414,10 +427,37 @@ impl StreamState {
         Ok(true)
     }
 
-    /// Who writes the live generations.
-    fn hand<'a>(&self, inner: &'a Inner, mark: &'a str) -> Hand<'a> {
-        let mark = self.marked.filter(|_| !self.live.is_empty()).map(|marked| (mark, marked));
-        Hand { store: &*inner.options.online, project: &inner.options.project, epoch: inner.epoch(), mark }
+    /// Applies rows to the live generations, after making sure that everything before is there.
+    async fn write_live(
+        &mut self,
+        inner: &Inner,
+        rows: &Positioned,
+    ) -> Result<(Vec<SetAside>, Vec<Option<Times>>), IngestError> {
+        let store = &*inner.options.online;
+        let name = inner.mark_of(&self.plan.name);
+        let mut lane = match &self.lane {
+            Some(lane) => lane.clone(),
+            None => Lane::open(store, vec![format!("{name}/live")]).await?.remove(0),
+        };
+        if !self.live.is_empty() {
+            let answers = store.read(&[Read::Mark(name), lane.read()]).await?;
+            let is_there = match answers.first() {
+                Some(Answer::Mark(Some(mark))) => self.marked.is_none_or(|marked| *mark >= marked),
+                _ => false,
+            };
+            if !is_there {
+                return Err(IngestError::Lost);
+            }
+            if !lane.is_there(answers.get(1)) {
+                // The mark is there and what was before it is not: it was written over the gap.
+                self.marked = None;
+                return Err(IngestError::Lost);
+            }
+        }
+        let done = apply_rows(inner, &mut lane, &self.plan, &self.live, rows).await;
+        // What a call that failed has written is not known.
+        self.lane = done.is_ok().then_some(lane);
+        done
     }
 
     /// All live generations have every event up to this position.
@@ -459,6 +499,8 @@ impl StreamState {
             self.write_mark(inner, self.applied).await?;
             self.lost_after = None;
         }
+        // What says which generations get events may have gone back as well.
+        inner.remember_wanted(&stream.name, self).await?;
         for writer in &self.live {
             inner.set_phase(&writer.generation, Phase::Ready);
         }
@@ -472,11 +514,8 @@ impl StreamState {
         let Some(last) = part.positions.last().copied().filter(|_| from < part.positions.len()) else { return Ok(0) };
         let batch = part.batch.slice(from, part.positions.len() - from);
         let part = Positioned { batch, positions: part.positions[from..].to_vec() };
-        let mark = inner.mark_of(&self.plan.name);
-        let hand = self.hand(inner, &mark);
-        hand.check_mark().await?;
         // What is set aside was set aside before, and is kept.
-        apply_rows(hand, &self.plan, &self.live, &part).await?;
+        self.write_live(inner, &part).await?;
         self.write_mark(inner, last).await?;
         self.lost_after = Some(last);
         Ok(part.positions.len())
@@ -533,8 +572,17 @@ impl StreamState {
                 stream.set_trouble(inner.check_fence().err().map(|error| error.to_string()));
                 false
             }
-            Err(IngestError::Lost { mark }) => {
-                self.lost(inner, stream, mark);
+            Err(IngestError::Lost) => {
+                if self.marked.is_none() {
+                    let lost = std::mem::take(&mut self.live);
+                    self.build_again(inner, stream, lost);
+                }
+                // Else the mark says from where on; if it says nothing, the chunk is applied again.
+                self.lane = None;
+                if let Err(error) = self.look(inner, stream).await {
+                    tracing::debug!(source = %stream.name, %error, "the online store does not say what it has lost");
+                    self.retry_at = Some(Instant::now() + self.retry_pause);
+                }
                 true
             }
             Err(error) => {
@@ -622,20 +670,9 @@ impl StreamState {
         Ok(())
     }
 
-    /// A writer found the mark behind, or gone.
-    fn lost(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>, mark: Option<Position>) {
-        match mark {
-            Some(mark) => self.look_at_mark(inner, mark),
-            None => {
-                let lost = std::mem::take(&mut self.live);
-                self.build_again(inner, stream, lost);
-            }
-        }
-    }
-
     fn build_again(&mut self, inner: &Arc<Inner>, stream: &Arc<Stream>, lost: Vec<Arc<ViewWriter>>) {
         if self.live.is_empty() {
-            (self.marked, self.lost_after) = (None, None);
+            (self.marked, self.lost_after, self.lane) = (None, None, None);
         }
         if lost.is_empty() {
             return;
@@ -654,7 +691,13 @@ impl StreamState {
         // While something is lost, the mark has to stay where it is.
         if self.lost_after.is_none() {
             let mark = inner.mark_of(&self.plan.name);
-            self.hand(inner, &mark).check_mark().await?;
+            let stored = match inner.options.online.read(&[Read::Mark(mark.clone())]).await?.pop() {
+                Some(Answer::Mark(stored)) => stored,
+                _ => None,
+            };
+            if !self.live.is_empty() && self.marked.is_some_and(|marked| stored.is_none_or(|stored| stored < marked)) {
+                return Err(IngestError::Lost);
+            }
             inner.options.online.write(vec![Write::Mark(mark, self.applied)]).await?;
             self.marked = self.marked.max(Some(self.applied));
         }
@@ -689,18 +732,21 @@ impl Unreadable {
 
 /// Applies rows in order of position to these generations; returns what had to be set aside, and the times of the rows.
 pub(crate) async fn apply_rows(
-    hand: Hand<'_>,
+    inner: &Inner,
+    lane: &mut Lane,
     plan: &SourcePlan,
     writers: &[Arc<ViewWriter>],
     rows: &Positioned,
 ) -> Result<(Vec<SetAside>, Vec<Option<Times>>), IngestError> {
+    // Whoever forgets an entity waits for what was worked out without knowing.
+    let _writing = inner.writing.read().await;
     let times = plan.times(&rows.batch, Some(&rows.positions))?;
     let mut aside = Vec::new();
     let mut work = Vec::new();
     for writer in writers {
         work.extend(writer.work(&rows.batch, &times, &mut aside));
     }
-    aside.extend(apply(hand, &work).await?.aside);
+    aside.extend(apply(inner.hand(), lane, &work).await?.aside);
     Ok((aside, times))
 }
 

@@ -115,7 +115,7 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
     let scan = state.history.scan(&state.plan, Some(columns(&writers)), from);
     let plan = state.plan.clone();
     pass(inner, stream, &mut lane, (&plan, &writers), scan, &mut from, &mut rows).await?;
-    lane.hand(&**store, &inner.options.project, 0).check_mark().await?;
+    lane.check(&**store).await?;
     // Everything in history is in them now, and everything applied is in history, so they join here.
     state.join(inner, &writers).await?;
     store.sync().await?;
@@ -171,11 +171,9 @@ async fn pass(
                 .map_err(|error| IngestError::Arrow(error.to_string()))?;
             let whole = Positioned { batch, positions };
             let store = &*inner.options.online;
-            let hand = lane.hand(store, &inner.options.project, inner.epoch());
-            hand.check_mark().await?;
-            let (aside, _) = apply_rows(hand, plan, writers, &whole).await?;
-            store.write(vec![Write::Mark(lane.mark.clone(), lane.next())]).await?;
-            lane.advance();
+            // Lost between two chunks is lost as well.
+            lane.check(store).await?;
+            let (aside, _) = apply_rows(inner, lane, plan, writers, &whole).await?;
             dead_letter::write(
                 &inner.options.store,
                 &inner.project_path(),
@@ -244,6 +242,7 @@ async fn import(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestEr
         None => RecordBatch::new_empty(Arc::new(Schema::empty())),
     };
     drop(batches);
+    let whole = inner.redacted_batch(&plan, whole)?;
     let sorted = {
         let (plan, event_id) = (plan.clone(), event_id.clone());
         let blocking = tokio::task::spawn_blocking(move || Prior::sort(&plan, event_id.as_deref(), whole));

@@ -16,6 +16,7 @@ mod apply;
 mod backfill;
 mod dead_letter;
 mod event_ids;
+mod forget;
 mod keep;
 mod materialize;
 mod push;
@@ -32,6 +33,7 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use arrow::datatypes::{Field, Schema};
 use bytes::Bytes;
+use feature_defs::forgotten::ForgottenList;
 use feature_defs::plan::{Plan, RowsError, SourceKind, ViewPlan};
 use feature_defs::time::{Micros, Position};
 use feature_defs::window::DAY;
@@ -48,11 +50,12 @@ use tokio::task::JoinHandle;
 
 use crate::apply::StreamState;
 use crate::event_ids::EventIds;
-use crate::log::{Durable, Log, LogError, LogOptions, Opened, Place, RecordRef};
+use crate::log::{Durable, Log, LogError, LogOptions, Opened, RecordRef};
 use crate::push::Intake;
 use crate::runs::{Run, RunLog, RunsError};
-use crate::write::{ViewWriter, WriteError};
+use crate::write::{Hand, ViewWriter, WriteError};
 
+pub use crate::forget::{Forgetting, Place};
 pub use crate::materialize::{Mode, Progress, Stage, ViewProgress};
 pub use crate::tables::TableProgress;
 
@@ -211,7 +214,7 @@ pub enum IngestError {
     )]
     NotVisible { seconds: u64, what: String },
     #[error("the online store lost what was written last; it is written again")]
-    Lost { mark: Option<Position> },
+    Lost,
     #[error(
         "the event log on disk, {folder}, holds events of `{source_name}` that are not in the history; write `log: disk`, \
          start the server until they are, stop it, and change to `log: redis` then"
@@ -253,7 +256,7 @@ impl IngestError {
             | IngestError::Background(_)
             | IngestError::Stopping
             | IngestError::NotVisible { .. }
-            | IngestError::Lost { .. }
+            | IngestError::Lost
             | IngestError::DeadLetter(_) => true,
             IngestError::Log(error) => error.is_retryable(),
             IngestError::Store(error) => error.is_retryable(),
@@ -268,7 +271,7 @@ impl From<WriteError> for IngestError {
     fn from(error: WriteError) -> IngestError {
         match error {
             WriteError::Store(error) => IngestError::Store(error),
-            WriteError::Lost { mark } => IngestError::Lost { mark },
+            WriteError::Lost => IngestError::Lost,
         }
     }
 }
@@ -421,6 +424,12 @@ pub(crate) struct Inner {
     pub tables: tokio::sync::Mutex<()>,
     pub background: tables::Background,
     tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Consulted by everybody who takes rows in; the views of plans have lists of their own.
+    pub forgotten: ForgottenList,
+    /// Held by whoever turns rows into writes, until they are written.
+    pub writing: tokio::sync::RwLock<()>,
+    /// One act of forgetting at a time.
+    pub forgetting: tokio::sync::Mutex<()>,
 }
 
 /// The ingestion of one project.
@@ -455,8 +464,8 @@ impl Ingest {
     pub async fn open(options: IngestOptions) -> Result<Ingest, IngestError> {
         let (folder, log_options, clock) = (options.folder.clone(), options.log.clone(), options.clock.clone());
         let place = match &options.log_redis {
-            None => Place::Disk,
-            Some(url) => Place::Redis { url: url.clone(), project: options.project.clone() },
+            None => log::Place::Disk,
+            Some(url) => log::Place::Redis { url: url.clone(), project: options.project.clone() },
         };
         let opened = tokio::task::spawn_blocking(move || Log::open(&folder, place, log_options, clock)).await;
         let Opened { log, records, durable, left } =
@@ -486,6 +495,9 @@ impl Ingest {
             tables: tokio::sync::Mutex::default(),
             background: tables::Background::default(),
             tasks: Mutex::default(),
+            forgotten: ForgottenList::default(),
+            writing: tokio::sync::RwLock::default(),
+            forgetting: tokio::sync::Mutex::default(),
         });
         // What a killed process was sorting. There is one process per folder, which the log has made sure of.
         let spill = tables::spill_folder(&inner);
@@ -651,12 +663,7 @@ impl Ingest {
         self.inner.stopping.send_replace(true);
         let (durable, ticket) = self.inner.log.everything();
         let durable = self.inner.log.wait_durable(durable, ticket).await;
-        let tasks = std::mem::take(&mut *lock(&self.inner.tasks));
-        for task in tasks {
-            task.abort();
-            // Its end is all that matters; what it had not finished is done again by the next process.
-            let _ = task.await;
-        }
+        self.inner.end_tasks().await;
         let applier = lock(&self.applier).take();
         if let Some(applier) = applier {
             applier.await.map_err(|error| IngestError::Arrow(error.to_string()))?;
@@ -671,11 +678,11 @@ impl Ingest {
     #[cfg(test)]
     pub(crate) async fn abandon(self) {
         let applier = lock(&self.applier).take();
-        let tasks = std::mem::take(&mut *lock(&self.inner.tasks));
-        for task in applier.into_iter().chain(tasks) {
+        if let Some(task) = applier {
             task.abort();
             let _ = task.await;
         }
+        self.inner.end_tasks().await;
     }
 }
 
@@ -726,6 +733,11 @@ impl Inner {
         Arc::new(ViewWriter::new(&self.options.project, view.clone(), self.options.expires))
     }
 
+    /// Who writes.
+    pub fn hand(&self) -> Hand<'_> {
+        Hand { store: &*self.options.online, project: &self.options.project, epoch: self.epoch() }
+    }
+
     pub fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
@@ -766,6 +778,21 @@ impl Inner {
         let mut fenced = self.fenced.subscribe();
         // The sender lives as long as this.
         let _ = fenced.wait_for(Option::is_some).await;
+    }
+
+    /// Ends what goes on in the background, and what that began meanwhile. What was not finished is done again by the next
+    /// process.
+    async fn end_tasks(&self) {
+        loop {
+            let tasks = std::mem::take(&mut *lock(&self.tasks));
+            if tasks.is_empty() {
+                return;
+            }
+            tasks.iter().for_each(JoinHandle::abort);
+            for task in tasks {
+                let _ = task.await;
+            }
+        }
     }
 
     pub fn check_running(&self) -> Result<(), IngestError> {

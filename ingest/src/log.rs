@@ -45,6 +45,9 @@ use self::record::{HEADER_BYTES, RECORD_HEADER_BYTES};
 use self::redis::Redis;
 use crate::{error_chain, lock};
 
+/// The due time of a row that was taken out of a record: it has no value, and keeps the others' sequences what they are.
+pub(crate) const BLANK: Micros = Micros::MIN;
+
 /// Largest record: one push. Also what a length read from disk is checked against before it is believed.
 pub const RECORD_BYTES_MAX: usize = 64 << 20;
 
@@ -346,6 +349,9 @@ enum Command {
         segment: u64,
     },
 }
+
+/// Says what is to be in the place of a record's events; None if they stay.
+pub type Change<'a> = &'a mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>;
 
 /// An opened log: the log, its records in order, and where durable records come out.
 pub struct Opened {
@@ -667,6 +673,73 @@ impl Log {
         if let Err(error) = self.send(state, chore) {
             tracing::debug!(%error, "the event log is not running, its segments stay");
         }
+    }
+
+    /// Closes the newest segment: everything appended so far is in older ones when this returns.
+    pub async fn seal(&self) -> Result<(), LogError> {
+        {
+            let state = lock(&self.state);
+            let command = Command::Rotate { first_sequence: state.next_sequence, arrival: state.arrival };
+            self.send(&state, command)?;
+        }
+        // The writing thread takes one command after the other.
+        self.tick().await
+    }
+
+    /// Shows every record of every segment. Returns the number of segments with a record that the listener says `true` to
+    /// by changing it, see [`Log::rewrite_sealed`]; nothing is changed. Blocks, and not where a runtime runs.
+    pub fn look(&self, look: Change<'_>) -> Result<u64, LogError> {
+        let segments: Vec<(u64, u64)> = {
+            let segments = lock(&self.shared.segments);
+            segments.iter().map(|(id, segment)| (*id, segment.bytes)).collect()
+        };
+        let mut count = 0;
+        for (id, bytes) in segments {
+            let is_meant = match &self.reader {
+                Reader::Disk(files) => files.look(id, bytes, look)?,
+                Reader::Redis(reader) => reader.look(id, bytes, look)?,
+            };
+            count += u64::from(is_meant);
+        }
+        Ok(count)
+    }
+
+    /// Puts other events in the place of a record's, as many and in the same order, in all segments but the newest. A
+    /// segment is changed in one step, so a crash leaves the old or the new one. Returns the number of segments that
+    /// changed. Blocks, and not where a runtime runs.
+    pub fn rewrite_sealed(&self, change: Change<'_>) -> Result<u64, LogError> {
+        let sealed: Vec<(u64, u64)> = {
+            let segments = lock(&self.shared.segments);
+            let newest = segments.keys().next_back().copied();
+            let sealed = segments.iter().filter(|(id, _)| Some(**id) != newest);
+            sealed.map(|(id, segment)| (*id, segment.bytes)).collect()
+        };
+        let mut count = 0;
+        for (id, bytes) in sealed {
+            count += u64::from(match &self.reader {
+                Reader::Disk(files) => self.rewrite_file(files, id, bytes, change)?,
+                Reader::Redis(reader) => {
+                    let cursor = lock(&self.shared.segments).get(&id).and_then(|segment| segment.cursor.clone());
+                    reader.rewrite(id, bytes, &cursor.unwrap_or_default(), change)?
+                }
+            });
+        }
+        Ok(count)
+    }
+
+    fn rewrite_file(&self, files: &Disk, id: u64, bytes: u64, change: Change<'_>) -> Result<bool, LogError> {
+        let Some(rewritten) = files.rewritten(id, bytes, change)? else { return Ok(false) };
+        let mut segments = lock(&self.shared.segments);
+        // Its last rows may have become history meanwhile.
+        let Some(segment) = segments.get_mut(&id) else {
+            rewritten.discard();
+            return Ok(true);
+        };
+        let bytes = files.replace(id, rewritten)?;
+        self.shared.bytes.fetch_add(bytes, Ordering::AcqRel);
+        self.shared.bytes.fetch_sub(segment.bytes, Ordering::AcqRel);
+        segment.bytes = bytes;
+        Ok(true)
     }
 
     /// Memory of a batch that the applier no longer holds.

@@ -689,7 +689,7 @@ impl<'a> Run<'a> {
     /// Fails if something that went through a lane is not there any more.
     async fn check(&self, lane: &Lane) -> Result<(), IngestError> {
         if self.mode == Mode::Apply {
-            lane.hand(&*self.inner.options.online, &self.inner.options.project, 0).check_mark().await?;
+            lane.check(&*self.inner.options.online).await?;
         }
         Ok(())
     }
@@ -713,10 +713,7 @@ impl<'a> Run<'a> {
                 if self.mode == Mode::DryRun {
                     compare_windows(&*online, target, work).await?;
                 } else {
-                    let hand = lane.hand(&*online, &self.inner.options.project, self.inner.epoch());
-                    let done = apply(hand, work).await?;
-                    online.write(vec![Write::Mark(lane.mark.clone(), lane.next())]).await?;
-                    lane.advance();
+                    let done = apply(self.inner.hand(), lane, work).await?;
                     tell_refused(&done);
                     (target.rows_applied, target.rows_stale) =
                         (target.rows_applied + done.applied, target.rows_stale + done.stale);
@@ -995,14 +992,12 @@ async fn write_rows(
     writer: &Arc<ViewWriter>,
     rows: Vec<(Box<[u8]>, Bytes)>,
 ) -> Result<(Lane, Landed), IngestError> {
-    lane.hand(store, project, 0).check_mark().await?;
-    let next = lane.next();
+    lane.check(store).await?;
     let count = rows.len() as u64;
     let keyed: Vec<(Key, Bytes)> =
         rows.into_iter().map(|(entity, blob)| (writer.generation.key(entity), blob)).collect();
-    let mut writes: Vec<Write> = keyed.iter().map(|(key, blob)| writer.write_row(key.clone(), blob.clone())).collect();
-    writes.push(Write::Mark(lane.mark.clone(), next));
-    let landed = match store.write(writes).await {
+    let writes = keyed.iter().map(|(key, blob)| writer.write_row(key.clone(), blob.clone())).collect();
+    let landed = match lane.write(store, writes).await {
         Ok(outcome) => {
             let stale = outcome.stale.min(count);
             Landed { applied: count - stale, stale, entities: count, changing: Vec::new() }
@@ -1016,14 +1011,12 @@ async fn write_rows(
                 rows: Vec::new(),
             };
             let work: Vec<EntityWork> = keyed.into_iter().map(work).collect();
-            let done = apply(Hand { store, project, epoch: 0, mark: None }, &work).await?;
+            let done = apply(Hand { store, project, epoch: 0 }, &mut lane, &work).await?;
             tell_refused(&done);
-            store.write(vec![Write::Mark(lane.mark.clone(), next)]).await?;
             Landed { applied: done.applied, stale: done.stale, entities: done.applied, changing: Vec::new() }
         }
         Err(error) => return Err(error.into()),
     };
-    lane.advance();
     Ok((lane, landed))
 }
 

@@ -142,7 +142,8 @@ fn accept(
 ) -> Result<(Pushed, Option<Appended>, Option<Position>), IngestError> {
     let mut intake = lock(&stream.intake);
     let now = (inner.options.clock)();
-    let Checked { batch, rows, due, ids, rejected } = check(&intake, batch, now, inner.options.limits.ahead_max)?;
+    let Checked { batch, rows, due, ids, rejected } =
+        check(inner, &intake, batch, now, inner.options.limits.ahead_max)?;
     let mut pushed = Pushed { accepted: 0, duplicates: 0, early: 0, rejected, last_sequence: None };
     let mut new: Vec<u128> = Vec::new();
     let (batch, due) = match ids {
@@ -195,7 +196,13 @@ fn accept(
     Ok((pushed, Some(appended), on_time.or(before)))
 }
 
-fn check(intake: &Intake, batch: &RecordBatch, now: Micros, ahead_max: Micros) -> Result<Checked, IngestError> {
+fn check(
+    inner: &Inner,
+    intake: &Intake,
+    batch: &RecordBatch,
+    now: Micros,
+    ahead_max: Micros,
+) -> Result<Checked, IngestError> {
     let plan = &intake.plan;
     for field in batch.schema().fields() {
         if plan.column_type(field.name()).is_none() {
@@ -214,6 +221,8 @@ fn check(intake: &Intake, batch: &RecordBatch, now: Micros, ahead_max: Micros) -
     }
     let batch = plan.align(batch, None)?;
     let times = plan.times(&batch, None)?;
+    let forgotten = inner.forgotten_in(plan, &batch)?;
+    let forgotten = |row: usize| forgotten.as_ref().and_then(|names| names[row].as_ref());
     let event_id = match &plan.kind {
         SourceKind::Stream { event_id, .. } => event_id.as_deref(),
         _ => None,
@@ -227,6 +236,10 @@ fn check(intake: &Intake, batch: &RecordBatch, now: Micros, ahead_max: Micros) -
     let mut rejected = Vec::new();
     for (row, times) in times.iter().enumerate() {
         let reason = match times {
+            _ if forgotten(row).is_some() => {
+                let entity = forgotten(row).map_or("entity", |entity| entity);
+                format!("this `{entity}` was forgotten (`coeval forget`), and nothing is taken of it any more")
+            }
             None => format!("`{event_time}` is null"),
             Some(times) if !in_range(times.event_time) || !in_range(times.known_time) => {
                 format!("`{event_time}` is outside the years 0 to 9999")

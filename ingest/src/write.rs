@@ -20,7 +20,7 @@ use feature_defs::value::{Type, decode_i64, encode_cells};
 use feature_defs::window::{DAY, TileId, WindowEvent};
 use online_store::key::{Generation, Key};
 use online_store::tile::{Layout, Tiles};
-use online_store::{Answer, OnlineStore, Read, StoreError, Write, row};
+use online_store::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
 
 /// Entities read and written in one call of the store. An entity of windows up to 7 d has about 250 tiles of a few
 /// hundred bytes, so a call moves some 30 MB at most.
@@ -37,26 +37,25 @@ pub struct ViewWriter {
     expires_after: Option<Micros>,
 }
 
-/// As whom something is written, and up to where the store is known to hold what was written before.
+/// As whom something is written.
 #[derive(Clone, Copy)]
 pub struct Hand<'a> {
     pub store: &'a dyn OnlineStore,
     pub project: &'a str,
     /// Tiles of a writer with a larger one are not touched.
     pub epoch: u64,
-    /// The mark of this writer, and what it has to be at least.
-    pub mark: Option<(&'a str, Position)>,
 }
 
-/// Pieces of work that follow each other, each behind the mark of the one before.
+/// Calls that follow each other, each behind the mark of the one before: what went through a lane is still there, or the
+/// lane's mark is not.
 #[derive(Debug, Clone)]
 pub struct Lane {
-    pub mark: String,
+    mark: String,
     last: Position,
 }
 
 impl Lane {
-    /// Goes on where the mark is: marks never go back, so those of a new piece of work come after those of every other.
+    /// Goes on where the marks are: they never go back, so those to come are after all that were.
     pub async fn open(store: &dyn OnlineStore, marks: Vec<String>) -> Result<Vec<Lane>, StoreError> {
         let answers = store.read(&marks.iter().cloned().map(Read::Mark).collect::<Vec<_>>()).await?;
         let lane = |(mark, answer)| match answer {
@@ -66,20 +65,37 @@ impl Lane {
         Ok(marks.into_iter().zip(answers).map(lane).collect())
     }
 
-    pub fn hand<'a>(&'a self, store: &'a dyn OnlineStore, project: &'a str, epoch: u64) -> Hand<'a> {
-        let mark = (self.last > Position::START).then_some((&*self.mark, self.last));
-        Hand { store, project, epoch, mark }
+    /// What a call has to read to know whether the one before is still there.
+    pub fn read(&self) -> Read {
+        Read::Mark(self.mark.clone())
     }
 
-    /// The next mark, to be written behind a piece of work.
-    pub fn next(&self) -> Position {
+    /// Whether it is, by the answer.
+    pub fn is_there(&self, answer: Option<&Answer>) -> bool {
+        match answer {
+            Some(Answer::Mark(mark)) => self.last == Position::START || mark.is_some_and(|mark| mark >= self.last),
+            _ => false,
+        }
+    }
+
+    pub async fn check(&self, store: &dyn OnlineStore) -> Result<(), WriteError> {
+        let answers = store.read(&[self.read()]).await?;
+        if self.is_there(answers.first()) { Ok(()) } else { Err(WriteError::Lost) }
+    }
+
+    fn next(&self) -> Position {
         let before = self.last.max(Position { time: 0, sequence: 0 });
         Position { sequence: before.sequence + 1, ..before }
     }
 
-    /// It was written.
-    pub fn advance(&mut self) {
+    /// Writes, with the lane's next mark behind.
+    pub async fn write(&mut self, store: &dyn OnlineStore, mut writes: Vec<Write>) -> Result<WriteOutcome, StoreError> {
+        writes.push(Write::Mark(self.mark.clone(), self.next()));
+        let mut outcome = store.write(writes).await?;
+        // The mark is a write as well.
+        outcome.applied = outcome.applied.saturating_sub(1);
         self.last = self.next();
+        Ok(outcome)
     }
 }
 
@@ -99,26 +115,7 @@ pub enum WriteError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("the online store lost what was written last; it is written again")]
-    Lost { mark: Option<Position> },
-}
-
-impl<'a> Hand<'a> {
-    fn check(&self, answer: Option<&Answer>) -> Result<(), WriteError> {
-        let Some((_, expected)) = self.mark else { return Ok(()) };
-        match answer {
-            Some(Answer::Mark(mark)) if mark.is_none_or(|mark| mark < expected) => {
-                Err(WriteError::Lost { mark: *mark })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Fails if the store lost something that this hand has written.
-    pub async fn check_mark(&self) -> Result<(), WriteError> {
-        let Some((name, _)) = self.mark else { return Ok(()) };
-        let answers = self.store.read(&[Read::Mark(name.to_owned())]).await?;
-        self.check(answers.first())
-    }
+    Lost,
 }
 
 /// Everything new about one entity.
@@ -288,13 +285,14 @@ impl EntityChange {
     }
 }
 
-/// Applies the work of any views; each entity of a view occurs once.
-pub async fn apply(hand: Hand<'_>, work: &[EntityWork]) -> Result<Applied, WriteError> {
+/// Applies the work of any views; each entity of a view occurs once. When it returns, all of it is there; when something
+/// was lost meanwhile, nothing was put on top of the gap.
+pub async fn apply(hand: Hand<'_>, lane: &mut Lane, work: &[EntityWork]) -> Result<Applied, WriteError> {
     let mut done = Applied::default();
     for group in work.chunks(ENTITIES_PER_CALL) {
         let mut parts = vec![group];
         while let Some(part) = parts.pop() {
-            let error = match apply_group(hand, part, &mut done).await {
+            let error = match apply_group(hand, lane, part, &mut done).await {
                 Ok(()) => continue,
                 Err(error) => error,
             };
@@ -319,19 +317,27 @@ pub async fn apply(hand: Hand<'_>, work: &[EntityWork]) -> Result<Applied, Write
             }
         }
     }
+    lane.check(hand.store).await?;
     Ok(done)
 }
 
-async fn apply_group(hand: Hand<'_>, group: &[EntityWork], done: &mut Applied) -> Result<(), WriteError> {
+async fn apply_group(
+    hand: Hand<'_>,
+    lane: &mut Lane,
+    group: &[EntityWork],
+    done: &mut Applied,
+) -> Result<(), WriteError> {
     let entities = group.iter().filter(|work| matches!(work.change, EntityChange::Events { .. }));
     let mut reads: Vec<Read> = entities.map(|work| Read::AllTiles(work.key.clone())).collect();
-    if !reads.is_empty()
-        && let Some((name, _)) = hand.mark
-    {
-        reads.push(Read::Mark(name.to_owned()));
+    // Rows hide nothing: whether the ones before are there is looked at in the end.
+    let mut answers = Vec::new();
+    if !reads.is_empty() {
+        reads.push(lane.read());
+        answers = hand.store.read(&reads).await?;
+        if !lane.is_there(answers.last()) {
+            return Err(WriteError::Lost);
+        }
     }
-    let answers = if reads.is_empty() { Vec::new() } else { hand.store.read(&reads).await? };
-    hand.check(answers.last())?;
     let mut answers = answers.into_iter();
     let mut writes = Vec::with_capacity(group.len());
     let (mut rows, mut events_new, mut events_old) = (0, 0, 0);
@@ -369,7 +375,7 @@ async fn apply_group(hand: Hand<'_>, group: &[EntityWork], done: &mut Applied) -
     }
     if !writes.is_empty() {
         let tiles = writes.len() as u64 - rows;
-        let outcome = hand.store.write(writes).await?;
+        let outcome = lane.write(hand.store, writes).await?;
         // What was read and found to be new is taken, unless somebody else was faster with the same.
         let taken = outcome.applied.saturating_sub(tiles).min(rows);
         (done.applied, done.stale) = (done.applied + taken, done.stale + rows - taken);

@@ -6,6 +6,8 @@
 //! dataset at once agree on one of them. What other attempts left is removed once a manifest is there.
 
 mod digest;
+pub mod redact;
+
 mod profile;
 mod read;
 mod write;
@@ -27,8 +29,8 @@ pub use digest::table_digest;
 pub use read::{BLOCK_ROWS_MAX, Batches, Part, Selection, StoredDataset};
 pub use write::{Created, DatasetWriter};
 
-/// Version of manifests.
-pub const FORMAT: u32 = 2;
+/// Version of manifests. 3: datasets that lost rows because an entity was forgotten.
+pub const FORMAT: u32 = 3;
 const MANIFEST: &str = "manifest.json";
 
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +89,29 @@ pub struct Manifest {
     pub profile: BTreeMap<String, Profile>,
     /// RFC 3339; information only.
     pub created_at: String,
+    /// Rows that went because their entity was forgotten. The spine and the sources named above are those that it was
+    /// made from, with these rows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub redacted: Vec<Redacted>,
+}
+
+impl Manifest {
+    /// The rows of the spine that it was made for.
+    pub fn rows_made(&self) -> u64 {
+        self.rows + self.redacted.iter().map(|redacted| redacted.rows).sum::<u64>()
+    }
+}
+
+/// Rows of one forgotten entity that are no longer in a dataset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Redacted {
+    /// RFC 3339.
+    pub at: String,
+    pub entity: String,
+    /// The keyed hash of its key, as in the control log.
+    pub key: String,
+    pub rows: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -17,6 +17,7 @@ use datafusion::logical_expr::{Extension, LogicalPlan};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::prelude::{SessionConfig, SessionContext};
 use feature_defs::catalog::Visibility;
+use feature_defs::digest::Canonical;
 use feature_defs::plan::{RequestColumn, ServicePlan, SourceKind, SourcePlan, align_batch};
 use feature_defs::value::Type;
 use futures::StreamExt;
@@ -178,7 +179,7 @@ impl Engine {
             }
             let (read, fingerprint) = self.source_read(source, &columns, &mut inputs).await?;
             reads.push(read);
-            fingerprints.push((source.name.to_string(), fingerprint));
+            fingerprints.push((source.name.to_string(), without_forgotten(&service, source, fingerprint)));
         }
         let report = Arc::default();
         let join = Arc::new(PitJoin {
@@ -323,6 +324,17 @@ impl Engine {
             }
         })?;
         Ok(aligned.column(0).clone())
+    }
+}
+
+/// What was forgotten is not there to be read: a source without it is another one.
+fn without_forgotten(service: &ServicePlan, source: &Arc<SourcePlan>, fingerprint: String) -> String {
+    let views = || service.inputs.iter().map(|input| &input.view).filter(|view| Arc::ptr_eq(&view.source, source));
+    let entities = views().flat_map(|view| view.about.iter().map(|part| &*part.entity));
+    let list = views().next().and_then(|view| view.forgotten.get());
+    match list.and_then(|list| list.digest_of(entities)) {
+        Some(listed) => Canonical::new("source").with("rows", fingerprint).with("without", listed).digest().to_string(),
+        None => fingerprint,
     }
 }
 

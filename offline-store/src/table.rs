@@ -16,6 +16,7 @@
 
 pub mod compact;
 pub mod import;
+pub mod redact;
 
 pub(crate) mod run;
 
@@ -128,6 +129,9 @@ pub struct Manifest {
     /// Files that were replaced and are kept a while for readers.
     #[serde(default)]
     pub retired: Vec<Retired>,
+    /// How often entities were forgotten in it.
+    #[serde(default)]
+    pub redactions: u64,
 }
 
 /// How rows of level 1 are dealt to buckets and sorted.
@@ -222,6 +226,7 @@ impl Manifest {
             imported: None,
             origin: None,
             retired: Vec::new(),
+            redactions: 0,
         }
     }
 
@@ -246,6 +251,9 @@ impl Manifest {
                 text.add("rows", self.rows());
                 text.add("imported", self.imported.as_ref().map_or("", |imported| &imported.id));
             }
+        }
+        if self.redactions > 0 {
+            text.add("redactions", self.redactions);
         }
         text.digest().to_string()
     }

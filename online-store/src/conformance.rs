@@ -448,6 +448,23 @@ async fn large_values_come_back(store: &dyn OnlineStore, tag: &str) {
         none(1)
     );
 
+    // More tiles than any command takes at once.
+    let key = generation(tag, "large").key(*b"many tiles");
+    let set: Vec<_> = (0..3_001).map(|n| (tile(60 * n), Bytes::from(n.to_string()))).collect();
+    let many = |position, set, remove| Write::Tiles {
+        key: key.clone(),
+        position: at(position),
+        epoch: 0,
+        set,
+        remove,
+        expires: None,
+    };
+    assert_eq!(write(store, vec![many(1, set.clone(), vec![])]).await, all(1));
+    assert_eq!(read_all(store, &key).await, (Some(at(1)), set.clone()));
+    let remove = set[1..].iter().map(|(id, _)| *id).collect();
+    assert_eq!(write(store, vec![many(2, vec![], remove)]).await, all(1));
+    assert_eq!(read_all(store, &key).await, (Some(at(2)), set[..1].to_vec()));
+
     let key = generation(tag, "large").key(*b"tiles");
     let set: Vec<_> = (0..12).map(|n| (tile(60 * n), Bytes::from(bytes[n as usize..].to_vec()))).collect();
     write(

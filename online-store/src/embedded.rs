@@ -6,6 +6,7 @@
 //!
 //! Every change reads before it writes, so there is one writer at a time; readers never wait for it, they read a snapshot.
 
+mod purge;
 mod stored;
 mod sweep;
 
@@ -183,6 +184,16 @@ impl OnlineStore for EmbeddedStore {
 
     async fn report(&self) -> Result<Vec<NodeReport>, StoreError> {
         self.blocking(|inner| Ok(vec![inner.report()])).await
+    }
+
+    async fn purge(&self) -> Result<bool, StoreError> {
+        let guard = self.exclusive().await;
+        self.blocking(move |inner| {
+            let purged = inner.purge();
+            drop(guard);
+            purged.map(|()| true)
+        })
+        .await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

@@ -57,4 +57,16 @@ mod tests {
         }
         assert_eq!(Header::decode(&[&bytes[..], b"x"].concat()), None);
     }
+
+    #[test]
+    fn kept_headers_are_read() {
+        let position = Position { time: 1_700_000_000_000_000, sequence: 42 };
+        // Written until there were epochs.
+        let kept = crate::formats::kept("header_v1", &encode_position(position));
+        assert_eq!(Header::decode(&kept), Some(Header { position, epoch: 0 }));
+        let header = Header { position, epoch: 77 };
+        let kept = crate::formats::current("header_v2", &header.encode());
+        assert_eq!(Header::decode(&kept), Some(header));
+        crate::formats::current("position", &encode_position(position));
+    }
 }

@@ -130,4 +130,11 @@ mod tests {
             assert!(!a.is_empty());
         }
     }
+
+    #[test]
+    fn kept_keys_are_those_of_today() {
+        let key = Generation::new("shop-1", "last_sale", "0123456789abcdef0123").key(*b"a\0}\xff");
+        crate::formats::current("key_tagged", &key.tagged());
+        crate::formats::current("key_sorted", &key.sorted());
+    }
 }

@@ -18,6 +18,9 @@ pub mod embedded;
 pub mod memory;
 pub mod redis;
 
+#[cfg(test)]
+mod formats;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use feature_defs::time::{Micros, Position};
@@ -180,6 +183,11 @@ pub trait OnlineStore: Send + Sync + 'static {
     async fn collect_expired(&self, now: Micros) -> Result<u64, StoreError>;
     /// One report per node, for people. It does not fail because one of several nodes is away: that is a problem it reports.
     async fn report(&self) -> Result<Vec<NodeReport>, StoreError>;
+    /// Makes the store's own files forget what was removed, as far as the store can be told to: an entity that was removed
+    /// may otherwise stay in them, unread, until they are rewritten. False: it cannot be told; see the operations manual.
+    async fn purge(&self) -> Result<bool, StoreError> {
+        Ok(false)
+    }
     /// Whether the store answers now; for health.
     async fn ping(&self) -> Result<(), StoreError>;
     /// Where it is, for people.

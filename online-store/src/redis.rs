@@ -111,15 +111,14 @@ impl RedisStore {
     }
 
     /// Which copies of facts a call reads: one on each master that it touches.
-    async fn copies(&self, reads: &[Read]) -> Result<Vec<Copy>, StoreError> {
-        let is_named = |read: &Read| matches!(read, Read::Fact(_) | Read::Mark(_));
-        if self.nodes.kind() == Kind::Alone || !reads.iter().any(is_named) {
+    async fn copies(&self, reads: &[Read], entities: &[Routed]) -> Result<Vec<Copy>, StoreError> {
+        if self.nodes.kind() == Kind::Alone {
             return Ok(vec![None]);
         }
         let map = self.nodes.map(self.nodes.deadline()).await?;
-        let slots: Vec<u16> = reads.iter().filter_map(command::slot_of).collect();
         // A mark is the least of all.
-        let is_everywhere = slots.is_empty() || reads.iter().any(|read| matches!(read, Read::Mark(_)));
+        let is_everywhere = entities.is_empty() || reads.iter().any(|read| matches!(read, Read::Mark(_)));
+        let slots: Vec<u16> = entities.iter().map(|routed| routed.slot).collect();
         Ok(map.copies((!is_everywhere).then_some(&slots)).into_iter().map(Some).collect())
     }
 
@@ -181,24 +180,43 @@ impl OnlineStore for RedisStore {
         if reads.is_empty() {
             return Ok(Vec::new());
         }
-        let copies = self.copies(reads).await?;
-        let mut commands = Vec::with_capacity(reads.len());
-        for read in reads {
-            command::add_reads(read, &copies, &mut commands);
+        // Those about entities first: they tell which nodes have to answer for the facts.
+        let mut commands: Vec<Routed> = Vec::with_capacity(reads.len());
+        commands.extend(reads.iter().filter_map(command::entity_read));
+        let entities = commands.len();
+        let mut copies = Vec::new();
+        if entities < reads.len() {
+            copies = self.copies(reads, &commands).await?;
+            for read in reads {
+                command::add_named_reads(read, &copies, &mut commands);
+            }
         }
-        let mut values = self.nodes.call(Way::Reads, commands).await?.into_iter();
+        let mut values = self.nodes.call(Way::Reads, commands).await?;
+        let mut named = values.split_off(entities).into_iter();
+        let mut values = values.into_iter();
         let mut answers = Vec::with_capacity(reads.len());
         for read in reads {
-            let count = if matches!(read, Read::Fact(_) | Read::Mark(_)) { copies.len() } else { 1 };
-            let mut own: Vec<Value> = values.by_ref().take(count).collect();
-            if let Some(at) = own.iter().position(|value| matches!(value, Value::ServerError(_)))
-                && let Value::ServerError(error) = own.swap_remove(at)
-            {
-                let slot = command::slot_of(read).or(copies.get(at).copied().flatten().map(|(_, slot)| slot));
-                let about = About { name: command::name(read), epoch: 0, slot: slot.unwrap_or(0) };
+            let mut failure = None;
+            let mut check = |at, value| match value {
+                Value::ServerError(error) => {
+                    failure.get_or_insert((at, error));
+                    Value::Nil
+                }
+                value => value,
+            };
+            let answer = if command::is_named(read) {
+                let own = named.by_ref().take(copies.len()).enumerate().map(|(at, value)| check(at, value));
+                command::answer(read, own)
+            } else {
+                command::answer(read, values.next().map(|value| check(0, value)).into_iter())
+            };
+            if let Some((at, error)) = failure {
+                let copy = copies.get(at).copied().flatten().map(|(_, slot)| slot);
+                let slot = command::entity_read(read).map(|routed| routed.slot).or(copy).unwrap_or(0);
+                let about = About { name: command::name(read), epoch: 0, slot };
                 return Err(self.refusal(&error, &about).await);
             }
-            answers.push(command::answer(read, own.into_iter())?);
+            answers.push(answer?);
         }
         Ok(answers)
     }
@@ -233,7 +251,7 @@ impl OnlineStore for RedisStore {
                 removed += self.remove_from(node, &pattern).await?;
             }
             // A slot that moved from a master not yet looked at to one that was took its keys along.
-            self.nodes.redraw(Some(before.number()), self.nodes.deadline()).await?;
+            self.nodes.redraw_surely(before.number()).await?;
             if before.is_same(&*self.nodes.map(self.nodes.deadline()).await?) {
                 return Ok(removed);
             }
@@ -341,9 +359,7 @@ impl RedisStore {
         let map = self.nodes.map(self.nodes.deadline()).await?;
         let copies: Vec<Copy> = map.copies(None).into_iter().map(Some).collect();
         let mut commands = Vec::new();
-        command::add_named("seen", name, &copies, |command, slot| {
-            commands.push(Routed { command: command.take(), slot });
-        });
+        command::add_named("seen", name, &copies, &mut commands);
         let mut seen = None;
         for (value, copy) in self.nodes.call(Way::Writes, commands).await?.into_iter().zip(copies) {
             match value {
@@ -361,4 +377,8 @@ impl RedisStore {
 #[cfg(test)]
 mod cluster_tests;
 #[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;

@@ -199,4 +199,37 @@ mod tests {
         future[0] = 9;
         assert_eq!(decode(&future, &TYPES), Err(DecodeError::Version { found: 9, newest: 1 }));
     }
+
+    #[test]
+    fn kept_rows_are_read() {
+        use feature_defs::value::Value::{Binary, Bool, Float32, Float64, Int32, Int64, Null, String, Timestamp};
+
+        let types = [
+            Type::Bool,
+            Type::Int32,
+            Type::Int64,
+            Type::Float32,
+            Type::Float64,
+            Type::String,
+            Type::Binary,
+            Type::Timestamp,
+            Type::Int64,
+        ];
+        let mut row = row(46, Some(-48), 7, 0.0);
+        row.values = vec![
+            Bool(true),
+            Int32(-5),
+            Int64(1 << 40),
+            Float32(1.5),
+            Float64(f64::NAN),
+            String("caf\u{e9}".into()),
+            Binary(Box::new(*b"\0\xff")),
+            Timestamp(1_700_000_000_000_000),
+            Null,
+        ];
+        assert_eq!(decode(&crate::formats::current("row_v1", &encode(&row)), &types).unwrap(), row);
+        let tombstone = Row { deleted: true, values: vec![Null; types.len()], ..row };
+        let kept = crate::formats::current("row_v1_tombstone", &encode(&tombstone));
+        assert_eq!(decode(&kept, &types).unwrap(), tombstone);
+    }
 }

@@ -185,6 +185,33 @@ text_id!(
     check_sha256
 );
 
+text_id!(
+    /// The name of an entity: a kind of thing that views are keyed by.
+    EntityName,
+    "entity name",
+    check_name
+);
+text_id!(
+    /// The keyed hash of an entity's key: opaque here.
+    KeyHash,
+    "hash of a key",
+    check_sha256
+);
+text_id!(
+    /// What keys hashes of keys, 32 random bytes in lower-case hexadecimal.
+    Salt,
+    "salt",
+    check_sha256
+);
+
+impl Salt {
+    pub fn random() -> Self {
+        // Two random UUIDs are 244 random bits; hashed, they are evenly spread over all.
+        let (first, second) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
+        Self(Sha256::of(&[first.into_bytes(), second.into_bytes()].concat()).0)
+    }
+}
+
 impl EntryId {
     pub fn random() -> Self {
         Self(uuid::Uuid::new_v4().to_string())

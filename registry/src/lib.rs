@@ -19,6 +19,7 @@ pub mod log;
 pub mod state;
 
 pub mod dataset;
+pub mod forgotten;
 pub mod model;
 pub mod snapshot;
 pub mod store;

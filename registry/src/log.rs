@@ -260,7 +260,7 @@ impl ControlLog {
         self.folder.clone().join(format!("{number:020}.json", number = number.0))
     }
 
-    pub(crate) fn store(&self) -> &Arc<dyn ObjectStore> {
+    pub fn store(&self) -> &Arc<dyn ObjectStore> {
         &self.store
     }
 

@@ -15,16 +15,19 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::dataset::{DatasetRecord, NewDataset};
+use crate::forgotten::{Forget, ForgetDone, ForgottenEntities, ForgottenKey, KEYS_MAX};
 use crate::id::{
-    DatasetId, DatasetName, Digest, EntryId, EntryNumber, ModelName, ModelVersion, ProjectName, ServiceName,
-    SourceName, ViewName,
+    DatasetId, DatasetName, Digest, EntityName, EntryId, EntryNumber, ModelName, ModelVersion, ProjectName,
+    ServiceName, SourceName, ViewName,
 };
 use crate::log::{Entry, FORMAT};
 use crate::model::{ModelRecord, NewModel};
 
 /// The version of the fold. It changes whenever a kind is added or an entry comes to mean something else, so that a
 /// snapshot made by a build that skipped an entry is never taken for the fold of a build that understands it.
-pub const FOLD: u32 = 1;
+///
+/// 2: entities that were forgotten.
+pub const FOLD: u32 = 2;
 
 /// The kinds of entries that this build understands. All of them must be understood: a reader that skipped one would
 /// judge later changes on a state that nobody else has.
@@ -33,6 +36,8 @@ mod kind {
     pub const DATASET_CREATE: &str = "dataset_create";
     pub const MODEL_REGISTER: &str = "model_register";
     pub const MODEL_DEPLOY: &str = "model_deploy";
+    pub const FORGET: &str = "forget";
+    pub const FORGET_DONE: &str = "forget_done";
 }
 
 /// Where a fact of the state comes from.
@@ -103,6 +108,8 @@ pub struct Project {
     pub dataset_names: BTreeMap<DatasetName, DatasetId>,
     pub models: BTreeMap<ModelName, BTreeMap<ModelVersion, ModelRecord>>,
     pub deployments: BTreeMap<ModelName, Deployment>,
+    #[serde(default)]
+    pub forgotten: ForgottenEntities,
 }
 
 impl Project {
@@ -114,6 +121,7 @@ impl Project {
             dataset_names: BTreeMap::new(),
             models: BTreeMap::new(),
             deployments: BTreeMap::new(),
+            forgotten: ForgottenEntities::default(),
         }
     }
 
@@ -191,6 +199,8 @@ pub enum Change {
     CreateDataset(NewDataset),
     RegisterModel(Box<NewModel>),
     Deploy { model: ModelName, version: ModelVersion },
+    Forget(Forget),
+    ForgetDone(ForgetDone),
 }
 
 /// What to do about a change that is right.
@@ -238,6 +248,12 @@ pub enum Refusal {
     DatasetTaken { dataset: DatasetId, entry: EntryNumber },
     #[error("metric `{metric}` of model `{model}` is {value}; register finite numbers only")]
     MetricNotFinite { model: ModelName, metric: String, value: f64 },
+    #[error("{keys} keys of entity `{entity}` are too many, or too few, for one change; name 1 to {KEYS_MAX}")]
+    KeyCount { entity: EntityName, keys: usize },
+    #[error("somebody else forgot the project's first entity at the same time; try again")]
+    OtherSalt,
+    #[error("entity `{entity}` was not asked to be forgotten under all of these hashes; ask first")]
+    NotForgotten { entity: EntityName },
     #[error("the record of model `{model}` lacks its {field}; a version is registered with its whole record")]
     Incomplete { model: ModelName, field: &'static str },
 }
@@ -269,6 +285,8 @@ impl State {
             Change::CreateDataset(dataset) => judge_dataset(project, self.known(project)?, dataset),
             Change::RegisterModel(model) => judge_register(project, self.known(project)?, model),
             Change::Deploy { model, version } => judge_deploy(project, self.known(project)?, model, *version),
+            Change::Forget(forget) => judge_forget(&self.known(project)?.forgotten, forget),
+            Change::ForgetDone(done) => judge_forget_done(&self.known(project)?.forgotten, done),
         }
     }
 
@@ -292,6 +310,8 @@ impl State {
             kind::DATASET_CREATE => Some(self.fold_dataset(entry, body(entry)?)),
             kind::MODEL_REGISTER => Some(self.fold_register(entry, body(entry)?)),
             kind::MODEL_DEPLOY => Some(self.fold_deploy(entry, body(entry)?)),
+            kind::FORGET => Some(self.fold_forget(entry, body(entry)?)),
+            kind::FORGET_DONE => Some(self.fold_forget_done(entry, body(entry)?)),
             _ => None,
         };
         match effect {
@@ -374,6 +394,53 @@ impl State {
         };
         project.deployments.insert(model, Deployment { active: version, previous, fact: fact(entry) });
         Some(())
+    }
+
+    fn fold_forget(&mut self, entry: &Entry, forget: Forget) -> Option<()> {
+        let forgotten = &mut self.projects.get_mut(&entry.project)?.forgotten;
+        if forgotten.salt.get_or_insert_with(|| forget.salt.clone()) != &forget.salt {
+            return None;
+        }
+        let keys = forgotten.entities.entry(forget.entity).or_default();
+        for hash in forget.keys {
+            keys.entry(hash).or_insert_with(|| ForgottenKey { asked: fact(entry), done: None });
+        }
+        Some(())
+    }
+
+    fn fold_forget_done(&mut self, entry: &Entry, done: ForgetDone) -> Option<()> {
+        let keys = self.projects.get_mut(&entry.project)?.forgotten.entities.get_mut(&done.entity)?;
+        for hash in &done.keys {
+            keys.get_mut(hash)?.done.get_or_insert_with(|| fact(entry));
+        }
+        Some(())
+    }
+}
+
+fn judge_forget(known: &ForgottenEntities, forget: &Forget) -> Result<Judgement, Refusal> {
+    if forget.keys.is_empty() || forget.keys.len() > KEYS_MAX {
+        return Err(Refusal::KeyCount { entity: forget.entity.clone(), keys: forget.keys.len() });
+    }
+    // Hashes under two salts could not be compared with the same rows.
+    if known.salt.as_ref().is_some_and(|salt| *salt != forget.salt) {
+        return Err(Refusal::OtherSalt);
+    }
+    let asked = |hash| known.key(forget.entity.as_str(), hash).map(|key| key.asked.entry);
+    match forget.keys.iter().map(asked).collect::<Option<Vec<_>>>().and_then(|entries| entries.into_iter().max()) {
+        Some(entry) => Ok(Judgement::AlreadySo { entry, version: None }),
+        None => Ok(append(kind::FORGET, forget, None)),
+    }
+}
+
+fn judge_forget_done(known: &ForgottenEntities, done: &ForgetDone) -> Result<Judgement, Refusal> {
+    let keys = done.keys.iter().map(|hash| known.key(done.entity.as_str(), hash));
+    let Some(keys) = keys.collect::<Option<Vec<_>>>() else {
+        return Err(Refusal::NotForgotten { entity: done.entity.clone() });
+    };
+    let done_by = keys.iter().map(|key| key.done.as_ref().map(|fact| fact.entry));
+    match done_by.collect::<Option<Vec<_>>>().and_then(|entries| entries.into_iter().max()) {
+        Some(entry) => Ok(Judgement::AlreadySo { entry, version: None }),
+        None => Ok(append(kind::FORGET_DONE, done, None)),
     }
 }
 

@@ -12,6 +12,7 @@ use feature_defs::time::{Micros, Status};
 use feature_defs::value::{Type, Value};
 use feature_defs::window::{DAY, HOUR, MINUTE, SECOND};
 use gateway::convert;
+use online_store::conformance::redis_cluster::RedisCluster;
 use online_store::conformance::redis_server::RedisServer;
 use proto::v1;
 use rand::rngs::SmallRng;
@@ -277,6 +278,13 @@ async fn the_same_holds_on_redis() {
     let Some(redis) = RedisServer::start(folder.path()) else { return };
     under_the_servers_clock(&format!("{}/0", redis.url())).await;
     at_request_times(&format!("{}/1", redis.url())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_holds_on_a_cluster() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(cluster) = RedisCluster::start(folder.path(), 3, false, &[]) else { return };
+    under_the_servers_clock(&cluster.url()).await;
 }
 
 async fn under_the_servers_clock(online: &str) {

@@ -4,7 +4,7 @@
 //! Few rounds by default; `COEVAL_FAULT_ROUNDS=100` makes as many, with 200,000 events and more.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -90,7 +90,12 @@ struct Sighting {
 
 /// What is still to be pushed, and what was acknowledged.
 struct Load {
+    start: Micros,
     waiting: Mutex<VecDeque<Vec<Sighting>>>,
+    /// Events made so far.
+    made: AtomicU64,
+    /// While faults go on there is always more to push.
+    grows: AtomicBool,
     acknowledged: Mutex<Vec<Vec<Sighting>>>,
     again: AtomicU64,
     /// Pushes that ended without an answer; whether they happened is known when they are repeated.
@@ -99,31 +104,40 @@ struct Load {
 }
 
 impl Load {
-    /// Times are of the last day and a bit, every one different, in no order.
     fn new(events: usize) -> Load {
-        let mut random = SmallRng::seed_from_u64(events as u64);
-        let start = now() - HOUR / 2;
-        let mut all: Vec<Sighting> = (0..events)
-            .map(|index| {
-                let back = random.random_range(0..28 * HOUR / 1_000_000) * 1_000_000;
-                Sighting {
-                    thing: format!("t{}", random.random_range(0..THINGS)),
-                    amount: f64::from(random.random_range(-1_000_000..1_000_000)) / 7.0,
-                    id: format!("e{index}"),
-                    // Unique below the second: no two events tie, whose order the log would decide.
-                    seen_at: (start - back) / 1_000_000 * 1_000_000 + index as Micros % 1_000_000,
-                }
-            })
-            .collect();
-        all.shuffle(&mut random);
-        let waiting = all.chunks(BATCH).map(<[Sighting]>::to_vec).collect();
-        Load {
-            waiting: Mutex::new(waiting),
+        let load = Load {
+            start: now() - HOUR / 2,
+            waiting: Mutex::default(),
+            made: AtomicU64::new(0),
+            grows: AtomicBool::new(true),
             acknowledged: Mutex::default(),
             again: AtomicU64::new(0),
             unknown: AtomicU64::new(0),
             found_there: AtomicU64::new(0),
+        };
+        let mut random = SmallRng::seed_from_u64(events as u64);
+        let mut all: Vec<Sighting> = (0..events).map(|_| load.make(&mut random)).collect();
+        all.shuffle(&mut random);
+        *load.waiting.lock().unwrap() = all.chunks(BATCH).map(<[Sighting]>::to_vec).collect();
+        load
+    }
+
+    /// Times are of the last day and a bit, every one different, in no order.
+    fn make(&self, random: &mut SmallRng) -> Sighting {
+        let index = self.made.fetch_add(1, Ordering::Relaxed);
+        let back = random.random_range(0..28 * HOUR / 1_000_000) * 1_000_000;
+        Sighting {
+            thing: format!("t{}", random.random_range(0..THINGS)),
+            amount: f64::from(random.random_range(-1_000_000..1_000_000)) / 7.0,
+            id: format!("e{index}"),
+            // Unique below the second: no two events tie, whose order the log would decide.
+            seen_at: (self.start - back) / 1_000_000 * 1_000_000 + index as Micros % 1_000_000,
         }
+    }
+
+    fn next(&self, random: &mut SmallRng) -> Option<Vec<Sighting>> {
+        let waiting = self.waiting.lock().unwrap().pop_front();
+        waiting.or_else(|| self.grows.load(Ordering::Relaxed).then(|| (0..BATCH).map(|_| self.make(random)).collect()))
     }
 
     fn is_done(&self) -> bool {
@@ -143,7 +157,7 @@ impl Load {
                         assert_eq!((answer.accepted, answer.duplicates as usize), (0, batch.len()), "{answer:?}");
                         self.again.fetch_add(batch.len() as u64, Ordering::Relaxed);
                     }
-                    let Some(batch) = self.waiting.lock().unwrap().pop_front() else { return };
+                    let Some(batch) = self.next(&mut random) else { return };
                     match push_one(&mut client, &batch, random.random_bool(0.3)).await {
                         Ok(answer) => {
                             assert_eq!(answer.rejected, [], "nothing is wrong with these events");
@@ -151,15 +165,10 @@ impl Load {
                             self.found_there.fetch_add(u64::from(answer.duplicates), Ordering::Relaxed);
                             self.acknowledged.lock().unwrap().push(batch);
                         }
-                        Err(status) => {
+                        Err(_) => {
                             self.unknown.fetch_add(batch.len() as u64, Ordering::Relaxed);
                             self.waiting.lock().unwrap().push_back(batch);
-                            // The server says what is wrong, and lives.
-                            let lives =
-                                status.message().contains("online store") || status.message().contains("visible");
-                            if !lives {
-                                return;
-                            }
+                            return;
                         }
                     }
                 }
@@ -228,14 +237,15 @@ async fn kill_servers(online: &str, what: &str) {
     let mut random = SmallRng::seed_from_u64(99);
     for round in 0..rounds {
         let process = Process::start_with(project.path(), &[]).await;
-        let channel = process.channel();
-        tokio::select! {
-            () = load.push(channel, round as u64) => {}
-            () = some_time(&mut random) => {}
-        }
-        // SIGKILL, whatever it is doing.
-        drop(process);
+        let pid = process.pid().to_string();
+        let kill = async {
+            some_time(&mut random).await;
+            // SIGKILL from outside, whatever it is doing.
+            let _ = std::process::Command::new("kill").args(["-9", &pid]).status();
+        };
+        tokio::join!(load.push(process.channel(), round as u64), kill);
     }
+    load.grows.store(false, Ordering::Relaxed);
     let process = Process::start_with(project.path(), &[]).await;
     while !load.is_done() {
         load.push(process.channel(), 1_000).await;
@@ -266,24 +276,28 @@ async fn redis_killed_under_a_server() {
     let project = Project::new(&settings(&redis.url()), DEFINITIONS).unwrap();
     project.apply().await.unwrap();
     let process = Process::start_with(project.path(), &[]).await;
-    let load = Load::new(events);
+    let load = Arc::new(Load::new(events));
+    let pushing = {
+        let (load, channel) = (load.clone(), process.channel());
+        tokio::spawn(async move {
+            for seed in 0.. {
+                load.push(channel.clone(), seed).await;
+                if !load.grows.load(Ordering::Relaxed) && load.is_done() {
+                    return;
+                }
+            }
+        })
+    };
     let mut random = SmallRng::seed_from_u64(77);
-    for round in 0..rounds {
-        tokio::select! {
-            () = load.push(process.channel(), round as u64) => {}
-            () = some_time(&mut random) => {}
-        }
+    for _ in 0..rounds {
+        some_time(&mut random).await;
         redis.kill();
         // Events are taken while it is away.
-        tokio::select! {
-            () = load.push(process.channel(), round as u64 + 500) => {}
-            () = some_time(&mut random) => {}
-        }
+        some_time(&mut random).await;
         redis.restart().unwrap();
     }
-    while !load.is_done() {
-        load.push(process.channel(), 1_000).await;
-    }
+    load.grows.store(false, Ordering::Relaxed);
+    pushing.await.unwrap();
     load.tell("Redis killed under a server", rounds, started);
     check(&project, &process, load.events()).await;
 }

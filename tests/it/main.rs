@@ -2,5 +2,7 @@
 
 mod audit;
 mod faults;
+mod forget;
 mod object_stores;
 mod process;
+mod redis_store;

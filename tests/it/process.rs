@@ -85,6 +85,10 @@ impl Process {
         self.grpc.clone()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn channel(&self) -> Channel {
         self.channel.clone()
     }

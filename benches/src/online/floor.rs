@@ -105,7 +105,9 @@ fn pipeline(commands: &[Command]) -> Pipeline {
     let mut pipeline = Pipeline::with_capacity(commands.len());
     for command in commands {
         let mut packed = Cmd::new();
-        command.iter().for_each(|part| drop(packed.arg(part)));
+        for part in command {
+            packed.arg(part);
+        }
         pipeline.add_command(packed);
     }
     pipeline

@@ -26,14 +26,13 @@ pub async fn run(redis: &str, address: &str, requests: &[Bytes]) -> anyhow::Resu
     monitor.read_until(b'\n', &mut line).await?;
     anyhow::ensure!(line.starts_with(b"+OK"), "Redis does not show what it is sent");
     let url = format!("redis://{redis}");
-    let mut copies = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
-    let mut marker = redis::Client::open(format!("redis://{redis}"))?.get_multiplexed_async_connection().await?;
+    let mut client = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
     let mut recorded = Recorded::default();
     for request in requests {
         let one = std::sync::Arc::new(vec![request.clone()]);
         super::load::one(address, one).await?;
         // Everything before this word belongs to the request.
-        redis::cmd("ECHO").arg("coeval-bench-mark").exec_async(&mut marker).await?;
+        redis::cmd("ECHO").arg("coeval-bench-mark").exec_async(&mut client).await?;
         let mut call = Vec::new();
         loop {
             line.clear();
@@ -41,13 +40,17 @@ pub async fn run(redis: &str, address: &str, requests: &[Bytes]) -> anyhow::Resu
             let command = words(&line).with_context(|| format!("not a command: {}", line.escape_ascii()))?;
             match command.first().map(Vec::as_slice) {
                 Some(b"ECHO") => break,
-                Some(b"GET") if command[1].starts_with(b"c1:{") => call.push(copy(&mut copies, &command[1]).await?),
+                Some(b"GET") if command[1].starts_with(b"c1:{") => call.push(command),
                 Some(b"HMGET") => call.push(command),
                 _ => {}
             }
         }
         anyhow::ensure!(!call.is_empty(), "the server read nothing from this Redis");
         recorded.calls.push(call);
+    }
+    // Only now: the copies would be recorded, too.
+    for command in recorded.calls.iter_mut().flatten().filter(|command| command[0] == b"GET") {
+        *command = copy(&mut client, &command[1]).await?;
     }
     Ok(recorded)
 }

@@ -127,6 +127,7 @@ impl Here {
     /// By the definitions in the project folder, which must be valid.
     pub async fn open(place: &Place, output: &Output) -> Result<Here, CliError> {
         let Checked { settings, plan, .. } = Project::read(place)?.checked(output).await?;
+        place.forget_listed(&settings, &plan).await?;
         let (store, root) = open_store(&place.resolve(&settings.store))?;
         let spill_folder = settings.offline.spill.as_ref().map(|folder| place.folder.join(folder));
         let work = Work { spill_folder, ..Work::default() };

@@ -21,7 +21,7 @@ use serde_json::{Value as Json, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::error::CliError;
+use crate::error::{CliError, counted};
 use crate::output::Output;
 use crate::project::Place;
 use crate::server::{Server, ServerArguments, ServerError};
@@ -171,7 +171,11 @@ fn show(dataset: &DatasetInfo, manifest: &Manifest, origin: Option<Origin>, outp
         output.line("  these inputs were asked for before: this is the dataset they gave, nothing was computed");
     }
     let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
-    output.line(format!("  rows      {}", dataset.rows));
+    output.line(format!("  rows      {}", manifest.rows));
+    for redacted in &manifest.redacted {
+        let (rows, entity, at) = (counted(redacted.rows as usize, "row"), &redacted.entity, &redacted.at);
+        output.line(format!("  redacted  {rows} of a forgotten `{entity}` ({}), {at}", &redacted.key[..12]));
+    }
     output.line(format!("  parts     {}, {:.1} MiB", manifest.files.len(), bytes as f64 / f64::from(1 << 20)));
     output.line(format!("  service   {} {}", dataset.service, dataset.service_digest));
     output.line(format!("  seed      {}", manifest.seed));
@@ -224,6 +228,8 @@ fn as_json_with(dataset: &DatasetInfo, manifest: &Manifest, origin: Option<Origi
     json["visibility"] = manifest.visibility.clone().into();
     json["seed"] = manifest.seed.into();
     json["parts"] = json!(manifest.files);
+    json["rows"] = manifest.rows.into();
+    json["redacted"] = json!(manifest.redacted);
     json["known_at"] = json!(manifest.known_at);
     json["profile"] = json!(manifest.profile);
     if let Some(origin) = origin {

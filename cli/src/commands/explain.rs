@@ -72,6 +72,7 @@ struct Asked {
 
 pub async fn run(place: &Place, arguments: &ExplainArguments, output: &Output) -> Result<(), CliError> {
     let Checked { settings, plan, .. } = Project::read(place)?.checked(output).await?;
+    place.forget_listed(&settings, &plan).await?;
     let service = service(&plan, &arguments.service)?;
     let (store, prefix): (Arc<dyn ObjectStore>, Path) = if place.store_is_absent(&settings) {
         // Looking does not create it.

@@ -148,12 +148,21 @@ pub(super) struct Call {
     name: String,
     body: Arc<Body>,
     arguments: Vec<Arc<dyn PhysicalExpr>>,
+    /// By argument, the one row of those that are literals: making it anew for every batch is most of what an operation
+    /// costs when batches are as small as requests.
+    constants: Vec<Option<ArrayRef>>,
     output: ArrowType,
 }
 
 impl Call {
     pub fn new(name: String, body: Arc<Body>, arguments: Vec<Arc<dyn PhysicalExpr>>, output: ArrowType) -> Call {
-        Call { name, body, arguments, output }
+        let none = RecordBatch::new_empty(Arc::new(Schema::empty()));
+        let constant = |argument: &Arc<dyn PhysicalExpr>| match argument.evaluate(&none) {
+            Ok(ColumnarValue::Scalar(value)) if argument.children().is_empty() => value.to_array().ok(),
+            _ => None,
+        };
+        let constants = arguments.iter().map(constant).collect();
+        Call { name, body, arguments, constants, output }
     }
 }
 
@@ -194,7 +203,11 @@ impl PhysicalExpr for Call {
         let arguments = self
             .arguments
             .iter()
-            .map(|argument| Ok(Argument::new(argument.evaluate(batch)?)?))
+            .zip(&self.constants)
+            .map(|(argument, constant)| match constant {
+                Some(array) => Ok(Argument { array: array.clone(), step: 0 }),
+                None => Ok(Argument::new(argument.evaluate(batch)?)?),
+            })
             .collect::<DataFusionResult<Vec<_>>>()?;
         Ok(ColumnarValue::Array(run(&*self.body, &arguments, batch.num_rows(), &self.output)?))
     }

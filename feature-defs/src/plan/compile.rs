@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::aggregate::{Arguments, Buckets, Clamp, Function, Quantile};
-use crate::catalog::{Catalog, Feature, FeatureView, Files, Head, Hop, Input, Literal, ViewInput, ViewKind};
+use crate::catalog::{
+    Catalog, Entity, Feature, FeatureView, Field, Files, Head, Hop, Input, Literal, ViewInput, ViewKind,
+};
 use crate::diagnose::{Diagnostic, Severity, Span, Spanned};
 use crate::digest::Canonical;
 use crate::expression::{self, Environment, ExpressionError};
@@ -25,7 +27,8 @@ pub fn compile(catalog: &Catalog, files: &Files, schemas: &SourceSchemas) -> Res
             (vocabulary.name.value.clone(), Arc::from(values))
         })
         .collect();
-    let mut compiler = Compiler { catalog, files, vocabularies, diagnostics: Vec::new() };
+    let forgotten = Arc::<ForgottenList>::default();
+    let mut compiler = Compiler { catalog, files, vocabularies, diagnostics: Vec::new(), forgotten: forgotten.clone() };
     let mut plan = Plan {
         project: catalog.project.as_str().into(),
         sources: Vec::new(),
@@ -33,6 +36,7 @@ pub fn compile(catalog: &Catalog, files: &Files, schemas: &SourceSchemas) -> Res
         services: Vec::new(),
         models: Vec::new(),
         digest: Canonical::new("plan").digest(),
+        forgotten,
     };
     for source in &catalog.sources {
         if let Some(source) = compiler.source(source, schemas) {
@@ -77,6 +81,7 @@ struct Compiler<'a> {
     files: &'a Files,
     vocabularies: Vocabularies,
     diagnostics: Vec<Diagnostic>,
+    forgotten: Arc<ForgottenList>,
 }
 
 pub(super) fn micros(duration: Duration) -> Micros {
@@ -310,6 +315,7 @@ impl Compiler<'_> {
             return None;
         }
         let filter = filter.flatten();
+        let about = self.about(view, entity, &keys);
 
         let mut storage = epochs("view storage").with("source", source.digest.as_str());
         storage.add("entity_keys", keys.len());
@@ -383,7 +389,28 @@ impl Compiler<'_> {
             kind,
             storage_digest,
             semantic_digest: semantic.digest(),
+            forgotten: self.forgotten.clone(),
+            about,
         })
+    }
+
+    /// See [`ViewPlan::about`].
+    fn about(&self, view: &FeatureView, entity: &Entity, keys: &[ViewKey]) -> Vec<KeyPart> {
+        let mut about = vec![KeyPart { entity: entity.name.as_str().into(), keys: (0..keys.len()).collect() }];
+        for other in self.catalog.feature_views.iter().filter(|other| other.source.value == view.source.value) {
+            let Some(entity) = self.catalog.entity(&other.entity) else { continue };
+            let place = |key: &Field| {
+                let mapped = other.keys.iter().find(|(name, _)| name.value == key.name.value);
+                let column = mapped.map_or(key.name.as_str(), |(_, column)| column.as_str());
+                keys.iter().position(|known| known.column == column && known.key_type == key.field_type.value)
+            };
+            let Some(places) = entity.keys.iter().map(place).collect::<Option<Vec<usize>>>() else { continue };
+            let part = KeyPart { entity: entity.name.as_str().into(), keys: places };
+            if !part.keys.is_empty() && !about.contains(&part) {
+                about.push(part);
+            }
+        }
+        about
     }
 
     /// The vocabularies that an expression reads are part of what it means.

@@ -53,6 +53,13 @@ impl EntityKeys {
         let start = if row == 0 { 0 } else { self.ends[row - 1] as usize };
         self.valid[row].then(|| &self.bytes[start..self.ends[row] as usize])
     }
+
+    /// From now on these rows match nothing.
+    pub(super) fn hide(&mut self, hidden: &[bool]) {
+        for (valid, hidden) in self.valid.iter_mut().zip(hidden) {
+            *valid &= !hidden;
+        }
+    }
 }
 
 /// Encodes entity keys from one column per key part. For the entity without keys every row is the empty key.
@@ -281,7 +288,7 @@ impl ViewPlan {
         let is_true = |column: &Option<BooleanArray>, row: usize| {
             column.as_ref().map(|column| column.is_valid(row) && column.value(row))
         };
-        let keys = encode_entity_keys(&self.key_columns(batch)?, rows);
+        let keys = self.entity_keys(&self.key_columns(batch)?, rows);
 
         // A tombstone is not an event: it is in no window, and it takes back no earlier event.
         let keep: Vec<u32> = (0..rows)

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::hash::BuildHasher;
 
-use feature_defs::plan::encode_entity_keys;
 use feature_defs::time::Micros;
 use feature_defs::window::TileId;
 use hashbrown::{DefaultHashBuilder, HashTable};
@@ -60,7 +59,7 @@ impl<'a> Asked<'a> {
             };
             let types = service_input.view.keys.iter().map(|key| &key.key_type);
             let columns: Vec<_> = service_input.keys.iter().map(|key| rows.columns[*key].clone()).zip(types).collect();
-            let keys = encode_entity_keys(&columns, rows.count);
+            let keys = service_input.view.entity_keys(&columns, rows.count);
             let slots = &mut asked.slots;
             let mut slot_of = |entity: &[u8]| {
                 let same = |slot: &u32| {

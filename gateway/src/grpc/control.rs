@@ -1,18 +1,21 @@
 //! What is there, and changes to it.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use feature_defs::plan::{ModelPlan, Plan, SourceKind};
 use feature_defs::value::Type;
+use futures::{Stream, StreamExt};
 use proto::v1;
 use proto::v1::control_server::Control as ControlService;
 use registry::Outcome;
 use registry::id::{DatasetId, Digest, ModelName, ModelVersion, NameError, ServiceName};
 use registry::model::NewModel;
 use registry::state::{Change, Project, State};
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::answer::Gateway;
@@ -25,6 +28,8 @@ const MODEL_BYTES_MAX: usize = 1 << 30;
 const UPLOADS_MAX: usize = 2;
 /// How long a call waits for an entry that it was told of and the log does not have yet.
 const ENTRY_WAIT: Duration = Duration::from_secs(20);
+/// Messages of progress that wait for a slow reader; others are left out.
+const STAGES_MAX: usize = 16;
 /// Texts of a record are names, digests and words, not files.
 const TEXT_BYTES_MAX: usize = 64 << 10;
 
@@ -113,6 +118,27 @@ impl ControlService for Control {
         let state = self.gateway.registry.state();
         let datasets = project(&state, &self.gateway).map_or_else(Vec::new, datasets);
         Ok(Response::new(v1::ListDatasetsResponse { datasets }))
+    }
+
+    type ForgetStream = Pin<Box<dyn Stream<Item = Result<v1::ForgetProgress, Status>> + Send>>;
+
+    async fn forget(&self, request: Request<v1::ForgetRequest>) -> Result<Response<Self::ForgetStream>, Status> {
+        let request = request.into_inner();
+        self.gateway.check_serving()?;
+        self.gateway.check_project(&request.project)?;
+        let (sender, stages) = mpsc::channel::<String>(STAGES_MAX);
+        let gateway = self.gateway.clone();
+        // It goes on when the caller goes away: half of it would be finished later anyway.
+        let work = tokio::spawn(async move { crate::forget::forget(&gateway, request, sender).await });
+        let stages = ReceiverStream::new(stages).map(|stage| Ok(v1::ForgetProgress { stage, result: None }));
+        let end = futures::stream::once(async move {
+            match work.await {
+                Ok(Ok(result)) => Ok(v1::ForgetProgress { stage: "done".into(), result: Some(result) }),
+                Ok(Err(failure)) => Err(failure.into()),
+                Err(error) => Err(Failure::internal("the work ended early; the server goes on with it", &error).into()),
+            }
+        });
+        Ok(Response::new(Box::pin(stages.chain(end))))
     }
 }
 

@@ -775,9 +775,15 @@ async fn a_redis_that_is_not_there_is_named() {
     let (folder, settings) = applied_project(&settings).await;
     let options =
         ServeOptions { settings, project_dir: folder.path().to_owned(), clock: Arc::new(|| NOW), runtime: None };
-    let error = serve(options).await.err().unwrap().to_string();
-    assert!(error.contains("127.0.0.1:1"), "{error}");
-    assert!(error.contains("check `online:` in coeval.yaml"), "{error}");
+    let running = serve(options).await.unwrap();
+    running.started().await;
+    let readiness = running.gateway.readiness();
+    let text = readiness.reasons.join("; ");
+    assert!(readiness.ready && readiness.degraded, "{text}");
+    assert!(text.contains("redis://127.0.0.1:1 cannot be reached"), "{text}");
+    assert!(text.contains("check `online:` in coeval.yaml"), "{text}");
+    running.shutdown_handle().shut_down();
+    running.wait().await.unwrap();
 }
 
 #[test]

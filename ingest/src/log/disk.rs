@@ -4,7 +4,7 @@
 //! segment   "coevlog1", first sequence (8 bytes), arrival floor (8), CRC-32 of these 24 bytes (4); then records
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use feature_defs::time::Micros;
 
 use super::record::{self, Content, HEADER_BYTES, RECORD_HEADER_BYTES, RECORD_MAGIC, payload_at};
-use super::{Durable, Events, Found, LogError, RecordRef};
+use super::{Change, Durable, Events, Found, LogError, RecordRef};
 use crate::lock;
 
 const SEGMENT_MAGIC: &[u8; 8] = b"coevlog1";
@@ -26,7 +26,34 @@ pub(super) fn disk(path: &Path) -> impl FnOnce(io::Error) -> LogError + '_ {
 /// The segments of a folder.
 pub(super) struct Disk {
     folder: PathBuf,
-    files: Mutex<BTreeMap<u64, Arc<File>>>,
+    files: Mutex<BTreeMap<u64, Open>>,
+}
+
+#[derive(Clone)]
+struct Open {
+    file: Arc<File>,
+    /// Where records lie now, offset and payload, by the offset that this process knows them by; empty while nothing moved.
+    moved: Arc<HashMap<u64, (u64, u32)>>,
+}
+
+impl Open {
+    fn new(file: File) -> Open {
+        Open { file: Arc::new(file), moved: Arc::default() }
+    }
+}
+
+/// A segment written anew, beside the old one.
+pub(super) struct Rewritten {
+    beside: PathBuf,
+    file: File,
+    bytes: u64,
+    moved: HashMap<u64, (u64, u32)>,
+}
+
+impl Rewritten {
+    pub fn discard(self) {
+        let _ = fs::remove_file(&self.beside);
+    }
 }
 
 impl Disk {
@@ -41,6 +68,11 @@ impl Disk {
         for entry in fs::read_dir(folder).map_err(disk(folder))? {
             let path = entry.map_err(disk(folder))?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if name.ends_with(".new") {
+                // A segment that was being written anew when the process died; the old one has its name.
+                fs::remove_file(&path).map_err(disk(&path))?;
+                continue;
+            }
             if let Some(id) = name.strip_suffix(".log").and_then(|hex| u64::from_str_radix(hex, 16).ok()) {
                 paths.push((id, path));
             }
@@ -50,7 +82,7 @@ impl Disk {
         let mut segments = Vec::new();
         for (id, path) in paths {
             let Some((found, file)) = scan(id, &path, Some(id) == newest)? else { continue };
-            lock(&self.files).insert(id, Arc::new(file));
+            lock(&self.files).insert(id, Open::new(file));
             segments.push(found);
         }
         Ok(segments)
@@ -67,26 +99,99 @@ impl Disk {
         let mut file = opened.map_err(disk(&path))?;
         file.write_all(&header).and_then(|()| file.sync_all()).map_err(disk(&path))?;
         File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(disk(&self.folder))?;
-        lock(&self.files).insert(id, Arc::new(file));
+        lock(&self.files).insert(id, Open::new(file));
         Ok(())
     }
 
     /// Makes records durable that begin at `start`.
     pub fn append(&self, segment: u64, start: u64, bytes: &[u8]) -> Result<(), LogError> {
-        let (file, path) = self.file(segment)?;
+        let (Open { file, .. }, path) = self.file(segment)?;
         file.write_all_at(bytes, start).map_err(disk(&path))?;
         file.sync_data().map_err(disk(&path))
     }
 
     pub fn read(&self, record: &RecordRef) -> Result<Events, LogError> {
-        let (file, path) = self.file(record.segment)?;
-        let mut bytes = vec![0; RECORD_HEADER_BYTES + record.payload_bytes as usize];
-        file.read_exact_at(&mut bytes, record.offset).map_err(disk(&path))?;
+        let (Open { file, moved }, path) = self.file(record.segment)?;
+        let (offset, payload_bytes) =
+            moved.get(&record.offset).copied().unwrap_or((record.offset, record.payload_bytes));
+        let mut bytes = vec![0; RECORD_HEADER_BYTES + payload_bytes as usize];
+        file.read_exact_at(&mut bytes, offset).map_err(disk(&path))?;
         record::events(&bytes, record).map_err(|what| LogError::Corrupt {
             path: path.display().to_string(),
-            offset: record.offset,
+            offset,
             what,
         })
+    }
+
+    /// Whether a listener would change a record of what is durable of a segment.
+    pub fn look(&self, id: u64, length: u64, look: Change<'_>) -> Result<bool, LogError> {
+        let mut is_meant = false;
+        self.for_records(id, length, look, |_, _, changed| is_meant |= changed.is_some())?;
+        Ok(is_meant)
+    }
+
+    /// Writes a segment anew beside the old one, if a listener changes a record of it.
+    pub fn rewritten(&self, id: u64, length: u64, change: Change<'_>) -> Result<Option<Rewritten>, LogError> {
+        let mut bytes: Vec<u8> = Vec::new();
+        let mut moved: HashMap<u64, (u64, u32)> = HashMap::new();
+        let mut is_changed = false;
+        let header = self.for_records(id, length, change, |at, payload, changed| {
+            let place = HEADER_BYTES + bytes.len() as u64;
+            is_changed |= changed.is_some();
+            let payload = changed.unwrap_or_else(|| payload.to_vec());
+            moved.insert(at, (place, payload.len() as u32));
+            // Everything before it is durable: the segment is whole.
+            record::frame(&mut bytes, payload, place);
+        })?;
+        let Some(mut rewritten) = header.filter(|_| is_changed) else { return Ok(None) };
+        rewritten.extend_from_slice(&bytes);
+        let beside = self.path(id).with_extension("new");
+        fs::write(&beside, &rewritten).map_err(disk(&beside))?;
+        let file = OpenOptions::new().read(true).write(true).open(&beside).map_err(disk(&beside))?;
+        file.sync_all().map_err(disk(&beside))?;
+        Ok(Some(Rewritten { beside, file, bytes: rewritten.len() as u64, moved }))
+    }
+
+    /// Gives it the name of the old one. Returns its bytes.
+    pub fn replace(&self, id: u64, rewritten: Rewritten) -> Result<u64, LogError> {
+        let path = self.path(id);
+        let Rewritten { beside, file, bytes, mut moved } = rewritten;
+        fs::rename(&beside, &path).map_err(disk(&path))?;
+        File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(disk(&self.folder))?;
+        let mut files = lock(&self.files);
+        let before = files.get(&id).map(|open| open.moved.clone()).unwrap_or_default();
+        if !before.is_empty() {
+            let place = |place: &(u64, u32)| moved.get(&place.0).copied().unwrap_or(*place);
+            moved = before.iter().map(|(known, now)| (*known, place(now))).collect();
+        }
+        files.insert(id, Open { file: Arc::new(file), moved: Arc::new(moved) });
+        Ok(bytes)
+    }
+
+    /// Calls with each record of what is durable of a segment: where it lies, its payload, and the one that a listener puts
+    /// in its place. Returns the segment's header; None when it is gone.
+    fn for_records(
+        &self,
+        id: u64,
+        length: u64,
+        change: Change<'_>,
+        mut with: impl FnMut(u64, &[u8], Option<Vec<u8>>),
+    ) -> Result<Option<Vec<u8>>, LogError> {
+        let Some(Open { file, .. }) = lock(&self.files).get(&id).cloned() else { return Ok(None) };
+        let path = self.path(id);
+        let mut bytes = vec![0; length as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(disk(&path))?;
+        let mut at = HEADER_BYTES as usize;
+        while at < bytes.len() {
+            let corrupt =
+                |what: String| LogError::Corrupt { path: path.display().to_string(), offset: at as u64, what };
+            let payload = payload_at(&bytes[at..]).ok_or_else(|| corrupt("the checksum differs".into()))?;
+            let changed = record::changed(payload, id, at as u64, change).map_err(corrupt)??;
+            with(at as u64, payload, changed);
+            at += RECORD_HEADER_BYTES + payload.len();
+        }
+        bytes.truncate(HEADER_BYTES as usize);
+        Ok(Some(bytes))
     }
 
     pub fn remove(&self, segment: u64) -> Result<(), LogError> {
@@ -96,7 +201,7 @@ impl Disk {
         Ok(())
     }
 
-    fn file(&self, segment: u64) -> Result<(Arc<File>, PathBuf), LogError> {
+    fn file(&self, segment: u64) -> Result<(Open, PathBuf), LogError> {
         let path = self.path(segment);
         match lock(&self.files).get(&segment) {
             Some(file) => Ok((file.clone(), path)),

@@ -147,3 +147,22 @@ pub(super) fn events(bytes: &[u8], record: &RecordRef) -> Result<Events, String>
     let (_, stream) = parse(payload, record.segment, record.offset).ok_or("its header")?;
     decode(stream)
 }
+
+/// The payload with other events in the place of its own, where a listener wants that.
+pub(super) fn changed(
+    payload: &[u8],
+    segment: u64,
+    offset: u64,
+    change: &mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>,
+) -> Result<Result<Option<Vec<u8>>, LogError>, String> {
+    let content = content(payload, segment, offset).ok_or("its header")?;
+    let Content::Events(record, own) = content else { return Ok(Ok(None)) };
+    let events = decode(own)?;
+    let changed = change(&record, &events).and_then(|events| {
+        let Some(events) = events else { return Ok(None) };
+        let mut payload = payload[..payload.len() - own.len()].to_vec();
+        payload.extend_from_slice(&stream(&events.batch, &events.due)?);
+        Ok(Some(payload))
+    });
+    Ok(changed)
+}

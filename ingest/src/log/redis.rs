@@ -29,7 +29,7 @@ use online_store::redis::Direct;
 use tokio::runtime::Runtime;
 
 use super::record::{self, Content, HEADER_BYTES, payload_at};
-use super::{Cursor, Durable, Events, Found, LogError, RecordRef, cached_bytes};
+use super::{Change, Cursor, Durable, Events, Found, LogError, RecordRef, cached_bytes};
 
 /// Longest wait for an answer: a group of records is up to 72 MiB.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -283,7 +283,7 @@ async fn scan(link: &Link, segment: &mut Found, room: &mut u64) -> Result<(), Lo
         let Some(entries) = entries_of(link.good(answer).await?).filter(|entries| !entries.is_empty()) else {
             return Err(link.corrupt(id, expected, "an entry is missing".to_owned()));
         };
-        for (offset, bytes) in entries {
+        for Entry { offset, bytes, length } in entries {
             let corrupt = |what: &str| link.corrupt(id, offset, what.to_owned());
             if offset != expected {
                 return Err(corrupt("another entry was expected before it"));
@@ -315,7 +315,7 @@ async fn scan(link: &Link, segment: &mut Found, room: &mut u64) -> Result<(), Lo
             if !is_done {
                 cursor.open.insert(offset, rows);
             }
-            expected += bytes.len() as u64;
+            expected += length;
         }
     }
     segment.cursor = Some(cursor);
@@ -372,11 +372,67 @@ impl Reader {
             for (record, answer) in chunk.into_iter().zip(answers) {
                 let corrupt = |what: String| self.link.corrupt(record.segment, record.offset, what);
                 let entry = entries_of(self.link.good(answer).await?).and_then(|mut entries| entries.pop());
-                let (_, bytes) = entry.ok_or_else(|| corrupt("the entry is gone".to_owned()))?;
+                let Entry { bytes, .. } = entry.ok_or_else(|| corrupt("the entry is gone".to_owned()))?;
                 events.push(record::events(&bytes, record).map_err(corrupt)?);
             }
         }
         Ok(events)
+    }
+
+    /// Whether a listener would change a record of a segment.
+    pub fn look(&self, id: u64, end: u64, look: Change<'_>) -> Result<bool, LogError> {
+        Ok(self.changed(id, end, look)?.is_some())
+    }
+
+    /// Puts other records under the ids of those that a listener changes, in one step.
+    pub fn rewrite(&self, id: u64, end: u64, cursor: &Cursor, change: Change<'_>) -> Result<bool, LogError> {
+        let Some(entries) = self.changed(id, end, change)? else { return Ok(false) };
+        let mut rewrite = self.link.function("rewrite", Some(id));
+        rewrite.arg(format!("{id:016x}")).arg(cursor.told).arg(cursor.entries);
+        for Entry { offset, bytes, length } in entries {
+            rewrite.arg(offset).arg(bytes).arg(length);
+        }
+        let link = &self.link;
+        tokio::runtime::Handle::current().block_on(async {
+            let answer = link.call(vec![rewrite]).await?.pop().unwrap_or_default();
+            link.good(answer).await
+        })?;
+        Ok(true)
+    }
+
+    /// All entries of a segment, if a listener changes any of them.
+    fn changed(&self, id: u64, end: u64, change: Change<'_>) -> Result<Option<Vec<Entry>>, LogError> {
+        let mut all = Vec::new();
+        let mut is_changed = false;
+        let mut from = HEADER_BYTES;
+        while from < end {
+            let mut range = ::redis::cmd("XRANGE");
+            range.arg(self.link.segment(id)).arg(format!("{from}-0")).arg(format!("{}-0", from + READ_BYTES));
+            let link = &self.link;
+            let answer = tokio::runtime::Handle::current().block_on(async {
+                let answer = link.call(vec![range]).await?.pop().unwrap_or_default();
+                link.good(answer).await
+            })?;
+            let entries = entries_of(answer).unwrap_or_default();
+            // Its last rows may have become history meanwhile.
+            if entries.is_empty() {
+                return Ok(None);
+            }
+            for mut entry in entries {
+                let offset = entry.offset;
+                let corrupt = |what: String| link.corrupt(id, offset, what);
+                let payload = payload_at(&entry.bytes).ok_or_else(|| corrupt("the checksum differs".to_owned()))?;
+                if let Some(payload) = record::changed(payload, id, offset, change).map_err(corrupt)?? {
+                    is_changed = true;
+                    let mut bytes = Vec::new();
+                    record::frame(&mut bytes, payload, offset);
+                    entry.bytes = bytes;
+                }
+                from = offset + entry.length;
+                all.push(entry);
+            }
+        }
+        Ok(is_changed.then_some(all))
     }
 
     /// An error if another process has taken the log over.
@@ -407,17 +463,27 @@ fn offset_of(id: &[u8]) -> Option<u64> {
     std::str::from_utf8(id).ok()?.strip_suffix("-0")?.parse().ok()
 }
 
-/// Offset and bytes of each entry of an answer to XRANGE; None if it is of another kind.
-fn entries_of(answer: Value) -> Option<Vec<(u64, Vec<u8>)>> {
+struct Entry {
+    offset: u64,
+    bytes: Vec<u8>,
+    /// To the next one: of the record that was written first, as the one in its place may be longer or shorter.
+    length: u64,
+}
+
+/// The entries of an answer to XRANGE; None if it is of another kind.
+fn entries_of(answer: Value) -> Option<Vec<Entry>> {
     let Value::Array(entries) = answer else { return None };
     let entry = |entry: Value| {
         let Value::Array(entry) = entry else { return None };
         let [id, fields]: [Value; 2] = entry.try_into().ok()?;
-        let Value::Array(mut fields) = fields else { return None };
-        match fields.pop()? {
-            Value::BulkString(bytes) => Some((offset_of(as_bytes(&id)?)?, bytes)),
-            _ => None,
-        }
+        let Value::Array(fields) = fields else { return None };
+        let mut fields = fields.into_iter();
+        let (Some(_), Some(Value::BulkString(bytes))) = (fields.next(), fields.next()) else { return None };
+        let length = match (fields.next(), fields.next()) {
+            (Some(_), Some(length)) => std::str::from_utf8(as_bytes(&length)?).ok()?.parse().ok()?,
+            _ => bytes.len() as u64,
+        };
+        Some(Entry { offset: offset_of(as_bytes(&id)?)?, bytes, length })
     };
     entries.into_iter().map(entry).collect()
 }

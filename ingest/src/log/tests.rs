@@ -1,6 +1,7 @@
 use std::sync::atomic::AtomicI64;
 
-use arrow::array::{ArrayRef, StringArray};
+use arrow::array::{ArrayRef, AsArray, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
 use online_store::conformance::redis_server::RedisServer;
 
 use super::*;
@@ -236,4 +237,71 @@ async fn a_full_log_refuses_and_concurrent_pushers_share_syncs() {
         };
         assert!(error.is_retryable() && matches!(error, LogError::Full { .. }), "{error}");
     }
+}
+
+/// Takes `gone` out of every record that has it.
+fn without_gone(_: &RecordRef, events: &Events) -> Result<Option<Events>, LogError> {
+    let texts = events.batch.column(0).as_string::<i32>();
+    if !texts.iter().flatten().any(|text| text == "gone") {
+        return Ok(None);
+    }
+    let left = texts.iter().map(|text| text.filter(|text| *text != "gone")).collect::<StringArray>();
+    let due = texts.iter().zip(&events.due).map(|(text, due)| if text == Some("gone") { BLANK } else { *due });
+    let fields = vec![Field::new("text", DataType::Utf8, true)];
+    let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), vec![Arc::new(left) as ArrayRef]).unwrap();
+    Ok(Some(Events { batch, due: due.collect() }))
+}
+
+#[tokio::test]
+async fn rows_are_taken_out_and_the_others_stay_where_they_are() {
+    let fixture = Fixture::new();
+    let Opened { log, mut durable, .. } = fixture.open().unwrap();
+    for rows in [&["a", "gone"][..], &["b"], &["gone", "c", "gone"], &["d"]] {
+        append_durably(&log, rows).await;
+    }
+    let mut known = Vec::new();
+    for _ in 0..4 {
+        known.push(durable.recv().await.unwrap().record);
+    }
+    assert_eq!(log.look(&mut without_gone).unwrap(), 1);
+    assert_eq!(log.rewrite_sealed(&mut without_gone).unwrap(), 0, "the newest segment is still being written");
+    log.seal().await.unwrap();
+    let bytes = log.bytes();
+    assert_eq!(log.rewrite_sealed(&mut without_gone).unwrap(), 1);
+    assert_eq!(log.rewrite_sealed(&mut without_gone).unwrap(), 0, "once is enough");
+    assert_ne!(log.bytes(), bytes);
+    let on_disk =
+        |fixture: &Fixture| fixture.segments().iter().map(|path| fs::metadata(path).unwrap().len()).sum::<u64>();
+    assert_eq!(log.bytes(), on_disk(&fixture));
+    append_durably(&log, &["e"]).await;
+    let expected: [(&[Option<&str>], &[Micros]); 4] = [
+        (&[Some("a"), None], &[NOW, BLANK]),
+        (&[Some("b")], &[NOW]),
+        (&[None, Some("c"), None], &[BLANK, NOW, BLANK]),
+        (&[Some("d")], &[NOW]),
+    ];
+    for (record, (texts, due)) in known.iter().zip(expected) {
+        let found = log.read(record).await.unwrap();
+        let column = found.batch.column(0).as_string::<i32>();
+        assert_eq!((column.iter().collect::<Vec<_>>(), found.due), (texts.to_vec(), due.to_vec()), "{record:?}");
+    }
+    // Those who know the first places find the rows after another time as well.
+    let gone = |path: &PathBuf| fs::read(path).unwrap().windows(4).any(|window| window == b"gone");
+    assert!(!fixture.segments().iter().any(gone));
+    let mut other = |record: &RecordRef, events: &Events| {
+        let same = Events { batch: texts(&["a longer text than before"]), due: events.due.clone() };
+        Ok((record.rows == 1 && events.batch.column(0).as_string::<i32>().value(0) == "b").then_some(same))
+    };
+    assert_eq!(log.rewrite_sealed(&mut other).unwrap(), 1);
+    assert_eq!(log.read(&known[1]).await.unwrap().batch, texts(&["a longer text than before"]));
+    assert_eq!(log.read(&known[3]).await.unwrap().batch, texts(&["d"]));
+    drop(log);
+    // A process that died while it wrote a segment anew leaves this.
+    fs::write(fixture.folder.path().join("log/0000000000000001.new"), b"half").unwrap();
+    let Opened { log, records, .. } = fixture.open().unwrap();
+    assert_eq!(records.len(), 5);
+    let sequences: Vec<u64> = records.iter().map(|found| found.record.first_sequence - FIRST_PUSHED).collect();
+    assert_eq!(sequences, [0, 2, 3, 6, 7]);
+    assert_eq!(log.read(&records[0].record).await.unwrap().due, [NOW, BLANK]);
+    assert!(!fixture.folder.path().join("log/0000000000000001.new").exists());
 }

@@ -120,7 +120,7 @@ async fn static_sources_load_by_themselves_and_again_when_they_change() {
     world.write_parquet("shops.parquet", &[sale("a", 5.0, "", T0), sale("b", 6.0, "", T0), sale("a", 4.0, "", T0)]);
     world.open().await;
     let view = generation(&world, "shop");
-    for _ in 0..5_000 {
+    for _ in 0..30_000 {
         if world.ingest().ready(&view) {
             break;
         }
@@ -365,7 +365,7 @@ async fn many_rows_stream_to_the_store_and_losses_on_the_way_are_noticed() {
     world.open().await;
     world.online.until_loss.store(20_000, Ordering::SeqCst);
     let error = materialize(&world, &["prices"], T0, Mode::Apply).await.unwrap_err();
-    assert!(matches!(error, IngestError::Lost { .. }) && error.is_retryable(), "{error}");
+    assert!(matches!(error, IngestError::Lost) && error.is_retryable(), "{error}");
     let done = materialize(&world, &["prices"], T0, Mode::Apply).await.unwrap();
     let price = &counts(done.last().unwrap())[0];
     assert_eq!((price.1, price.2 + price.3), (40_000, 40_000), "{price:?}");
@@ -388,7 +388,7 @@ async fn many_rows_stream_to_the_store_and_losses_on_the_way_are_noticed() {
 
 /// Until the newest run of `prices` is what is wanted.
 async fn until_run(world: &World, what: &str, is_wanted: impl Fn(&crate::runs::Run) -> bool) -> Vec<crate::runs::Run> {
-    for _ in 0..5_000 {
+    for _ in 0..30_000 {
         let runs = world.ingest().runs("prices", 50).await.unwrap();
         if runs.first().is_some_and(&is_wanted) && world.ingest().ready(&generation(world, "price")) {
             return runs;
@@ -434,7 +434,7 @@ async fn sources_are_materialized_on_their_grid_by_themselves() {
     let whole = std::fs::read(world.folder.path().join("prices/1.parquet")).unwrap();
     std::fs::write(world.folder.path().join("prices/1.parquet"), &whole[..whole.len() / 2]).unwrap();
     world.set_clock(T0 + 65 * MINUTE);
-    for _ in 0..5_000 {
+    for _ in 0..30_000 {
         if !world.ingest().troubles().is_empty() {
             break;
         }
@@ -447,6 +447,12 @@ async fn sources_are_materialized_on_their_grid_by_themselves() {
     sales.push(sale("c", 1.0, "", T0));
     world.write_parquet("prices/1.parquet", &sales[40..]);
     until_run(&world, "after the failure", |run| run.through == T0 + 65 * MINUTE).await;
+    for _ in 0..30_000 {
+        if world.ingest().troubles().is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
     assert_eq!(world.ingest().troubles(), Vec::<String>::new());
     check(&world, &sales, T0 + 65 * MINUTE).await;
 }
@@ -466,7 +472,7 @@ async fn files_that_the_store_lost_are_materialized_again_through_the_last_run()
     world.ingest().wake();
     until_run(&world, "after the loss", is_again(2)).await;
     check(&world, &sales, through).await;
-    for _ in 0..5_000 {
+    for _ in 0..30_000 {
         if world.ingest().ready(&generation(&world, "shop")) && stored(&world, "a").await == Some(5.0) {
             break;
         }
@@ -482,7 +488,7 @@ async fn files_that_the_store_lost_are_materialized_again_through_the_last_run()
     // A view that is new is filled as far as the others are.
     world.adopt(&FILES.replace("windows: [1h, 24h]", "windows: [6h]")).await;
     until_run(&world, "of the new view", is_again(4)).await;
-    for _ in 0..5_000 {
+    for _ in 0..30_000 {
         if world.ingest().backfilling().is_empty() {
             break;
         }

@@ -134,7 +134,7 @@ async fn a_full_log_makes_pushers_wait_then_refuses_and_recovers() {
     world.tune = |options| {
         options.log.log_bytes_max = 20_000;
         options.log.segment_bytes = 4_000;
-        options.limits.room_wait = Duration::from_millis(300);
+        options.limits.room_wait = Duration::from_secs(3);
     };
     world.open().await;
     // The log is many times as small as what goes through it: it is flushed when it is full, not half a minute later.
@@ -160,7 +160,7 @@ async fn a_full_log_makes_pushers_wait_then_refuses_and_recovers() {
     }
     let (sales, error, waited) = refused.expect("a log of 20 kB fills up");
     assert!(error.to_string().contains("are not in the history yet, 20000 are allowed"), "{error}");
-    assert!((Duration::from_millis(150)..Duration::from_secs(5)).contains(&waited), "waited {waited:?}");
+    assert!((Duration::from_secs(2)..Duration::from_secs(20)).contains(&waited), "waited {waited:?}");
     world.online.down.store(false, Ordering::SeqCst);
     assert_eq!(world.push(&sales).await.accepted, 1, "an id that was refused is not taken for a duplicate");
     world.check_online().await;
@@ -375,7 +375,7 @@ async fn what_the_store_lost_is_written_again_before_anything_new() {
     while world.online.inner().read(&[Read::Mark("mark/test/sales".into())]).await.unwrap()
         != [Answer::Mark(Some(world.ingest().status()[0].applied))]
     {
-        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", world.ingest().backfilling());
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", world.ingest().backfilling());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     world.check_online().await;

@@ -171,7 +171,9 @@ impl Flaky {
 
     async fn lose_of(&self, taken: &mut Vec<Taken>, writes: usize) {
         let kept = taken.len().saturating_sub(writes);
-        taken.truncate(kept);
+        let lost = taken.split_off(kept);
+        // A claim is durable when it returns, whatever is lost.
+        taken.extend(lost.into_iter().filter(|change| matches!(change, Taken::Claim(..))));
         let fresh = Arc::new(MemoryStore::default());
         for change in taken.iter().cloned() {
             match change {

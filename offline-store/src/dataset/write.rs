@@ -21,7 +21,8 @@ use uuid::Uuid;
 use super::profile::Profiler;
 use super::read::BLOCK_ROWS_MAX;
 use super::{
-    Column, DatasetError, DatasetFile, FORMAT, MANIFEST, Manifest, Recipe, damaged, dataset_folder, open, sweep,
+    Column, DatasetError, DatasetFile, FORMAT, MANIFEST, Manifest, Recipe, Redacted, damaged, dataset_folder, open,
+    sweep,
 };
 use crate::point_in_time::SourceReport;
 
@@ -61,6 +62,7 @@ pub struct DatasetWriter {
     files: Vec<DatasetFile>,
     rows: u64,
     memory_bytes: u64,
+    redacted: Vec<Redacted>,
 }
 
 /// What turns rows into Parquet; it leaves the async threads alone.
@@ -130,6 +132,11 @@ impl DatasetWriter {
     /// `project` is the project's root on the store.
     pub fn create(store: Arc<dyn ObjectStore>, project: &Path, recipe: Recipe, schema: SchemaRef) -> DatasetWriter {
         let folder = dataset_folder(project, &recipe.name, &recipe.id());
+        DatasetWriter::again(store, folder, recipe, schema)
+    }
+
+    /// Another attempt at a dataset that is there, in its folder.
+    pub(super) fn again(store: Arc<dyn ObjectStore>, folder: Path, recipe: Recipe, schema: SchemaRef) -> DatasetWriter {
         let encoder =
             Encoder { profiler: Profiler::new(&schema, &recipe.service), writer: None, encoded: Encoded::default() };
         DatasetWriter {
@@ -145,7 +152,14 @@ impl DatasetWriter {
             files: Vec::new(),
             rows: 0,
             memory_bytes: 0,
+            redacted: Vec::new(),
         }
+    }
+
+    /// Rows of the spine that were left out from the beginning.
+    pub fn with_redacted(mut self, redacted: Vec<Redacted>) -> DatasetWriter {
+        self.redacted = redacted;
+        self
     }
 
     /// Where the store's root is on this machine's disk; see [`sweep`].
@@ -268,7 +282,8 @@ impl DatasetWriter {
         }
     }
 
-    async fn publish(&mut self, known_at: Vec<SourceReport>) -> Result<Created, DatasetError> {
+    /// Finishes the parts, and says what they are. Nothing names them yet.
+    pub(super) async fn manifest(&mut self, known_at: Vec<SourceReport>) -> Result<Manifest, DatasetError> {
         if self.files.is_empty() && self.part.is_none() {
             // A dataset of no rows has columns all the same.
             self.row_group_rows = BLOCK_ROWS_MAX;
@@ -282,7 +297,7 @@ impl DatasetWriter {
         });
         let profile = self.encoder.take().map(|encoder| encoder.profiler.finish().collect()).unwrap_or_default();
         let recipe = &self.recipe;
-        let manifest = Manifest {
+        Ok(Manifest {
             format: FORMAT,
             id: recipe.id(),
             name: recipe.name.clone(),
@@ -301,7 +316,12 @@ impl DatasetWriter {
             known_at,
             profile,
             created_at: recipe.created_at.clone(),
-        };
+            redacted: self.redacted.clone(),
+        })
+    }
+
+    async fn publish(&mut self, known_at: Vec<SourceReport>) -> Result<Created, DatasetError> {
+        let manifest = self.manifest(known_at).await?;
         let path = self.folder.clone().join(MANIFEST);
         let text = serde_json::to_vec_pretty(&manifest).map_err(|error| damaged(&path, &self.folder, error))?;
         let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };

@@ -198,6 +198,11 @@ impl Flight {
         let (schema, batches) = (spine.schema.clone(), spine.batches.clone());
         let digest = tokio::task::spawn_blocking(move || dataset::table_digest(&schema, &batches)).await;
         let spine_digest = digest.map_err(|error| Status::internal(error.to_string()))?;
+        // A dataset does not keep again what was forgotten, and has the identity of the spine as it came all the same.
+        let now = self.surroundings.now();
+        let left = dataset::redact::leave_out(&asked.service, spine.batches, &now);
+        let (batches, redacted) = left.map_err(|error| dataset_status(&error))?;
+        let spine = Spine { schema: spine.schema, batches };
         // Planned before it is looked for, because the plan says what the sources are; nothing is computed before the
         // first batch is asked for.
         let set = self.compute(&asked, spine, Order::Spine).await?;
@@ -210,13 +215,14 @@ impl Flight {
             visibility: if command.visibility.is_empty() { "known".into() } else { command.visibility.clone() },
             statuses: command.statuses,
             seed: command.seed,
-            created_at: self.surroundings.now(),
+            created_at: now,
         };
         let (store, project) = (self.engine.store(), self.engine.project_path());
         let found = dataset::find(store, &project, &recipe).await.map_err(|error| dataset_status(&error))?;
         let folder = self.surroundings.store_folder();
         let Some((manifest, path)) = found else {
-            let writer = DatasetWriter::create(store.clone(), &project, recipe, set.schema.clone()).with_local(folder);
+            let writer = DatasetWriter::create(store.clone(), &project, recipe, set.schema.clone());
+            let writer = writer.with_local(folder).with_redacted(redacted);
             let schema = set.schema.clone();
             return self.send(&asked, &schema, write(set, writer, self.surroundings.clone()));
         };

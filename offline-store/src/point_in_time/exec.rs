@@ -8,8 +8,8 @@ use std::io::BufWriter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, UInt8Array, new_empty_array};
-use arrow::compute::concat_batches;
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, UInt8Array, new_empty_array};
+use arrow::compute::{concat_batches, nullif};
 use arrow::datatypes::{Int64Type, SchemaRef, TimestampMicrosecondType, UInt64Type};
 use datafusion::common::internal_err;
 use datafusion::common::tree_node::TreeNodeRecursion;
@@ -22,7 +22,7 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PhysicalExpr, PlanProperties,
 };
-use feature_defs::plan::{ServiceInput, SourcePlan, ViewAnswer};
+use feature_defs::plan::{KeyPart, ServiceInput, SourcePlan, ViewAnswer};
 use feature_defs::time::{Micros, Position};
 use feature_defs::value::Type;
 use futures::stream::{self, StreamExt, TryStreamExt};
@@ -223,6 +223,9 @@ async fn write_down(
     Ok((Files::open(vec![Location { store, path, size, shown }]).await?, file))
 }
 
+/// What two inputs share an index by: their key columns, and what they are about where some of it was forgotten.
+type IndexedBy<'a> = (&'a [usize], Option<&'a [KeyPart]>);
+
 /// One run of a point-in-time join.
 struct Run<'a> {
     join: &'a PitJoin,
@@ -319,15 +322,26 @@ impl Run<'_> {
         let service = &self.join.service;
         let times = spine_times(spine)?;
         // Inputs with the same key columns share an index: an entity is looked up once for all its views.
-        let mut indexes: HashMap<&[usize], Arc<SpineIndex>> = HashMap::new();
+        let mut indexes: HashMap<IndexedBy<'_>, Arc<SpineIndex>> = HashMap::new();
+        let mut indexed_by: Vec<IndexedBy<'_>> = Vec::with_capacity(service.inputs.len());
         for input in &service.inputs {
-            if !indexes.contains_key(input.keys.as_slice()) {
+            let mut keys = self.spine_keys(input, spine)?;
+            // A key that was forgotten matches nothing, as if it were null. What was forgotten depends on the entity, so
+            // such an index is only shared by views that are about the same.
+            let list = input.view.forgotten.get();
+            let hidden = list.and_then(|list| input.view.hidden(&list, &keys, spine.num_rows()));
+            let by = (input.keys.as_slice(), hidden.is_some().then_some(input.view.about.as_slice()));
+            indexed_by.push(by);
+            if !indexes.contains_key(&by) {
+                if let (Some(hidden), Some((first, _))) = (hidden, keys.first_mut()) {
+                    *first = nullif(first, &BooleanArray::from(hidden))?;
+                }
                 let making = SpineIndex::bytes_of(spine.num_rows(), 0);
                 self.memory.try_grow(making)?;
-                let index = SpineIndex::new(&self.spine_keys(input, spine)?, &times);
+                let index = SpineIndex::new(&keys, &times);
                 self.memory.shrink(making);
                 self.memory.try_grow(index.bytes())?;
-                indexes.insert(&input.keys, Arc::new(index));
+                indexes.insert(by, Arc::new(index));
             }
         }
         let mut answers: Vec<Option<ViewAnswer>> = vec![None; service.inputs.len()];
@@ -335,10 +349,8 @@ impl Run<'_> {
         for (source, files) in self.join.sources.iter().zip(self.files) {
             let numbers: Vec<usize> =
                 (0..service.inputs.len()).filter(|i| Arc::ptr_eq(&service.inputs[*i].view.source, source)).collect();
-            let inputs: Vec<(&ServiceInput, Arc<SpineIndex>)> = numbers
-                .iter()
-                .map(|i| (&service.inputs[*i], indexes[service.inputs[*i].keys.as_slice()].clone()))
-                .collect();
+            let inputs: Vec<(&ServiceInput, Arc<SpineIndex>)> =
+                numbers.iter().map(|i| (&service.inputs[*i], indexes[&indexed_by[*i]].clone())).collect();
             let held = self.memory.size();
             let (found, report) = if self.join.as_known {
                 self.row_by_row(source, files, &inputs, spine)?

@@ -332,7 +332,7 @@ pub(crate) async fn write_run(
 
 /// The columns of a run: those of the table, those that older files have beside them (nothing is lost because a
 /// definition forgot it), and those it is sorted by.
-async fn columns(
+pub(super) async fn columns(
     table: &Table,
     taken: &[TableFile],
     clustering: &Clustering,
@@ -370,7 +370,7 @@ pub(crate) fn run_schema(columns: &[(String, Type)], positions: bool) -> SchemaR
 }
 
 /// A batch of a file in the columns of the run.
-fn prepare(
+pub(super) fn prepare(
     path: &Path,
     table: &Table,
     batch: &RecordBatch,

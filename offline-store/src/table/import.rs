@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use datafusion::error::DataFusionError;
-use feature_defs::plan::{Plan, SourceKind, SourcePlan};
+use feature_defs::plan::{Judge, Plan, SourceKind, SourcePlan};
 use feature_defs::time::Micros;
 use futures::StreamExt;
 use object_store::ObjectStore;
@@ -48,6 +48,21 @@ pub async fn import(
     now: Micros,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<FilesImported, TableError> {
+    import_without(table, source, sources, wanted, None, work, now, progress).await
+}
+
+/// Like [`import`], and leaves out what was forgotten.
+#[expect(clippy::too_many_arguments, reason = "a place, a source, bounds and a listener")]
+async fn import_without(
+    table: &mut Table,
+    source: &Arc<SourcePlan>,
+    sources: &Sources,
+    wanted: &Clustering,
+    judge: Option<Judge>,
+    work: &Work,
+    now: Micros,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<FilesImported, TableError> {
     let started = Instant::now();
     let source_name = || source.name.to_string();
     let (SourceKind::Files { pattern } | SourceKind::Static { pattern }) = &source.kind else {
@@ -69,7 +84,12 @@ pub async fn import(
         let (schema, clustering, name) = (schema.clone(), clustering.clone(), source_name());
         scan.map(move |batch| {
             let failed = |what: String| TableError::Files { source_name: name.clone(), what };
-            let batch = batch.map_err(|error| failed(error.strip_backtrace()))?;
+            let mut batch = batch.map_err(|error| failed(error.strip_backtrace()))?;
+            let unfit = |source| TableError::Rows { path: name.clone(), source_name: name.clone(), source };
+            let redaction = judge.as_ref().map(|judge| judge.judge(&batch)).transpose().map_err(unfit)?.flatten();
+            if let Some(redaction) = redaction {
+                batch = redaction.apply(&batch).map_err(unfit)?;
+            }
             let mut columns = batch.columns().to_vec();
             columns.push(buckets_of(&clustering, &name, &batch)?);
             RecordBatch::try_new(schema.clone(), columns).map_err(|error| failed(error.to_string()))
@@ -114,7 +134,8 @@ pub async fn import_source(
 ) -> Result<FilesImported, TableError> {
     let mut table = Table::of_files(store.clone(), project, &source.name).await?;
     let wanted = Clustering::choose(plan, source, table.clustering());
-    import(&mut table, source, sources, &wanted, work, now, progress).await
+    let judge = plan.forgotten.get().and_then(|forgotten| Judge::new(source, plan.views.iter(), &forgotten));
+    import_without(&mut table, source, sources, &wanted, judge, work, now, progress).await
 }
 
 /// Whether the table is what an import would make of it.

@@ -221,7 +221,7 @@ impl RunWriter {
     }
 }
 
-fn position_bounds(batch: &RecordBatch) -> Option<(Position, Position)> {
+pub(crate) fn position_bounds(batch: &RecordBatch) -> Option<(Position, Position)> {
     let times = batch.column_by_name(POSITION_TIME)?.as_primitive_opt::<Int64Type>()?;
     let sequences = batch.column_by_name(SEQUENCE)?.as_primitive_opt::<UInt64Type>()?;
     let positions = || {

@@ -16,7 +16,7 @@ use arrow::datatypes::{TimestampMicrosecondType, UInt64Type};
 use async_trait::async_trait;
 use bytes::Bytes;
 use feature_defs::catalog::{Files, SourceFile};
-use feature_defs::plan::{SourceSchemas, compile_definitions, encode_entity_keys};
+use feature_defs::plan::{Judge, SourceSchemas, compile_definitions, encode_entity_keys};
 use feature_defs::window::HOUR;
 use futures::TryStreamExt;
 use futures::stream::BoxStream;
@@ -766,4 +766,105 @@ async fn an_import_that_fails_anywhere_leaves_the_old_copy_or_the_new_one() {
         }
     }
     assert!(failed > 10, "{failed}");
+}
+
+/// Rows of a table without those, or without what of them, a list takes away.
+async fn check_redacted(store: &Arc<dyn ObjectStore>, judge: &Judge, all: &Positioned, context: &str) {
+    let expected = judge.judge(&all.batch).unwrap();
+    let (batch, positions) = match &expected {
+        Some(redaction) => {
+            let kept = (0..all.positions.len()).filter(|row| redaction.keeps(*row)).map(|row| all.positions[row]);
+            (redaction.apply(&all.batch).unwrap(), kept.collect())
+        }
+        None => (all.batch.clone(), all.positions.clone()),
+    };
+    let parts: Vec<Positioned> =
+        open(store).await.scan(&judge.source, None, Position::START).try_collect().await.unwrap();
+    let found: Vec<Position> = parts.iter().flat_map(|part| &part.positions).copied().collect();
+    assert_eq!(found, positions, "{context}: positions stay");
+    let found = concat_batches(&batch.schema(), parts.iter().map(|part| &part.batch)).unwrap();
+    for (index, field) in batch.schema().fields().iter().enumerate() {
+        assert_eq!(found.column(index), batch.column(index), "{context}: {}", field.name());
+    }
+    // Whatever manifest somebody has, no file that it names says anything of what is gone.
+    let objects: Vec<ObjectMeta> = store.list(None).try_collect().await.unwrap();
+    for object in objects.iter().filter(|object| object.location.extension() == Some("parquet")) {
+        let bytes = store.get(&object.location).await.unwrap().bytes().await.unwrap();
+        let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(bytes).unwrap();
+        for part in reader.build().unwrap() {
+            assert!(judge.judge(&part.unwrap()).unwrap().is_none(), "{context}: {}", object.location);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_table_forgets_whatever_fails_and_whenever() {
+    let plan = plan();
+    let source = plan.source("sales").unwrap();
+    let salt = [9; feature_defs::forgotten::SALT_BYTES];
+    let listed = |entity: &str, columns: &[(ArrayRef, &Type)]| {
+        let key = encode_entity_keys(columns, 1);
+        let hash = feature_defs::forgotten::KeyHash::of(&salt, entity, key.get(0).unwrap());
+        (Arc::<str>::from(entity), hash)
+    };
+    let text = |text: &str| Arc::new(StringArray::from(vec![text])) as ArrayRef;
+    let till = Arc::new(Int64Array::from(vec![1])) as ArrayRef;
+    let pair = listed("pair", &[(text("shop 3"), &Type::String), (till, &Type::Int64)]);
+    let region = listed("region", &[(text("north"), &Type::String)]);
+    // Of pairs every row is counted by its region; of a region those are not that have no pair.
+    for (lists, seen) in
+        [(vec![pair.clone()], (false, true)), (vec![region.clone()], (true, true)), (vec![pair, region], (true, true))]
+    {
+        let list = Arc::new(feature_defs::forgotten::Forgotten::new(&salt, lists));
+        let judge = Judge::new(source, plan.views.iter(), &list).unwrap();
+        let all = events(source, 1..401);
+        let expected = judge.judge(&all.batch).unwrap().unwrap();
+        assert_eq!((expected.removed() > 0, expected.cleared() > 0), seen);
+        let mut failed = 0;
+        for operation in 0.. {
+            let faulty =
+                Arc::new(Faulty { inner: InMemory::new(), left: AtomicI64::new(i64::MAX), after: operation % 2 == 0 });
+            let store: Arc<dyn ObjectStore> = faulty.clone();
+            let mut history = open(&store).await;
+            // Two runs, files that a compaction has replaced, and files of level 0.
+            for (from, until) in [(1, 101), (101, 201), (201, 301), (301, 351), (351, 401)] {
+                history.append(source, &[events(source, from..until)], 0).await.unwrap();
+                if until <= 301 {
+                    compacted(&store, &plan, Extent::All, &work(40), 0).await.unwrap();
+                }
+            }
+            let run = async || redact::redact(&mut opened(&store).await, &judge, &work(40), &|_| {}).await;
+            let looked = redact::look(&opened(&store).await, &judge).await.unwrap();
+            faulty.left.store(operation / 2, Ordering::SeqCst);
+            let done = run().await;
+            let was_reached = faulty.left.load(Ordering::SeqCst) < 0;
+            faulty.left.store(i64::MAX, Ordering::SeqCst);
+            failed += usize::from(done.is_err());
+            if let Ok(found) = &done {
+                assert_eq!((found.rows_removed, found.rows_cleared), (expected.removed(), expected.cleared()));
+                assert_eq!((looked.rows_removed, &looked.keys), (found.rows_removed, &found.keys));
+            }
+            // An appender and a compaction go on beside it, with rows that hold nothing of it.
+            history.append(source, &[events(source, 401..402)], 0).await.unwrap();
+            let found = run().await.unwrap();
+            let context = format!("operation {operation}");
+            assert!(
+                done.is_err() || found.rows_removed + found.rows_cleared == 0 || judge_of(&judge, source),
+                "{context}"
+            );
+            let whole = events(source, 1..402);
+            check_redacted(&store, &judge, &whole, &context).await;
+            compacted(&store, &plan, Extent::All, &work(40), 0).await.unwrap();
+            check_redacted(&store, &judge, &whole, &context).await;
+            if !was_reached {
+                break;
+            }
+        }
+        assert!(failed > 10, "{failed}");
+    }
+}
+
+/// Whether the one event that is appended last is itself about what is forgotten.
+fn judge_of(judge: &Judge, source: &SourcePlan) -> bool {
+    judge.judge(&events(source, 401..402).batch).unwrap().is_some()
 }

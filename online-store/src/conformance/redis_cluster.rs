@@ -15,6 +15,8 @@ const SLOTS: usize = 16_384;
 /// Running nodes: the masters, then one replica of each if there are any.
 pub struct RedisCluster {
     pub nodes: Vec<RedisServer>,
+    /// Of the nodes, where the options name certificates.
+    pub tls_ports: Vec<u16>,
 }
 
 impl RedisCluster {
@@ -23,6 +25,8 @@ impl RedisCluster {
         let count = if has_replicas { 2 * masters } else { masters };
         let mut nodes = Vec::new();
         let mut buses = Vec::new();
+        let mut tls_ports = Vec::new();
+        let is_tls = options.iter().any(|option| option.starts_with("--tls"));
         for number in 0..count {
             let folder = folder.join(number.to_string());
             std::fs::create_dir_all(&folder).expect("the folder of a node can be made");
@@ -32,10 +36,17 @@ impl RedisCluster {
             all.extend(["--repl-diskless-sync-delay", "0", "--cluster-replica-validity-factor", "0"]);
             all.extend(["--repl-ping-replica-period", "1"]);
             all.extend(options);
+            let tls_port = free_port();
+            let tls_port_option = tls_port.to_string();
+            if is_tls {
+                // Without the last, nodes tell each other's other ports.
+                all.extend(["--tls-port", &tls_port_option, "--tls-replication", "yes", "--tls-cluster", "yes"]);
+                tls_ports.push(tls_port);
+            }
             nodes.push(RedisServer::start_with(&folder, &all)?);
             buses.push(bus);
         }
-        let cluster = RedisCluster { nodes };
+        let cluster = RedisCluster { nodes, tls_ports };
         for (number, node) in cluster.nodes[..masters].iter().enumerate() {
             let [first, last] = [number, number + 1].map(|number| number * SLOTS / masters);
             ask(node, &["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &(last - 1).to_string()]);
@@ -43,8 +54,9 @@ impl RedisCluster {
         for (number, node) in cluster.nodes.iter().enumerate() {
             ask(node, &["CLUSTER", "SET-CONFIG-EPOCH", &(number + 1).to_string()]);
         }
-        for (node, bus) in cluster.nodes.iter().zip(&buses).skip(1) {
-            ask(&cluster.nodes[0], &["CLUSTER", "MEET", "127.0.0.1", &node.port().to_string(), bus]);
+        for (number, (node, bus)) in cluster.nodes.iter().zip(&buses).enumerate().skip(1) {
+            let port = cluster.tls_ports.get(number).copied().unwrap_or(node.port());
+            ask(&cluster.nodes[0], &["CLUSTER", "MEET", "127.0.0.1", &port.to_string(), bus]);
         }
         let known = format!("cluster_known_nodes:{count}\r");
         cluster.wait(|cluster| cluster.nodes.iter().all(|node| says(node, &["CLUSTER", "INFO"], &known)));
@@ -64,6 +76,17 @@ impl RedisCluster {
     pub fn wait_until_ok(&self) {
         let ok = |node: &RedisServer| node.pid().is_none() || says(node, &["CLUSTER", "INFO"], "cluster_state:ok");
         self.wait(|cluster| cluster.nodes.iter().all(ok));
+    }
+
+    /// Waits until the replica of a master has all that the master has now.
+    pub fn wait_until_replicated(&self, master: usize) {
+        let number = |info: &str, name: &str| -> Option<u64> {
+            let (_, rest) = info.split_once(name)?;
+            rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+        };
+        let info = || shown(&self.nodes[master], &["INFO", "replication"]);
+        let sent = number(&info(), "master_repl_offset:").unwrap_or(u64::MAX);
+        self.wait(|_| number(&info(), ",offset=").is_some_and(|taken| taken >= sent));
     }
 
     fn wait(&self, done: impl Fn(&RedisCluster) -> bool) {

@@ -123,7 +123,8 @@ impl Drop for RedisServer {
     }
 }
 
-pub(super) fn free_port() -> u16 {
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port of this machine is free");
     listener.local_addr().expect("a bound listener has an address").port()
 }

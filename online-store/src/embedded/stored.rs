@@ -90,4 +90,22 @@ mod tests {
             assert_eq!(decode_header(&[0; 40][..length]), None);
         }
     }
+
+    #[test]
+    fn kept_envelopes_are_read() {
+        use crate::formats::{current, kept};
+
+        let blob = crate::conformance::row(1, None, 2, "value");
+        // Written until there were expiries, and still of rows that have none.
+        assert_eq!(decode_row(&current("embedded_row", &encode_row(blob.clone(), None))), (&blob[..], None));
+        let expires = Some(1_800_000_000_000_000);
+        let envelope = current("embedded_row_expiring", &encode_row(blob.clone(), expires));
+        assert_eq!(decode_row(&envelope), (&blob[..], expires));
+        let header = Header { position: Position { time: 5, sequence: 6 }, epoch: 7 };
+        let old = kept("embedded_header_v1", &crate::row::encode_position(header.position));
+        assert_eq!(decode_header(&old), Some((Header { epoch: 0, ..header }, None)));
+        assert_eq!(decode_header(&current("embedded_header_v2", &encode_header(header, None))), Some((header, None)));
+        let expiring = current("embedded_header_v2_expiring", &encode_header(header, expires));
+        assert_eq!(decode_header(&expiring), Some((header, expires)));
+    }
 }

@@ -133,3 +133,62 @@ fn a_folder_that_cannot_be_made_is_named() {
     let text = EmbeddedStore::open(file.join("store")).err().unwrap().to_string();
     assert!(text.contains("file/store"), "{text}");
 }
+
+/// Whether any file of a folder has a text in it, as it is.
+fn is_in_files(folder: &Path, text: &str) -> bool {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.into_iter().any(|path| match path.is_dir() {
+        true => is_in_files(&path, text),
+        // A table may go while they are looked through.
+        false => std::fs::read(&path).unwrap_or_default().windows(text.len()).any(|window| window == text.as_bytes()),
+    })
+}
+
+/// Threads of the database may hold replaced tables for a moment.
+fn is_gone_from_files(folder: &Path, text: &str) -> bool {
+    (0..100).any(|_| {
+        let is_gone = !is_in_files(folder, text);
+        if !is_gone {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        is_gone
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_removed_is_purged_from_the_files() {
+    const GONE: &str = "KEY-TO-BE-FORGOTTEN-7351";
+    let folder = tempfile::tempdir().unwrap();
+    let store = EmbeddedStore::open(folder.path()).unwrap();
+    store.write(writes()).await.unwrap();
+    let views = [Generation::new("p", "now", "0123456789abcdef"), Generation::new("p", "load", "0123456789abcdef")];
+    let [row, tiles] = views.map(|view| view.key(GONE.as_bytes()));
+    let write_both = async || {
+        let blob = conformance::row(1, None, 1, "value");
+        let (position, tile) = (Position { time: 1, sequence: 1 }, TileId { level: 60, start: 60 });
+        let set = vec![(tile, Bytes::from_static(b"tile"))];
+        let tiles = Write::Tiles { key: tiles.clone(), position, set, remove: vec![], epoch: 0, expires: None };
+        store.write(vec![Write::Row { key: row.clone(), blob, expires: None }, tiles]).await.unwrap();
+    };
+    write_both().await;
+    store.sync().await.unwrap();
+    assert!(is_in_files(folder.path(), GONE));
+    store.write(vec![Write::Remove(row.clone()), Write::Remove(tiles.clone())]).await.unwrap();
+    store.sync().await.unwrap();
+    assert!(is_in_files(folder.path(), GONE), "removing alone leaves it in the journal");
+    let before = store.read(&expected_reads()).await.unwrap();
+    assert!(store.purge().await.unwrap());
+    assert!(is_gone_from_files(folder.path(), GONE));
+    assert_eq!(store.read(&expected_reads()).await.unwrap(), before);
+    // Once more, now that tables have it too; and a store that is opened again has everything else.
+    write_both().await;
+    store.purge().await.unwrap();
+    assert!(is_in_files(folder.path(), GONE), "what is there stays");
+    store.write(vec![Write::Remove(row), Write::Remove(tiles)]).await.unwrap();
+    store.purge().await.unwrap();
+    assert!(is_gone_from_files(folder.path(), GONE));
+    drop(store);
+    let store = EmbeddedStore::open(folder.path()).unwrap();
+    assert_eq!(store.read(&expected_reads()).await.unwrap(), before);
+    assert!(is_gone_from_files(folder.path(), GONE));
+}

@@ -74,6 +74,10 @@ impl Address {
         if info.redis_settings().db() != 0 {
             place = format!("{place}/{}", info.redis_settings().db());
         }
+        if scheme == "rediss" {
+            // Fails where the process has chosen already, which is as good.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
         let info = with_certificates(info, scheme == "rediss", query, &place)?;
         Ok(Address { info, kind, seeds, place, scheme })
     }

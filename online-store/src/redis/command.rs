@@ -144,43 +144,54 @@ pub(super) fn named(of: &str, name: &str, copy: Copy) -> Vec<u8> {
     .into_bytes()
 }
 
-/// The commands of a read: one for each copy of a fact, else one.
-pub(super) fn add_reads(read: &Read, copies: &[Copy], commands: &mut Vec<Routed>) {
-    let mut add = |command: &mut Cmd, slot| commands.push(Routed { command: command.take(), slot });
-    match read {
+/// Whether a read is of a fact or a mark.
+pub(super) fn is_named(read: &Read) -> bool {
+    matches!(read, Read::Fact(_) | Read::Mark(_))
+}
+
+/// The command of a read that is about an entity.
+pub(super) fn entity_read(read: &Read) -> Option<Routed> {
+    let (command, key) = match read {
         Read::Row(key) => {
             let key = key.tagged();
-            add(Cmd::with_capacity(2, key.len() + 8).arg("GET").arg(&key), slot(&key));
+            let mut command = Cmd::with_capacity(2, key.len() + 3);
+            command.arg("GET").arg(&key);
+            (command, key)
         }
         Read::Tiles(key, ids) => {
             let key = key.tagged();
-            let mut command = Cmd::with_capacity(3 + ids.len(), key.len() + 16 + 17 * ids.len());
+            let mut command = Cmd::with_capacity(3 + ids.len(), key.len() + 6 + 17 * ids.len());
             command.arg("HMGET").arg(&key).arg(HEADER_FIELD);
             for id in ids {
                 command.arg(&tile_field(id)[..]);
             }
-            add(&mut command, slot(&key));
+            (command, key)
         }
         Read::AllTiles(key) => {
             let key = key.tagged();
-            add(Cmd::new().arg("HGETALL").arg(&key), slot(&key));
+            let mut command = Cmd::with_capacity(2, key.len() + 7);
+            command.arg("HGETALL").arg(&key);
+            (command, key)
         }
-        Read::Fact(name) => add_named("fact", name, copies, add),
-        Read::Mark(name) => add_named("mark", name, copies, add),
-    }
+        Read::Fact(_) | Read::Mark(_) => return None,
+    };
+    Some(Routed { command, slot: slot(&key) })
 }
 
-pub(super) fn add_named(of: &str, name: &str, copies: &[Copy], mut add: impl FnMut(&mut Cmd, u16)) {
-    for copy in copies {
-        add(Cmd::new().arg("GET").arg(named(of, name, *copy)), copy.map_or(0, |(_, slot)| slot));
-    }
-}
-
-/// The slot of the entity that a read is about.
-pub(super) fn slot_of(read: &Read) -> Option<u16> {
+/// The commands of a read of a fact or a mark, one for each copy.
+pub(super) fn add_named_reads(read: &Read, copies: &[Copy], commands: &mut Vec<Routed>) {
     match read {
-        Read::Row(key) | Read::Tiles(key, _) | Read::AllTiles(key) => Some(slot(&key.tagged())),
-        Read::Fact(_) | Read::Mark(_) => None,
+        Read::Fact(name) => add_named("fact", name, copies, commands),
+        Read::Mark(name) => add_named("mark", name, copies, commands),
+        _ => {}
+    }
+}
+
+pub(super) fn add_named(of: &str, name: &str, copies: &[Copy], commands: &mut Vec<Routed>) {
+    for copy in copies {
+        let mut command = Cmd::new();
+        command.arg("GET").arg(named(of, name, *copy));
+        commands.push(Routed { command, slot: copy.map_or(0, |(_, slot)| slot) });
     }
 }
 
@@ -353,5 +364,19 @@ mod tests {
         for past in [Micros::MIN, -1, 0] {
             assert_eq!(milliseconds(Some(past)), "1", "Redis takes no other past");
         }
+    }
+
+    #[test]
+    fn kept_names_are_those_of_today() {
+        use crate::formats::current;
+
+        let id = TileId { level: 300_000_000, start: -300_000_000 };
+        assert_eq!(tile_id(&current("redis_tile_field", &tile_field(&id))), Some(id));
+        current("redis_fact", &named("fact", "ready/p/v@00", None));
+        current("redis_mark", &named("mark", "departures", None));
+        current("redis_epoch", &named("epoch", "departures", None));
+        current("redis_cluster_fact", &named("fact", "ready/p/v@00", Some(COPY_TAGS[3])));
+        let tags: Vec<String> = COPY_TAGS.iter().map(|(number, slot)| format!("{number} {slot}")).collect();
+        current("redis_cluster_copies", tags.join(",").as_bytes());
     }
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use ::redis::aio::MultiplexedConnection;
 use ::redis::{
-    AsyncConnectionConfig, Client, Cmd, ErrorKind, Pipeline, RedisError, ServerError, ServerErrorKind, Value,
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, Pipeline, RedisError, ServerError, ServerErrorKind,
+    Value,
 };
 use tokio::time::{Instant, timeout_at};
 
@@ -54,6 +55,10 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn timed_out(&self) -> StoreError {
         StoreError::Timeout { place: self.place.to_string(), millis: self.timeout.as_millis() as u64 }
+    }
+
+    fn is_tls(&self) -> bool {
+        matches!(self.client.get_connection_info().addr(), ConnectionAddr::TcpTls { .. })
     }
 
     /// What an answer that is an error means.
@@ -250,7 +255,9 @@ impl Lane {
             Ok(Err(failure)) => failure,
             Err(_) => {
                 let millis = self.server.timeout.as_millis();
-                Failure::Unreachable(format!("no connection within {millis} ms"))
+                // A server without TLS says nothing to one that begins with it.
+                let hint = if self.server.is_tls() { "; if it does not speak TLS there, write redis://" } else { "" };
+                Failure::Unreachable(format!("no connection within {millis} ms{hint}"))
             }
         };
         let backoff = dial.failed.as_ref().map_or(BACKOFF_MIN, |failed| (failed.backoff * 2).min(BACKOFF_MAX));

@@ -86,12 +86,14 @@ local function put_tiles(keys, args)
       return 0
     end
   end
-  redis.call('HSET', key, 'h', position .. epoch)
-  for at = 5, 3 + 2 * count, 2 do
-    redis.call('HSET', key, args[at], args[at + 1])
+  -- As few commands as can be: the usual write is one. Lua takes some thousand arguments at once.
+  local last = 4 + 2 * count
+  redis.call('HSET', key, 'h', position .. epoch, unpack(args, 5, math.min(last, 2004)))
+  for at = 2005, last, 2000 do
+    redis.call('HSET', key, unpack(args, at, math.min(last, at + 1999)))
   end
-  for at = 5 + 2 * count, #args do
-    redis.call('HDEL', key, args[at])
+  for at = last + 1, #args, 2000 do
+    redis.call('HDEL', key, unpack(args, at, math.min(#args, at + 1999)))
   end
   if expires == '' then
     if old then

@@ -5,7 +5,8 @@
 --
 -- The first key is the log's index, a hash: `format`, `writer` (the token of the process that may write), and for each
 -- segment `s<id>` (first sequence and arrival floor) and `e<id>` (where its last record ends). The second key is a segment, a
--- stream whose entry `<offset>-0` holds, in the field `r`, the record at that offset.
+-- stream whose entry `<offset>-0` holds, in the field `r`, the record at that offset; of one that was changed, `n` is how many
+-- bytes it had.
 
 -- Why a writer may not go on; nil if it may.
 local function refusal(index, token)
@@ -92,9 +93,28 @@ local function drop(keys, args)
   return 1
 end
 
+-- keys: the index, the segment. args: token, the segment's id, where its group stands and after how many entries, then offset,
+-- bytes and first length of each entry: they take the place of those that are there. Answers 0 if it is gone.
+local function rewrite(keys, args)
+  local no = refusal(keys[1], args[1])
+  if no then
+    return no
+  end
+  if redis.call('HEXISTS', keys[1], 's' .. args[2]) == 0 then
+    return 0
+  end
+  redis.call('UNLINK', keys[2])
+  redis.call('XGROUP', 'CREATE', keys[2], 'appliers', args[3] .. '-0', 'MKSTREAM', 'ENTRIESREAD', args[4])
+  for at = 5, #args, 3 do
+    redis.call('XADD', keys[2], args[at] .. '-0', 'r', args[at + 1], 'n', args[at + 2])
+  end
+  return 1
+end
+
 -- What makes room, or is needed to come to that, works where there is none.
 redis.register_function{function_name = 'coevallog1_claim', callback = claim, flags = {'allow-oom'}}
 redis.register_function{function_name = 'coevallog1_begin', callback = begin, flags = {'allow-oom'}}
 redis.register_function('coevallog1_append', append)
 redis.register_function{function_name = 'coevallog1_done', callback = done, flags = {'allow-oom'}}
+redis.register_function('coevallog1_rewrite', rewrite)
 redis.register_function{function_name = 'coevallog1_drop', callback = drop, flags = {'allow-oom'}}

@@ -4,6 +4,7 @@
 //! answers, and draw it again when a node says that a slot has moved (MOVED), when one is lost, and when one has become a
 //! replica. redis's own cluster client is not used: it sends the commands of a pipeline to one node.
 
+mod batch;
 mod map;
 
 use std::collections::HashMap;
@@ -19,6 +20,7 @@ use super::address::Address;
 use super::connection::{Kind, Lane, Purpose, Server, load_functions};
 use crate::StoreError;
 
+use batch::{Batch, Item, Open, Round, To, key, redirection};
 pub(super) use map::Map;
 
 /// How often one call follows redirections or waits for a node that is about to answer.
@@ -171,6 +173,14 @@ impl Nodes {
 
     fn seeds(&self) -> Result<Vec<Arc<Node>>, StoreError> {
         self.address.seeds.iter().map(|(host, port)| self.node(host, *port)).collect()
+    }
+
+    /// Draws the map again for whoever cannot do with an attempt of a moment ago.
+    pub(super) async fn redraw_surely(&self, seen: u64) -> Result<(), StoreError> {
+        if self.address.kind == Kind::Cluster {
+            sleep(REDRAW_MIN).await;
+        }
+        self.redraw(Some(seen), self.deadline()).await
     }
 
     /// Draws the map again, unless somebody did so since `seen`: every node known is asked, the first good answer counts.
@@ -409,76 +419,6 @@ impl Nodes {
     }
 }
 
-/// A command without an answer yet.
-struct Open {
-    /// Where its answer goes.
-    index: usize,
-    command: Cmd,
-    slot: u16,
-    to: To,
-}
-
-enum To {
-    /// Whoever holds the slot, by the map.
-    Owner,
-    Moved(Arc<Node>),
-    /// The slot is on its way there.
-    Asking(Arc<Node>),
-}
-
-/// What one node is sent.
-struct Batch {
-    node: Arc<Node>,
-    pipeline: Pipeline,
-    items: Vec<Item>,
-}
-
-struct Item {
-    index: usize,
-    slot: u16,
-    /// Its place in the pipeline.
-    at: usize,
-}
-
-impl Batch {
-    fn command(&self, number: usize) -> Option<&Cmd> {
-        self.pipeline.cmd_iter().nth(self.items[number].at)
-    }
-
-    fn open(&self, number: usize, to: To) -> Open {
-        let Item { index, slot, .. } = self.items[number];
-        Open { index, command: self.command(number).cloned().unwrap_or_default(), slot, to }
-    }
-}
-
-/// What is left after every node was asked once.
-#[derive(Default)]
-struct Round {
-    open: Vec<Open>,
-    redraw: bool,
-    wait: bool,
-    without_functions: Vec<Arc<Node>>,
-    /// By the last node that could not answer.
-    said: Option<StoreError>,
-}
-
-/// The key that a command of ours is about.
-fn key(command: &Cmd) -> Vec<u8> {
-    let argument = |at: usize| match command.args_iter().nth(at) {
-        Some(::redis::Arg::Simple(bytes)) => bytes.to_vec(),
-        _ => Vec::new(),
-    };
-    if argument(0) == b"FCALL" { argument(3) } else { argument(1) }
-}
-
-/// Host and port of `<slot> <host>:<port>`; without a host it is that of the node that answered.
-fn redirection(details: &str, host: &str) -> Option<(String, u16)> {
-    let (_, address) = details.split_once(' ')?;
-    let (named, port) = address.trim().rsplit_once(':')?;
-    let host = if named.is_empty() || named == "?" { host } else { named };
-    Some((host.to_owned(), port.parse().ok()?))
-}
-
 fn is_function_missing(answer: &Value) -> bool {
     matches!(answer, Value::ServerError(error) if error.details().is_some_and(|text| text.contains("Function not found")))
 }
@@ -489,19 +429,4 @@ pub(super) fn pipeline(commands: Vec<Cmd>) -> Pipeline {
         pipeline.add_command(command);
     }
     pipeline
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn redirections() {
-        assert_eq!(redirection("3999 127.0.0.1:6381", "h"), Some(("127.0.0.1".to_owned(), 6381)));
-        assert_eq!(redirection("3999 :6381", "h"), Some(("h".to_owned(), 6381)));
-        assert_eq!(redirection("3999 ?:6381", "h"), Some(("h".to_owned(), 6381)));
-        assert_eq!(redirection("3999 ::1:6381", "h"), Some(("::1".to_owned(), 6381)));
-        assert_eq!(redirection("3999", "h"), None);
-        assert_eq!(redirection("3999 h:", "h"), None);
-    }
 }

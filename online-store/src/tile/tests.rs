@@ -362,3 +362,35 @@ fn damage_is_an_error_and_never_a_panic() {
         assert_eq!(layout.decode(&future), Err(DecodeError::Version { found: 3, newest: 2 }));
     }
 }
+
+#[test]
+fn kept_tiles_are_read() {
+    use crate::formats::current;
+
+    let unordered = layout(&[HOUR, 24 * HOUR]);
+    let ordered = Layout { aggregates: every_function(), ..layout(&[HOUR, 24 * HOUR]) };
+    for (version, layout) in [(1, unordered), (2, ordered)] {
+        let types = layout.input_types();
+        let mut random = Random(0x9e37_79b9);
+        let mut all = events(&mut random, 12, 4 * MINUTE);
+        for event in &mut all {
+            event.times.created_time = (random.below(2) == 0).then_some(event.times.known_time);
+            event.inputs = types.iter().map(|value_type| any_value(&mut random, value_type)).collect();
+        }
+        let mut tiles = Tiles::default();
+        for event in &all {
+            layout.apply(&mut tiles, [event], event.times.position);
+        }
+        let finest = layout.levels.finest();
+        let coarse = tiles.tiles.iter().find(|(id, _)| id.level > finest).expect("an hour holds events").1;
+        let raw = tiles.tiles.iter().rfind(|(id, _)| id.level == finest).expect("the newest holds events").1;
+        assert!(raw.raw.is_some() && coarse.raw.is_none());
+        for (name, tile) in [("tile", coarse), ("tile_raw", raw)] {
+            let kept = current(&format!("{name}_v{version}"), &layout.encode(tile));
+            assert_eq!(kept[0], version);
+            assert_eq!(layout.decode(&kept).as_ref(), Ok(tile), "{name} {version}");
+        }
+    }
+    let kept = current("bounds_v1", &encode_bounds(T0));
+    assert_eq!(decode_bounds(&kept), Ok(T0));
+}

@@ -1824,6 +1824,65 @@ pub struct DatasetInfo {
     #[prost(string, tag = "7")]
     pub created_at: ::prost::alloc::string::String,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ForgetRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub entity: ::prost::alloc::string::String,
+    /// One column per key of the entity, all of one length: each row names one entity.
+    #[prost(message, repeated, tag = "3")]
+    pub keys: ::prost::alloc::vec::Vec<Column>,
+    /// Count what would be removed, and change nothing.
+    #[prost(bool, tag = "4")]
+    pub dry_run: bool,
+    #[prost(string, tag = "5")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ForgetProgress {
+    /// What is being done, for people.
+    #[prost(string, tag = "1")]
+    pub stage: ::prost::alloc::string::String,
+    /// The last message carries what was done.
+    #[prost(message, optional, tag = "2")]
+    pub result: ::core::option::Option<ForgetResult>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ForgetResult {
+    /// The entry of the control log that hides the entities; 0 for a dry run.
+    #[prost(uint64, tag = "1")]
+    pub control_entry: u64,
+    /// All of them were asked to be forgotten before.
+    #[prost(bool, tag = "2")]
+    pub existed: bool,
+    #[prost(message, repeated, tag = "3")]
+    pub places: ::prost::alloc::vec::Vec<ForgottenPlace>,
+    /// Keyed hashes, in the order of the rows: what is kept.
+    #[prost(string, repeated, tag = "4")]
+    pub hashes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(double, tag = "5")]
+    pub seconds: f64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForgottenPlace {
+    /// `online`, `history`, `table`, `log`, `dead letters`, `dataset`, or `files` that somebody else owns.
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub rows_removed: u64,
+    /// Rows that stay for other entities, without what only this one needed.
+    #[prost(uint64, tag = "4")]
+    pub rows_cleared: u64,
+    #[prost(uint64, tag = "5")]
+    pub files: u64,
+    #[prost(string, tag = "6")]
+    pub note: ::prost::alloc::string::String,
+}
 /// Generated client implementations.
 pub mod control_client {
     #![allow(
@@ -2050,6 +2109,29 @@ pub mod control_client {
                 .insert(GrpcMethod::new("coeval.v1.Control", "ListDatasets"));
             self.inner.unary(req, path, codec).await
         }
+        /// Removes entities from everything that is kept, and hides them from then on. May be repeated; a call that breaks off
+        /// is finished by the server.
+        pub async fn forget(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ForgetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ForgetProgress>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/coeval.v1.Control/Forget");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Control", "Forget"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2105,6 +2187,18 @@ pub mod control_server {
             tonic::Response<super::ListDatasetsResponse>,
             tonic::Status,
         >;
+        /// Server streaming response type for the Forget method.
+        type ForgetStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ForgetProgress, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Removes entities from everything that is kept, and hides them from then on. May be repeated; a call that breaks off
+        /// is finished by the server.
+        async fn forget(
+            &self,
+            request: tonic::Request<super::ForgetRequest>,
+        ) -> std::result::Result<tonic::Response<Self::ForgetStream>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct ControlServer<T> {
@@ -2448,6 +2542,52 @@ pub mod control_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/Forget" => {
+                    #[allow(non_camel_case_types)]
+                    struct ForgetSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ServerStreamingService<super::ForgetRequest>
+                    for ForgetSvc<T> {
+                        type Response = super::ForgetProgress;
+                        type ResponseStream = T::ForgetStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ForgetRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::forget(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ForgetSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

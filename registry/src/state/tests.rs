@@ -1,7 +1,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::id::Sha256;
+use crate::id::{KeyHash, Salt, Sha256};
 use crate::model::{Artifact, InputColumns};
 
 pub(crate) fn flights() -> ProjectName {
@@ -341,4 +341,53 @@ fn the_state_survives_its_own_json() {
     assert_eq!(serde_json::to_vec(&read).unwrap(), bytes);
     let auc = read.project("flights").unwrap().active("delay").unwrap().model.metrics["auc"];
     assert_eq!(auc.to_bits(), (0.1_f64 + 0.2).to_bits());
+}
+
+#[test]
+fn what_was_forgotten_stays_forgotten_until_it_is_done_and_after() {
+    let mut state = State::default();
+    let project = flights();
+    let act = |state: &mut State, change: &Change| match state.judge(&project, change)? {
+        Judgement::Append { kind, must_understand, body, .. } => {
+            let entry = entry_of(state, kind, must_understand, body);
+            state.apply(&entry).unwrap();
+            Ok(Some(entry.number))
+        }
+        Judgement::AlreadySo { .. } => Ok::<_, Refusal>(None),
+    };
+    let salt = Salt::random();
+    let hash = |text: &str| KeyHash::try_new(Sha256::of(text.as_bytes()).as_str()).unwrap();
+    let entity = EntityName::try_new("airport").unwrap();
+    let forget = |salt: &Salt, keys: &[&str]| {
+        let keys = keys.iter().map(|key| hash(key)).collect();
+        Change::Forget(Forget { salt: salt.clone(), entity: entity.clone(), keys })
+    };
+    let done = |keys: &[&str]| {
+        let keys = keys.iter().map(|key| hash(key)).collect();
+        Change::ForgetDone(ForgetDone {
+            entity: entity.clone(),
+            keys,
+            removed: BTreeMap::from([("history".into(), 3)]),
+        })
+    };
+    let refused = act(&mut state, &forget(&salt, &["a"]));
+    assert!(matches!(refused, Err(Refusal::UnknownProject { .. })), "{refused:?}");
+    act(&mut state, &Change::Apply(catalog("d1"))).unwrap();
+    assert!(matches!(act(&mut state, &forget(&salt, &[])), Err(Refusal::KeyCount { .. })));
+    let first = act(&mut state, &forget(&salt, &["a"])).unwrap().unwrap();
+    assert_eq!(act(&mut state, &forget(&salt, &["a"])), Ok(None));
+    let second = act(&mut state, &forget(&salt, &["a", "b"])).unwrap().unwrap();
+    assert_eq!(act(&mut state, &forget(&Salt::random(), &["c"])), Err(Refusal::OtherSalt));
+    assert!(matches!(act(&mut state, &done(&["c"])), Err(Refusal::NotForgotten { .. })));
+    let asked = |state: &State, key| state.projects[&project].forgotten.key("airport", &hash(key)).unwrap().asked.entry;
+    assert_eq!((asked(&state, "a"), asked(&state, "b")), (first, second));
+    let pending = |state: &State| state.projects[&project].forgotten.pending().count();
+    assert_eq!(pending(&state), 2);
+    act(&mut state, &done(&["a"])).unwrap().unwrap();
+    assert_eq!((act(&mut state, &done(&["a"])), pending(&state)), (Ok(None), 1));
+    // Later definitions change nothing about it, and it is part of what snapshots keep.
+    act(&mut state, &Change::Apply(catalog("d2"))).unwrap();
+    let kept: State = serde_json::from_str(&serde_json::to_string(&state).unwrap()).unwrap();
+    assert_eq!(kept, state);
+    assert_eq!((pending(&kept), kept.without_effect), (1, 0));
 }

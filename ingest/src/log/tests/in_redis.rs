@@ -386,3 +386,39 @@ async fn a_cluster_keeps_a_log_on_one_of_its_nodes() {
     let Opened { log, records, .. } = open().unwrap();
     assert_eq!(text_of(&log, &records).await, ["1", "2"]);
 }
+
+#[tokio::test]
+async fn rows_are_taken_out_of_a_log_in_redis_and_the_others_stay_where_they_are() {
+    let Some(fixture) = Fixture::in_redis() else { return };
+    let redis = fixture.redis.as_ref().unwrap();
+    let Opened { log, mut durable, .. } = fixture.open().unwrap();
+    let log = Arc::new(log);
+    let mut known = Vec::new();
+    for rows in [&["a", "gone"][..], &["b"], &["gone", "c", "gone"], &["d"]] {
+        append_durably(&log, rows).await;
+        known.push(durable.recv().await.unwrap().record);
+    }
+    let blocking = async |work: fn(&Log) -> Result<u64, LogError>| {
+        let log = log.clone();
+        tokio::task::spawn_blocking(move || work(&log)).await.unwrap().unwrap()
+    };
+    assert_eq!(blocking(|log| log.look(&mut without_gone)).await, 1);
+    assert_eq!(blocking(|log| log.rewrite_sealed(&mut without_gone)).await, 0, "the newest is still being written");
+    log.seal().await.unwrap();
+    assert_eq!(blocking(|log| log.rewrite_sealed(&mut without_gone)).await, 1);
+    assert_eq!(blocking(|log| log.rewrite_sealed(&mut without_gone)).await, 0, "once is enough");
+    let entries = redis.ask(&["XRANGE", "c1:{test}log:0000000000000001", "-", "+"]).unwrap();
+    assert!(!format!("{entries:?}").contains("103, 111, 110, 101"), "nothing says `gone`");
+    assert_eq!(log.read(&known[0]).await.unwrap().due, [NOW, BLANK]);
+    assert_eq!(log.read(&known[3]).await.unwrap().batch, texts(&["d"]));
+    // What was done before stays done, and the next process finds its way from there.
+    log.release(known[0].place(), 2);
+    log.delete_released();
+    append_durably(&log, &["e"]).await;
+    drop(log);
+    let Opened { log, records, .. } = fixture.open().unwrap();
+    let sequences: Vec<u64> = records.iter().map(|found| found.record.first_sequence - FIRST_PUSHED).collect();
+    assert_eq!(sequences, [2, 3, 6, 7]);
+    assert_eq!(log.read(&records[1].record).await.unwrap().due, [BLANK, NOW, BLANK]);
+    assert_eq!(log.read(&records[2].record).await.unwrap().batch, texts(&["d"]));
+}
