@@ -4,7 +4,7 @@
 //! c1:{<project>}log            the index, a hash: `format`, `writer`, and for each segment `s<id>`: first sequence and
 //!                              arrival floor, `e<id>`: where its last record ends
 //! c1:{<project>}log:<id>       a segment, a stream: the entry `<offset>-0` holds in `r` the record that a file would hold at
-//!                              this offset
+//!                              this offset; where it was changed, `n` is how long it was
 //! ```
 //!
 //! Ids are 16 hexadecimal digits. All keys of a log share a hash tag, so that a cluster keeps them on one node. They are
