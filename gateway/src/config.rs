@@ -52,8 +52,6 @@ pub enum ServeError {
     /// Its text says the place and the next step.
     #[error(transparent)]
     OnlineStore(#[from] online_store::StoreError),
-    #[error("`log: redis` is not available in this version; use `log: disk`")]
-    NoRedisLog,
     #[error("the event log cannot be opened")]
     Events(#[source] Box<ingest::IngestError>),
     #[error("the offline engine cannot be set up, see `offline:` in coeval.yaml")]

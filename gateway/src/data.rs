@@ -291,7 +291,7 @@ impl From<IngestError> for EventsError {
             E::Log(LogError::Slow { .. }) => EventsError::Full(error.to_string()),
             E::Stopping => EventsError::Stopping,
             // Another process takes them.
-            E::Fenced { .. } => EventsError::Unavailable(Box::new(error)),
+            E::Fenced { .. } | E::Log(LogError::Superseded { .. }) => EventsError::Unavailable(Box::new(error)),
             _ if error.is_retryable() => EventsError::Unavailable(Box::new(error)),
             _ => EventsError::Failed(Box::new(error)),
         }

@@ -125,9 +125,6 @@ pub async fn bind(settings: &Settings) -> Result<Listeners, ServeError> {
 pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let settings = &options.settings;
     let project = ProjectName::try_new(settings.project.as_str())?;
-    if settings.log == LogKind::Redis {
-        return Err(ServeError::NoRedisLog);
-    }
     let (objects, root) = registry::store::open_store(&place(&options.project_dir, &settings.store))?;
     let prefix = root.clone().join(project.as_str());
     let registry = Registry::open(objects.clone(), &prefix, wall_clock(&options.clock)).await;
@@ -157,6 +154,12 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     ingest.schedule = settings.serve.request_time == RequestTime::Refused;
     // A Redis forgets by its own clock, which has to be this server's.
     ingest.expires = settings.serve.request_time == RequestTime::Refused && is_wall_clock(&options.clock);
+    // Settings with `log: redis` and no Redis are refused where they are read.
+    if let (LogKind::Redis, OnlineUrl::Redis(url) | OnlineUrl::RedisCluster(url)) =
+        (settings.log, &settings.online.value)
+    {
+        ingest.log_redis = Some(url.as_str().into());
+    }
     let events = data::open_events(ingest).await?;
     Ok(Opened { project, registry, store, events: Some(events), runtime, flight: Some(offline.mount()) })
 }

@@ -33,7 +33,7 @@ use crate::{IngestError, Inner, Phase, Stream, Visible, dead_letter};
 
 /// Rows applied at once: large enough to share the reads of busy entities, small enough to be visible soon.
 const CHUNK_ROWS: usize = 8_192;
-/// Records read back from disk for one chunk, in bytes.
+/// Records read back for one chunk, in bytes.
 const CHUNK_BYTES: u64 = 64 << 20;
 /// When applied events become history: at this many rows, or at this age.
 const FLUSH_ROWS: usize = 50_000;
@@ -121,8 +121,8 @@ pub(crate) struct StreamState {
     flush_again_at: Option<Instant>,
     /// History has files that nobody has looked at: it may be time to compact them.
     pub grown: bool,
-    /// Rows per segment that the log may let go of after the next flush.
-    release: BTreeMap<u64, u64>,
+    /// Rows per record, by its place, that the log may let go of after the next flush.
+    release: BTreeMap<(u64, u64), u64>,
     retry_at: Option<Instant>,
     retry_pause: Duration,
 }
@@ -162,28 +162,28 @@ impl StreamState {
     }
 
     /// Takes in a durable record.
-    pub fn receive(&mut self, log: &Log, durable: Durable) -> Result<(), LogError> {
+    pub async fn receive(&mut self, log: &Log, durable: Durable) -> Result<(), LogError> {
         let record = &durable.record;
         self.received = self.received.max(record.first_sequence + u64::from(record.rows) - 1);
         self.received_arrival = self.received_arrival.max(record.arrival);
         self.waiting.push_back(durable);
-        if self.imported { self.hold_waiting(log) } else { Ok(()) }
+        if self.imported { self.hold_waiting(log).await } else { Ok(()) }
     }
 
     /// The prior history is in: what waited for it can go on.
-    pub fn go_on(&mut self, log: &Log) -> Result<(), LogError> {
+    pub async fn go_on(&mut self, log: &Log) -> Result<(), LogError> {
         self.imported = true;
         self.applied = self.history.manifest().applied;
-        self.hold_waiting(log)
+        self.hold_waiting(log).await
     }
 
     /// Sorts waiting records into those on time and those early. One that cannot be read keeps its place, and nothing is
     /// applied before it.
-    fn hold_waiting(&mut self, log: &Log) -> Result<(), LogError> {
+    async fn hold_waiting(&mut self, log: &Log) -> Result<(), LogError> {
         while let Some(durable) = self.waiting.front() {
             let due = match &durable.events {
                 Some(events) => events.due.clone(),
-                None => log.read(&durable.record)?.due,
+                None => log.read(&durable.record).await?.due,
             };
             if let Some(durable) = self.waiting.pop_front() {
                 self.hold(log, durable, &due);
@@ -197,7 +197,7 @@ impl StreamState {
         let record = Arc::new(record);
         if record.import.is_some() && record.import.as_deref() != self.import_id() {
             // Left by an import that did not finish; the one that did wrote these events again.
-            log.release(record.segment, u64::from(record.rows));
+            log.release(record.place(), u64::from(record.rows));
             events.iter().for_each(|events| log.forget_cached(events));
             return;
         }
@@ -215,7 +215,7 @@ impl StreamState {
             }
         }
         if in_history > 0 {
-            log.release(record.segment, in_history);
+            log.release(record.place(), in_history);
         }
         if on_time.is_empty() {
             events.iter().for_each(|events| log.forget_cached(events));
@@ -230,7 +230,7 @@ impl StreamState {
         self.early.retain(|Reverse(early)| {
             let is_gone = gone.contains(&(early.record.segment, early.position.sequence));
             if is_gone {
-                log.release(early.record.segment, 1);
+                log.release(early.record.place(), 1);
             }
             !is_gone
         });
@@ -324,21 +324,30 @@ impl StreamState {
     }
 
     /// The picked rows as one aligned batch. Rows that no longer fit the definitions are set aside.
-    fn load(&mut self, log: &Log) -> Result<(Option<Positioned>, Vec<Unreadable>), IngestError> {
+    async fn load(&mut self, log: &Log) -> Result<(Option<Positioned>, Vec<Unreadable>), IngestError> {
         let mut batches: Vec<RecordBatch> = Vec::new();
         let mut index: HashMap<u64, Option<usize>> = HashMap::new();
         let mut unreadable: Vec<Unreadable> = Vec::new();
         let mut indices = Vec::with_capacity(self.picked.len());
         let mut positions = Vec::with_capacity(self.picked.len());
+        let mut absent: BTreeMap<u64, &RecordRef> = BTreeMap::new();
+        for pick in &self.picked {
+            if !self.picked_events.contains_key(&pick.record.first_sequence) {
+                absent.insert(pick.record.first_sequence, &pick.record);
+            }
+        }
+        let absent: Vec<&RecordRef> = absent.into_values().collect();
+        let read = log.read_all(&absent).await?;
+        let read: HashMap<u64, RecordBatch> =
+            absent.iter().zip(read).map(|(record, events)| (record.first_sequence, events.batch)).collect();
         for pick in &self.picked {
             let first = pick.record.first_sequence;
             let at = match index.get(&first) {
                 Some(at) => *at,
                 None => {
-                    let batch = match self.picked_events.get(&first) {
-                        Some(events) => events.batch.clone(),
-                        None => log.read(&pick.record)?.batch,
-                    };
+                    let cached = self.picked_events.get(&first).map(|events| &events.batch);
+                    let batch = cached.or_else(|| read.get(&first)).cloned();
+                    let batch = batch.ok_or_else(|| LogError::Stopped { what: "a record was not read".into() })?;
                     let at = match self.plan.align(&batch, None) {
                         Ok(batch) => {
                             batches.push(batch);
@@ -385,7 +394,7 @@ impl StreamState {
             inner.log.tick().await?;
         }
         self.ticked = true;
-        let (chunk, unreadable) = self.load(&inner.log)?;
+        let (chunk, unreadable) = self.load(&inner.log).await?;
         let project = inner.project_path();
         for found in unreadable {
             let positions = found.positions();
@@ -410,7 +419,7 @@ impl StreamState {
         }
         self.unflushed_since.get_or_insert_with(Instant::now);
         for pick in self.picked.drain(..) {
-            *self.release.entry(pick.record.segment).or_default() += 1;
+            *self.release.entry(pick.record.place()).or_default() += 1;
         }
         self.applied = self.applied.max(last);
         self.picked_events.clear();
@@ -519,6 +528,8 @@ impl StreamState {
             return Ok(0);
         }
         inner.options.online.sync().await?;
+        // Whoever took over reads history first and the log then, and what gets there afterwards would be in its way.
+        inner.log.check_writer().await?;
         let events = if self.unflushed.is_empty() {
             0
         } else {
@@ -528,8 +539,8 @@ impl StreamState {
         self.unflushed.clear();
         self.unflushed_rows = 0;
         self.unflushed_since = None;
-        for (segment, rows) in std::mem::take(&mut self.release) {
-            inner.log.release(segment, rows);
+        for (place, rows) in std::mem::take(&mut self.release) {
+            inner.log.release(place, rows);
         }
         inner.log.delete_released();
         Ok(events)
@@ -618,7 +629,7 @@ impl StreamState {
         if self.unflushed_rows >= UNFLUSHED_ROWS_MAX {
             return Ok(false);
         }
-        self.hold_waiting(&inner.log)?;
+        self.hold_waiting(&inner.log).await?;
         self.apply_chunk(inner, stream).await
     }
 
@@ -810,7 +821,7 @@ async fn dispatch(inner: &Inner, streams: &mut BTreeMap<Arc<str>, Arc<Stream>>, 
         return;
     };
     let mut state = stream.state.lock().await;
-    if let Err(error) = state.receive(&inner.log, durable) {
+    if let Err(error) = state.receive(&inner.log, durable).await {
         // It keeps its place in the queue, and the next step of the applier tries it again.
         tracing::debug!(source = %stream.name, %error, "a record of the log could not be read back");
     }

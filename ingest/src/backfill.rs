@@ -207,7 +207,7 @@ async fn import(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestEr
     let SourceKind::Stream { history: Some(pattern), event_id } = &plan.kind else {
         // The definitions no longer name a prior history.
         let mut state = stream.state.lock().await;
-        state.go_on(&inner.log)?;
+        state.go_on(&inner.log).await?;
         stream.imported.send_replace(true);
         return Ok(());
     };
@@ -273,7 +273,7 @@ async fn import(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<(), IngestEr
         state.history.import(&plan, std::slice::from_ref(&visible), imported).await?;
         state.grown = true;
         remember_ids(stream, &plan, &batch);
-        state.go_on(&inner.log)?;
+        state.go_on(&inner.log).await?;
         stream.applied.send_replace(state.applied);
     }
     stream.imported.send_replace(true);

@@ -65,7 +65,7 @@ pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
 #[derive(Clone)]
 pub struct IngestOptions {
     pub project: Arc<str>,
-    /// The folder of the disk log.
+    /// The folder of the event log: its segments, or only its lock where a Redis keeps it.
     pub folder: PathBuf,
     pub store: Arc<dyn ObjectStore>,
     /// The root of the store; the project's own folder lies below it.
@@ -74,6 +74,8 @@ pub struct IngestOptions {
     pub sources: Arc<Sources>,
     pub clock: Clock,
     pub log: LogOptions,
+    /// The address of a Redis that keeps the event log, instead of the folder.
+    pub log_redis: Option<Arc<str>>,
     pub limits: Limits,
     /// Applied events become history after this time at the latest.
     pub flush_after: Duration,
@@ -157,6 +159,7 @@ impl IngestOptions {
             sources,
             clock,
             log: LogOptions::default(),
+            log_redis: None,
             limits: Limits::default(),
             flush_after: apply::FLUSH_AFTER,
             schedule: true,
@@ -212,6 +215,11 @@ pub enum IngestError {
     NotVisible { seconds: u64, what: String },
     #[error("the online store lost what was written last; it is written again")]
     Lost,
+    #[error(
+        "the event log on disk, {folder}, holds events of `{source_name}` that are not in the history; write `log: disk`, \
+         start the server until they are, stop it, and change to `log: redis` then"
+    )]
+    LeftOnDisk { folder: String, source_name: String },
     #[error("no definitions were applied yet; run `coeval apply` first")]
     NoPlan,
     #[error(transparent)]
@@ -401,7 +409,9 @@ pub(crate) struct Inner {
     pub stopping: watch::Sender<bool>,
     streams: Mutex<BTreeMap<Arc<str>, Arc<Stream>>>,
     /// Records found when the log was opened, until their source is adopted.
-    found: Mutex<BTreeMap<Arc<str>, Vec<RecordRef>>>,
+    found: Mutex<BTreeMap<Arc<str>, Vec<Durable>>>,
+    /// Records on disk from before the log was in a Redis.
+    left: Vec<RecordRef>,
     plan: Mutex<Option<Arc<Plan>>>,
     /// Views of earlier definitions that go on being written.
     pinned: Mutex<Vec<Arc<ViewPlan>>>,
@@ -453,11 +463,16 @@ impl Ingest {
     /// Opens the log. Nothing is applied, and nothing can be pushed, before [`Ingest::adopt`].
     pub async fn open(options: IngestOptions) -> Result<Ingest, IngestError> {
         let (folder, log_options, clock) = (options.folder.clone(), options.log.clone(), options.clock.clone());
-        let opened = tokio::task::spawn_blocking(move || Log::open(&folder, log_options, clock)).await;
-        let Opened { log, records, durable } = opened.map_err(|error| IngestError::Arrow(error.to_string()))??;
-        let mut found: BTreeMap<Arc<str>, Vec<RecordRef>> = BTreeMap::new();
-        for record in records {
-            found.entry(record.source.clone()).or_default().push(record);
+        let place = match &options.log_redis {
+            None => log::Place::Disk,
+            Some(url) => log::Place::Redis { url: url.clone(), project: options.project.clone() },
+        };
+        let opened = tokio::task::spawn_blocking(move || Log::open(&folder, place, log_options, clock)).await;
+        let Opened { log, records, durable, left } =
+            opened.map_err(|error| IngestError::Arrow(error.to_string()))??;
+        let mut found: BTreeMap<Arc<str>, Vec<Durable>> = BTreeMap::new();
+        for durable in records {
+            found.entry(durable.record.source.clone()).or_default().push(durable);
         }
         let inner = Arc::new(Inner {
             options,
@@ -471,6 +486,7 @@ impl Ingest {
             stopping: watch::channel(false).0,
             streams: Mutex::default(),
             found: Mutex::new(found),
+            left,
             plan: Mutex::default(),
             pinned: Mutex::default(),
             phases: Mutex::default(),
@@ -612,7 +628,14 @@ impl Ingest {
 
     /// What goes wrong with what is done without being asked, for people.
     pub fn troubles(&self) -> Vec<String> {
-        lock(&self.inner.kept).troubles()
+        let mut troubles = lock(&self.inner.kept).troubles();
+        troubles.extend(self.inner.log.trouble());
+        troubles
+    }
+
+    /// Where the event log is, if it is not on this machine's disk.
+    pub fn log_place(&self) -> Option<String> {
+        self.inner.log.remote().map(str::to_owned)
     }
 
     /// The newest runs of a source of files, newest first.
@@ -624,7 +647,7 @@ impl Ingest {
         self.inner.streams().values().map(|stream| stream.status()).collect()
     }
 
-    /// Bytes of the event log on disk.
+    /// Bytes of the event log.
     pub fn log_bytes(&self) -> u64 {
         self.inner.log.bytes()
     }
@@ -824,6 +847,7 @@ impl Inner {
         let history = history.with_work(tables::work(self));
         late(&history)?;
         fits(&history)?;
+        self.check_left(&history)?;
         self.log.raise(history.manifest().applied.time, history.manifest().sequence_max);
         let limits = &self.options.limits;
         let ids = EventIds::new(limits.event_ids_max, limits.event_ids_horizon);
@@ -844,14 +868,15 @@ impl Inner {
         let oldest = (self.options.clock)().saturating_sub(limits.event_ids_horizon);
         backfill::recall_ids(&stream, source, &state.history, oldest).await?;
         let found = lock(&self.found).get(&source.name).cloned().unwrap_or_default();
-        for record in found {
+        for durable in found {
+            let record = &durable.record;
             if record.import.is_none() || record.import.as_deref() == state.import_id() {
-                self.recall_logged_ids(&stream, source, &record)?;
+                self.recall_logged_ids(&stream, source, &durable).await?;
             }
-            state.receive(&self.log, Durable { record, events: None })?;
+            state.receive(&self.log, durable).await?;
         }
         if imported {
-            state.go_on(&self.log)?;
+            state.go_on(&self.log).await?;
         }
         if let Some(position) = state.last_on_time() {
             lock(&stream.intake).last_on_time = position;
@@ -863,14 +888,38 @@ impl Inner {
         Ok(())
     }
 
-    fn recall_logged_ids(
+    /// What was acknowledged while the log was on disk has to be in the history before another log is used.
+    fn check_left(&self, history: &History) -> Result<(), IngestError> {
+        let manifest = history.manifest();
+        let import = manifest.imported.as_ref().map(|imported| imported.id.as_str());
+        for record in self.left.iter().filter(|record| *record.source == *manifest.source) {
+            if record.import.is_some() && record.import.as_deref() != import {
+                continue;
+            }
+            let due = self.log.read_left(record)?.due;
+            let position = |(row, due): (usize, &Micros)| Position {
+                time: record.arrival.max(*due),
+                sequence: record.first_sequence + row as u64,
+            };
+            if due.iter().enumerate().map(position).any(|position| position > manifest.applied) {
+                let (folder, source_name) = (self.log.folder().display().to_string(), record.source.to_string());
+                return Err(IngestError::LeftOnDisk { folder, source_name });
+            }
+        }
+        Ok(())
+    }
+
+    async fn recall_logged_ids(
         &self,
         stream: &Stream,
         source: &feature_defs::plan::SourcePlan,
-        record: &RecordRef,
+        Durable { record, events }: &Durable,
     ) -> Result<(), IngestError> {
         let SourceKind::Stream { event_id: Some(name), .. } = &source.kind else { return Ok(()) };
-        let events = self.log.read(record)?;
+        let events = match events {
+            Some(events) => events.clone(),
+            None => self.log.read(record).await?,
+        };
         // A record whose columns no longer fit is a matter for the applier; its ids are remembered if they can be read.
         let (batch, is_whole) = match source.align(&events.batch, None) {
             Ok(batch) => (batch, true),

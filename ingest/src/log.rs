@@ -1,12 +1,12 @@
-//! The durable event log on disk: a push is acknowledged when its events are in it.
+//! The durable event log: a push is acknowledged when its events are in it.
 //!
-//! One folder per project, one writer, segments of bounded size. Pushers hand encoded records to one thread, which writes
-//! all that are waiting, syncs once, and acknowledges them together. Arrival times never go back and sequences never
-//! repeat, over restarts too. A segment is deleted when all its events are in the history.
+//! One log per project, one writer, segments of bounded size, as files ([`disk`]) or as streams in a Redis ([`redis`]).
+//! Pushers hand encoded records to one thread, which writes all that are waiting, syncs once, and acknowledges them
+//! together. Arrival times never go back and sequences never repeat, over restarts too. A segment is deleted when all its
+//! events are in the history.
 //!
 //! ```text
-//! segment   "coevlog1", first sequence (8 bytes), arrival floor (8), CRC-32 of these 24 bytes (4); then records
-//! record    "rcrd", length of the payload (4), CRC-32 of the payload (4), payload
+//! record    "rcrd", length of the payload (4 bytes), CRC-32 of the payload (4), payload
 //! payload   synced (8): the segment was durable up to this offset when the record was written
 //!           kind (1): 1 events, 2 a tick
 //!           events: arrival (8), first sequence (8), rows (4), import id (2 + n), source (2 + n), Arrow IPC stream
@@ -15,35 +15,36 @@
 //!
 //! Numbers are little-endian. The Arrow stream holds the events and, in the column `__due`, the later of each event's known
 //! time and event time as they were when it was pushed, so that an event keeps its position whatever the definitions
-//! become. After a crash the end of the newest segment may be torn: what cannot be read there was never acknowledged,
+//! become. After a crash the end of the newest file may be torn: what cannot be read there was never acknowledged,
 //! unless a later record says that the damaged place had been durable. That is corruption and an error, as is any damage
-//! in an older segment.
+//! in an older segment, and all damage in a Redis.
+//!
+//! A disk that fails stops the log. A Redis that is away does not: what was on its way is tried again until it is known to
+//! be there, and pushes are refused until then.
+
+mod disk;
+mod record;
+mod redis;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch};
-use arrow::datatypes::{DataType, Field, Int64Type, Schema};
-use arrow::ipc::reader::StreamReader;
-use arrow::ipc::writer::StreamWriter;
+use arrow::array::RecordBatch;
 use feature_defs::time::Micros;
 use offline_store::history::FIRST_PUSHED;
 use tokio::sync::watch;
 
-const SEGMENT_MAGIC: &[u8; 8] = b"coevlog1";
-const RECORD_MAGIC: &[u8; 4] = b"rcrd";
-const HEADER_BYTES: u64 = 28;
-const RECORD_HEADER_BYTES: usize = 12;
-const KIND_EVENTS: u8 = 1;
-const KIND_TICK: u8 = 2;
-/// The column of due times in a record.
-const DUE: &str = "__due";
+use self::disk::{Disk, disk};
+use self::record::{HEADER_BYTES, RECORD_HEADER_BYTES};
+use self::redis::Redis;
+use crate::{error_chain, lock};
+
 /// The due time of a row that was taken out of a record: it has no value, and keeps the others' sequences what they are.
 pub(crate) const BLANK: Micros = Micros::MIN;
 
@@ -59,8 +60,10 @@ pub struct LogOptions {
     pub log_bytes_max: u64,
     /// Bytes handed to the writing thread and not yet durable; pushers wait for room.
     pub in_flight_bytes_max: usize,
-    /// Bytes of durable batches kept in memory for the applier; beyond it, it reads them back from disk.
+    /// Bytes of durable batches kept in memory for the applier; beyond it, it reads them back.
     pub cached_bytes_max: u64,
+    /// How long a pusher waits until a Redis confirms its events.
+    pub confirm_wait: Duration,
 }
 
 impl Default for LogOptions {
@@ -70,8 +73,18 @@ impl Default for LogOptions {
             log_bytes_max: 2 << 30,
             in_flight_bytes_max: 128 << 20,
             cached_bytes_max: 128 << 20,
+            confirm_wait: Duration::from_secs(5),
         }
     }
+}
+
+/// Where a log is kept.
+#[derive(Clone)]
+pub enum Place {
+    /// In its folder.
+    Disk,
+    /// In a Redis, under the project's name; its folder holds a lock only.
+    Redis { url: Arc<str>, project: Arc<str> },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -98,15 +111,46 @@ pub enum LogError {
     Slow { millis: u64 },
     #[error("a push of {bytes} bytes is larger than {RECORD_BYTES_MAX}; split it")]
     TooLarge { bytes: usize },
-    #[error("the event log stopped after a failure ({what}); mend the disk, then restart")]
+    #[error("the event log stopped after a failure ({what}); mend what failed, then restart")]
     Stopped { what: String },
+    /// Nothing was taken.
+    #[error(
+        "the event log at {place} takes no events now ({what}); it is tried again by itself, push again a little later"
+    )]
+    Away { place: String, what: String },
+    /// It may have been taken.
+    #[error(
+        "the event log at {place} did not confirm the events within {seconds} s ({what}); they are kept if it ever does; push \
+         them again, events with an id count once"
+    )]
+    Unconfirmed { place: String, seconds: u64, what: String },
+    #[error("the Redis at {place} cannot hold the event log: {what}")]
+    Refused { place: String, what: String },
+    #[error(
+        "another process has taken over the event log of this project ({what}); stop one of the two: this one takes nothing \
+         more until it is started again"
+    )]
+    Superseded { what: String },
+    #[error(
+        "the Redis at {place} has lost events of the log that it had acknowledged ({what}): it was emptied, restored, or \
+         failed over to a replica that was behind; restart this server to go on with what is there"
+    )]
+    Gone { place: String, what: String },
     #[error("events could not be encoded: {0}")]
     Encode(String),
 }
 
 impl LogError {
     pub fn is_retryable(&self) -> bool {
-        matches!(self, LogError::Full { .. } | LogError::Slow { .. })
+        matches!(
+            self,
+            LogError::Full { .. } | LogError::Slow { .. } | LogError::Away { .. } | LogError::Unconfirmed { .. }
+        )
+    }
+
+    /// Whether the log may come back from this by itself once it runs.
+    fn may_pass(&self) -> bool {
+        matches!(self, LogError::Away { .. } | LogError::Refused { .. })
     }
 }
 
@@ -125,9 +169,19 @@ pub struct RecordRef {
 }
 
 impl RecordRef {
-    /// On disk.
+    /// As it is kept.
     pub fn bytes(&self) -> u64 {
         u64::from(self.payload_bytes)
+    }
+
+    /// Segment and offset.
+    pub fn place(&self) -> (u64, u64) {
+        (self.segment, self.offset)
+    }
+
+    /// The sequence after its last.
+    fn next_sequence(&self) -> u64 {
+        self.first_sequence + u64::from(self.rows)
     }
 }
 
@@ -172,27 +226,96 @@ pub struct Log {
     shared: Arc<Shared>,
     writer: Mutex<Option<JoinHandle<()>>>,
     in_flight: Arc<tokio::sync::Semaphore>,
+    reader: Reader,
+    /// A log on disk from before, where this one is in a Redis.
+    left: Option<Arc<Disk>>,
     /// Held as long as the log is open: the lock ends with the process, however it ends.
     _lock: File,
+}
+
+/// Where records are read back from.
+enum Reader {
+    Disk(Arc<Disk>),
+    Redis(redis::Reader),
+}
+
+/// Where the thread writes.
+enum Storage {
+    Disk(Arc<Disk>),
+    Redis(Redis),
 }
 
 /// What the writing thread and everybody else see.
 struct Shared {
     segments: Mutex<BTreeMap<u64, Segment>>,
     durable: watch::Sender<u64>,
-    failure: Mutex<Option<String>>,
+    failure: Mutex<Option<Failure>>,
+    /// Why what is on its way does not arrive; it is tried again.
+    trouble: Mutex<Option<String>>,
+    is_closing: AtomicBool,
     bytes: AtomicU64,
     cached_bytes: AtomicU64,
 }
 
+#[derive(Clone)]
+struct Failure {
+    what: String,
+    is_superseded: bool,
+}
+
 struct Segment {
-    path: PathBuf,
-    file: Arc<File>,
     bytes: u64,
     /// Rows not yet in the history. When it is 0 and the segment is not the newest, it is deleted.
     pending_rows: u64,
-    /// Where records lie now, offset and payload, by the offset that this process knows them by; empty while nothing moved.
-    moved: HashMap<u64, (u64, u32)>,
+    /// Where that is shown.
+    cursor: Option<Cursor>,
+}
+
+/// Up to where a segment is done.
+#[derive(Debug, Clone, Default)]
+struct Cursor {
+    /// Rows not yet in the history, by offset, of the records after it.
+    open: BTreeMap<u64, u64>,
+    /// The last record up to which all are done; 0 if there is none.
+    at: u64,
+    /// Records up to it.
+    entries: u64,
+    /// Where the storage was told to put it.
+    told: u64,
+}
+
+impl Cursor {
+    /// Goes over records that are done. True: it has to be told.
+    fn advance(&mut self) -> bool {
+        while let Some(first) = self.open.first_entry().filter(|first| *first.get() == 0) {
+            self.at = first.remove_entry().0;
+            self.entries += 1;
+        }
+        std::mem::replace(&mut self.told, self.at) != self.at
+    }
+}
+
+/// A segment as it was found.
+struct Found {
+    id: u64,
+    bytes: u64,
+    records: Vec<Durable>,
+    /// The latest.
+    arrival: Micros,
+    next_sequence: u64,
+    cursor: Option<Cursor>,
+}
+
+impl Found {
+    fn see(&mut self, record: &RecordRef) {
+        self.arrival = self.arrival.max(record.arrival);
+        self.next_sequence = self.next_sequence.max(record.next_sequence());
+    }
+
+    fn take(&mut self, durable: Durable) {
+        self.see(&durable.record);
+        self.records.push(durable);
+    }
 }
 
 struct State {
@@ -216,28 +339,36 @@ enum Command {
         first_sequence: u64,
         arrival: Micros,
     },
+    /// Chores of the storage.
+    Done {
+        segment: u64,
+        offset: u64,
+        entries: u64,
+    },
+    Remove {
+        segment: u64,
+    },
 }
+
+/// Says what is to be in the place of a record's events; None if they stay.
+pub type Change<'a> = &'a mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>;
 
 /// An opened log: the log, its records in order, and where durable records come out.
 pub struct Opened {
     pub log: Log,
-    pub records: Vec<RecordRef>,
+    /// What their events take in memory counts as cached.
+    pub records: Vec<Durable>,
     /// Its length is bounded by the bytes of the log, and what it holds in memory by `cached_bytes_max`.
     pub durable: tokio::sync::mpsc::UnboundedReceiver<Durable>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change below is made in one step, so a panic elsewhere leaves nothing half done.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn disk(path: &Path) -> impl FnOnce(io::Error) -> LogError + '_ {
-    move |source| LogError::Disk { path: path.display().to_string(), source }
+    /// Records on the disk, where the log is in a Redis now: they are no part of it.
+    pub left: Vec<RecordRef>,
 }
 
 impl Log {
+    /// Opens the log and takes it over. It blocks, for ten seconds and more where a Redis is away.
     pub fn open(
         folder: &Path,
+        place: Place,
         options: LogOptions,
         clock: Arc<dyn Fn() -> Micros + Send + Sync>,
     ) -> Result<Opened, LogError> {
@@ -250,71 +381,54 @@ impl Log {
             Err(TryLockError::WouldBlock) => return Err(LogError::Locked { folder: folder.display().to_string() }),
             Err(TryLockError::Error(source)) => return Err(disk(&lock_path)(source)),
         }
-        let mut paths: Vec<(u64, PathBuf)> = Vec::new();
-        for entry in fs::read_dir(folder).map_err(disk(folder))? {
-            let path = entry.map_err(disk(folder))?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.ends_with(".new") {
-                // A segment that was being written anew when the process died; the old one has its name.
-                fs::remove_file(&path).map_err(disk(&path))?;
-                continue;
-            }
-            if let Some(id) = name.strip_suffix(".log").and_then(|hex| u64::from_str_radix(hex, 16).ok()) {
-                paths.push((id, path));
-            }
-        }
-        paths.sort();
-        let mut arrival = Micros::MIN;
-        let mut next_sequence = FIRST_PUSHED;
-        let mut records = Vec::new();
-        let mut segments = BTreeMap::new();
-        let newest = paths.last().map(|(id, _)| *id);
-        for (id, path) in paths {
-            let Some(scanned) = scan(id, &path, Some(id) == newest)? else { continue };
-            arrival = arrival.max(scanned.arrival);
-            next_sequence = next_sequence.max(scanned.next_sequence);
-            let pending_rows = scanned.records.iter().map(|record| u64::from(record.rows)).sum();
-            segments.insert(
-                id,
-                Segment {
-                    path,
-                    file: Arc::new(scanned.file),
-                    bytes: scanned.bytes,
-                    pending_rows,
-                    moved: HashMap::new(),
-                },
-            );
-            records.extend(scanned.records);
-        }
-        let mut assigned = HashMap::new();
-        for record in &records {
-            assigned.insert(record.source.clone(), record.first_sequence + u64::from(record.rows) - 1);
-        }
-        let bytes = segments.values().map(|segment| segment.bytes).sum();
+        let files = Arc::new(Disk::new(folder));
+        let token = redis::token();
+        let left = match &place {
+            Place::Disk => None,
+            Place::Redis { .. } => Some((files.clone(), files.scan()?)),
+        };
+        let reader = match &place {
+            Place::Disk => Reader::Disk(files.clone()),
+            Place::Redis { url, project } => Reader::Redis(redis::Reader::new(url, project, token.clone())?),
+        };
         let (durable, _) = watch::channel(0);
         let shared = Arc::new(Shared {
-            segments: Mutex::new(segments),
+            segments: Mutex::default(),
             durable,
             failure: Mutex::new(None),
-            bytes: AtomicU64::new(bytes),
+            trouble: Mutex::new(None),
+            is_closing: AtomicBool::new(false),
+            bytes: AtomicU64::new(0),
             cached_bytes: AtomicU64::new(0),
         });
-        // Every opening begins a segment of its own: what an earlier process wrote is never appended to.
-        let id = begin_segment(folder, &shared, next_sequence, arrival)?;
         let (to_writer, commands) = mpsc::channel();
         let (publish, received) = tokio::sync::mpsc::unbounded_channel();
-        let writer = Writer {
-            folder: folder.to_path_buf(),
-            shared: shared.clone(),
-            publish,
-            segment: id,
-            segment_bytes: options.segment_bytes,
-            cached_bytes_max: options.cached_bytes_max,
+        let (say, said) = mpsc::channel();
+        let (sharing, sizes) = (shared.clone(), options.clone());
+        // The thread opens what it writes to: a connection belongs to it.
+        let work = move || {
+            let opened = match place {
+                Place::Disk => files.scan().map(|found| (Storage::Disk(files), found)),
+                Place::Redis { url, project } => Redis::open(&url, &project, token, sizes.cached_bytes_max)
+                    .map(|(storage, found)| (Storage::Redis(storage), found)),
+            };
+            let started = opened.and_then(|(storage, found)| Writer::start(storage, found, sharing, publish, &sizes));
+            match started {
+                Ok((writer, start)) => {
+                    if say.send(Ok(start)).is_ok() {
+                        writer.run(&commands);
+                    }
+                }
+                Err(error) => drop(say.send(Err(error))),
+            }
         };
-        let writer = std::thread::Builder::new()
-            .name("event-log".into())
-            .spawn(move || writer.run(&commands))
-            .map_err(disk(folder))?;
+        let writer = std::thread::Builder::new().name("event-log".into()).spawn(work).map_err(disk(folder))?;
+        let Start { records, arrival, next_sequence } =
+            said.recv().unwrap_or_else(|_| Err(LogError::Stopped { what: "its thread panicked".into() }))?;
+        let mut assigned = HashMap::new();
+        for Durable { record, .. } in &records {
+            assigned.insert(record.source.clone(), record.next_sequence() - 1);
+        }
         let in_flight =
             Arc::new(tokio::sync::Semaphore::new(options.in_flight_bytes_max.max(RECORD_BYTES_MAX) / 1024 + 2));
         let log = Log {
@@ -325,27 +439,18 @@ impl Log {
             shared,
             writer: Mutex::new(Some(writer)),
             in_flight,
+            reader,
+            left: left.as_ref().map(|(files, _)| files.clone()),
             _lock: lock_file,
         };
         log.delete_released();
-        Ok(Opened { log, records, durable: received })
+        let left = left.into_iter().flat_map(|(_, found)| found).flat_map(|found| found.records);
+        Ok(Opened { log, records, durable: received, left: left.map(|durable| durable.record).collect() })
     }
 
     /// Encodes events; `due` is the later of known time and event time of each.
     pub fn encode(batch: RecordBatch, due: Vec<Micros>) -> Result<Encoded, LogError> {
-        let failed = |error: arrow::error::ArrowError| LogError::Encode(error.to_string());
-        let mut fields: Vec<Field> = batch.schema().fields().iter().map(|field| field.as_ref().clone()).collect();
-        fields.push(Field::new(DUE, DataType::Int64, false));
-        let schema = Arc::new(Schema::new(fields));
-        let mut columns: Vec<ArrayRef> = batch.columns().to_vec();
-        columns.push(Arc::new(Int64Array::from(due.clone())));
-        let with_due = RecordBatch::try_new(schema.clone(), columns).map_err(failed)?;
-        let mut writer = StreamWriter::try_new(Vec::new(), &schema).map_err(failed)?;
-        writer.write(&with_due).map_err(failed)?;
-        let stream = writer.into_inner().map_err(failed)?;
-        if stream.len() + 1024 > RECORD_BYTES_MAX {
-            return Err(LogError::TooLarge { bytes: stream.len() });
-        }
+        let stream = record::stream(&batch, &due)?;
         Ok(Encoded { events: Events { batch, due }, stream })
     }
 
@@ -374,17 +479,7 @@ impl Log {
         }
         state.arrival = state.arrival.max((self.clock)());
         let (arrival, first_sequence, ticket) = (state.arrival, state.next_sequence, state.next_ticket);
-        let mut payload = Vec::with_capacity(encoded.stream.len() + 64 + source.len());
-        payload.extend_from_slice(&[0; 8]); // `synced` is filled in by the writing thread.
-        payload.push(KIND_EVENTS);
-        payload.extend_from_slice(&arrival.to_le_bytes());
-        payload.extend_from_slice(&first_sequence.to_le_bytes());
-        payload.extend_from_slice(&rows.to_le_bytes());
-        for text in [import.as_deref().unwrap_or_default(), source] {
-            payload.extend_from_slice(&(text.len() as u16).to_le_bytes());
-            payload.extend_from_slice(text.as_bytes());
-        }
-        payload.extend_from_slice(&encoded.stream);
+        let payload = record::events_payload(source, arrival, first_sequence, rows, import.as_deref(), &encoded.stream);
         let payload_bytes = payload.len() as u32;
         let record = RecordRef {
             source: source.clone(),
@@ -405,9 +500,22 @@ impl Log {
         Ok(Appended { arrival, first_sequence, durable: self.shared.durable.subscribe(), ticket })
     }
 
-    /// Waits until what was appended is durable.
+    /// Waits until what was appended is durable: on disk, as long as it takes; in a Redis, which may be gone for hours, up to
+    /// [`LogOptions::confirm_wait`].
     pub async fn wait_durable(&self, mut durable: watch::Receiver<u64>, ticket: u64) -> Result<(), LogError> {
-        let reached = durable.wait_for(|reached| *reached >= ticket).await.map(|reached| *reached);
+        let reached = async { durable.wait_for(|reached| *reached >= ticket).await.map(|reached| *reached) };
+        let wait = self.options.confirm_wait;
+        let reached = match &self.reader {
+            Reader::Disk(_) => reached.await,
+            Reader::Redis(reader) => match tokio::time::timeout(wait, reached).await {
+                Ok(reached) => reached,
+                Err(_) => {
+                    let place = reader.place().to_owned();
+                    let what = lock(&self.shared.trouble).clone().unwrap_or_else(|| "no answer yet".into());
+                    return Err(LogError::Unconfirmed { place, seconds: wait.as_secs(), what });
+                }
+            },
+        };
         match reached {
             Ok(reached) if reached < u64::MAX => Ok(()),
             _ => Err(self.stopped()),
@@ -439,9 +547,7 @@ impl Log {
         let (durable, ticket) = {
             let mut state = lock(&self.state);
             self.check_running()?;
-            let mut payload = vec![0; 8];
-            payload.push(KIND_TICK);
-            payload.extend_from_slice(&state.arrival.to_le_bytes());
+            let payload = record::tick_payload(state.arrival);
             let ticket = state.next_ticket;
             self.shared.bytes.fetch_add((payload.len() + RECORD_HEADER_BYTES) as u64, Ordering::AcqRel);
             self.send(&state, Command::Append { ticket, payload, events: None, permits: None })?;
@@ -465,35 +571,53 @@ impl Log {
     }
 
     /// Reads a record back.
-    pub fn read(&self, record: &RecordRef) -> Result<Events, LogError> {
-        let (file, path, (offset, payload_bytes)) = {
-            let segments = lock(&self.shared.segments);
-            match segments.get(&record.segment) {
-                Some(segment) => {
-                    let place = segment.moved.get(&record.offset).copied();
-                    let place = place.unwrap_or((record.offset, record.payload_bytes));
-                    (segment.file.clone(), segment.path.clone(), place)
-                }
-                None => {
-                    let path = segment_path(&self.folder, record.segment);
-                    let source = io::Error::new(io::ErrorKind::NotFound, "the segment was deleted");
-                    return Err(LogError::Disk { path: path.display().to_string(), source });
-                }
+    pub async fn read(&self, record: &RecordRef) -> Result<Events, LogError> {
+        match &self.reader {
+            Reader::Disk(files) => files.read(record),
+            Reader::Redis(_) => {
+                let events = self.read_all(&[record]).await?.pop();
+                events.ok_or_else(|| LogError::Stopped { what: "a record was not read".into() })
             }
-        };
-        let mut bytes = vec![0; RECORD_HEADER_BYTES + payload_bytes as usize];
-        file.read_exact_at(&mut bytes, offset).map_err(disk(&path))?;
-        let corrupt = |what: String| LogError::Corrupt { path: path.display().to_string(), offset, what };
-        let payload = payload_at(&bytes).ok_or_else(|| corrupt("the checksum differs".into()))?;
-        let (_, stream) = parse(payload, record.segment, record.offset).ok_or_else(|| corrupt("its header".into()))?;
-        decode(stream).map_err(corrupt)
+        }
     }
 
-    /// These rows are in the history now.
-    pub fn release(&self, segment: u64, rows: u64) {
+    /// Reads records back, in their order.
+    pub async fn read_all(&self, records: &[&RecordRef]) -> Result<Vec<Events>, LogError> {
+        match &self.reader {
+            Reader::Disk(files) => records.iter().map(|record| files.read(record)).collect(),
+            Reader::Redis(reader) => reader.read(records).await,
+        }
+    }
+
+    /// Reads one of [`Opened::left`].
+    pub fn read_left(&self, record: &RecordRef) -> Result<Events, LogError> {
+        match &self.left {
+            Some(files) => files.read(record),
+            None => Err(LogError::Stopped { what: "there is no log on disk beside it".into() }),
+        }
+    }
+
+    /// Where the log on disk is, or was.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// An error if another process has taken this log over, which can happen only where it is not on this machine's disk.
+    pub async fn check_writer(&self) -> Result<(), LogError> {
+        match &self.reader {
+            Reader::Disk(_) => Ok(()),
+            Reader::Redis(reader) => reader.check_writer().await,
+        }
+    }
+
+    /// These rows of a record, which lies there, are in the history now.
+    pub fn release(&self, (segment, offset): (u64, u64), rows: u64) {
         let mut segments = lock(&self.shared.segments);
         if let Some(segment) = segments.get_mut(&segment) {
             segment.pending_rows = segment.pending_rows.saturating_sub(rows);
+            if let Some(open) = segment.cursor.as_mut().and_then(|cursor| cursor.open.get_mut(&offset)) {
+                *open = open.saturating_sub(rows);
+            }
         }
     }
 
@@ -507,27 +631,47 @@ impl Log {
         if rotate {
             let state = lock(&self.state);
             let command = Command::Rotate { first_sequence: state.next_sequence, arrival: state.arrival };
-            if let Err(error) = self.send(&state, command) {
-                tracing::debug!(%error, "the event log is not running, its newest segment stays");
-            }
+            self.send_chore(&state, command);
         }
-        let mut segments = lock(&self.shared.segments);
-        let Some(newest) = segments.keys().next_back().copied() else { return };
-        let done: Vec<u64> = segments
-            .iter()
-            .filter(|(id, segment)| **id != newest && segment.pending_rows == 0)
-            .map(|(id, _)| *id)
-            .collect();
-        for id in done {
-            if let Some(segment) = segments.get(&id)
-                && let Err(error) = fs::remove_file(&segment.path)
-            {
-                tracing::warn!(path = %segment.path.display(), %error, "a finished segment of the event log could not be deleted");
-                continue;
-            }
-            if let Some(segment) = segments.remove(&id) {
+        let mut chores = Vec::new();
+        {
+            let mut segments = lock(&self.shared.segments);
+            let Some(newest) = segments.keys().next_back().copied() else { return };
+            segments.retain(|id, segment| {
+                if *id == newest || segment.pending_rows > 0 {
+                    if let Some(cursor) = segment.cursor.as_mut().filter(|_| self.chores_are_few())
+                        && cursor.advance()
+                    {
+                        chores.push(Command::Done { segment: *id, offset: cursor.at, entries: cursor.entries });
+                    }
+                    return true;
+                }
+                match &self.reader {
+                    Reader::Disk(files) => {
+                        if let Err(error) = files.remove(*id) {
+                            let error = error_chain(&error);
+                            tracing::warn!(error, "a finished segment of the event log could not be deleted");
+                            return true;
+                        }
+                    }
+                    Reader::Redis(_) => chores.push(Command::Remove { segment: *id }),
+                }
                 self.shared.bytes.fetch_sub(segment.bytes, Ordering::AcqRel);
-            }
+                false
+            });
+        }
+        let state = lock(&self.state);
+        chores.into_iter().for_each(|chore| self.send_chore(&state, chore));
+    }
+
+    /// While the storage is away, what can be said later is not queued.
+    fn chores_are_few(&self) -> bool {
+        lock(&self.shared.trouble).is_none()
+    }
+
+    fn send_chore(&self, state: &State, chore: Command) {
+        if let Err(error) = self.send(state, chore) {
+            tracing::debug!(%error, "the event log is not running, its segments stay");
         }
     }
 
@@ -543,142 +687,65 @@ impl Log {
     }
 
     /// Shows every record of every segment. Returns the number of segments with a record that the listener says `true` to
-    /// by changing it, see [`Log::rewrite_sealed`]; nothing is changed.
-    pub fn look(
-        &self,
-        look: &mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>,
-    ) -> Result<u64, LogError> {
-        let segments: Vec<u64> = lock(&self.shared.segments).keys().copied().collect();
+    /// by changing it, see [`Log::rewrite_sealed`]; nothing is changed. Blocks, and not where a runtime runs.
+    pub fn look(&self, look: Change<'_>) -> Result<u64, LogError> {
+        let segments: Vec<(u64, u64)> = {
+            let segments = lock(&self.shared.segments);
+            segments.iter().map(|(id, segment)| (*id, segment.bytes)).collect()
+        };
         let mut count = 0;
-        for id in segments {
-            let Some((bytes, _)) = self.bytes_of(id)? else { continue };
-            let mut is_meant = false;
-            self.for_records(id, &bytes, |_, _, parsed| {
-                if let Some((record, stream)) = parsed {
-                    is_meant |= look(&record, &self.decoded(&record, stream)?)?.is_some();
-                }
-                Ok(())
-            })?;
+        for (id, bytes) in segments {
+            let is_meant = match &self.reader {
+                Reader::Disk(files) => files.look(id, bytes, look)?,
+                Reader::Redis(reader) => reader.look(id, bytes, look)?,
+            };
             count += u64::from(is_meant);
         }
         Ok(count)
     }
 
     /// Puts other events in the place of a record's, as many and in the same order, in all segments but the newest. A
-    /// segment is written anew beside the old one and takes its name in one step, so a crash leaves either. Returns the
-    /// number of segments that changed.
-    pub fn rewrite_sealed(
-        &self,
-        change: &mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>,
-    ) -> Result<u64, LogError> {
-        let sealed: Vec<u64> = {
+    /// segment is changed in one step, so a crash leaves the old or the new one. Returns the number of segments that
+    /// changed. Blocks, and not where a runtime runs.
+    pub fn rewrite_sealed(&self, change: Change<'_>) -> Result<u64, LogError> {
+        let sealed: Vec<(u64, u64)> = {
             let segments = lock(&self.shared.segments);
             let newest = segments.keys().next_back().copied();
-            segments.keys().copied().filter(|id| Some(*id) != newest).collect()
+            let sealed = segments.iter().filter(|(id, _)| Some(**id) != newest);
+            sealed.map(|(id, segment)| (*id, segment.bytes)).collect()
         };
         let mut count = 0;
-        for id in sealed {
-            let Some((bytes, path)) = self.bytes_of(id)? else { continue };
-            let mut rewritten = bytes.get(..HEADER_BYTES as usize).unwrap_or_default().to_vec();
-            let mut moved: HashMap<u64, (u64, u32)> = HashMap::new();
-            let mut is_changed = false;
-            self.for_records(id, &bytes, |at, payload, parsed| {
-                let place = rewritten.len() as u64;
-                let mut payload = payload.to_vec();
-                if let Some((record, stream)) = parsed
-                    && let Some(events) = change(&record, &self.decoded(&record, stream)?)?
-                {
-                    is_changed = true;
-                    let encoded = Log::encode(events.batch, events.due)?;
-                    payload.truncate(payload.len() - stream.len());
-                    payload.extend_from_slice(&encoded.stream);
+        for (id, bytes) in sealed {
+            count += u64::from(match &self.reader {
+                Reader::Disk(files) => self.rewrite_file(files, id, bytes, change)?,
+                Reader::Redis(reader) => {
+                    let cursor = lock(&self.shared.segments).get(&id).and_then(|segment| segment.cursor.clone());
+                    reader.rewrite(id, bytes, &cursor.unwrap_or_default(), change)?
                 }
-                // Everything before it is durable: the segment is whole.
-                payload[..8].copy_from_slice(&place.to_le_bytes());
-                moved.insert(at, (place, payload.len() as u32));
-                rewritten.extend_from_slice(RECORD_MAGIC);
-                rewritten.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-                rewritten.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
-                rewritten.extend_from_slice(&payload);
-                Ok(())
-            })?;
-            if !is_changed {
-                continue;
-            }
-            count += 1;
-            let beside = path.with_extension("new");
-            fs::write(&beside, &rewritten).map_err(disk(&beside))?;
-            let file = OpenOptions::new().read(true).write(true).open(&beside).map_err(disk(&beside))?;
-            file.sync_all().map_err(disk(&beside))?;
-            let mut segments = lock(&self.shared.segments);
-            // Its last rows may have become history meanwhile.
-            let Some(segment) = segments.get_mut(&id) else {
-                let _ = fs::remove_file(&beside);
-                continue;
-            };
-            fs::rename(&beside, &path).map_err(disk(&path))?;
-            File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(disk(&self.folder))?;
-            self.shared.bytes.fetch_add(rewritten.len() as u64, Ordering::AcqRel);
-            self.shared.bytes.fetch_sub(segment.bytes, Ordering::AcqRel);
-            segment.bytes = rewritten.len() as u64;
-            segment.file = Arc::new(file);
-            if segment.moved.is_empty() {
-                segment.moved = moved;
-            } else {
-                segment.moved.values_mut().for_each(|place| *place = moved.get(&place.0).copied().unwrap_or(*place));
-            }
+            });
         }
         Ok(count)
     }
 
-    /// What is durable of a segment, and its path; None when it is gone.
-    fn bytes_of(&self, id: u64) -> Result<Option<(Vec<u8>, PathBuf)>, LogError> {
-        let (file, path, length) = {
-            let segments = lock(&self.shared.segments);
-            let Some(segment) = segments.get(&id) else { return Ok(None) };
-            (segment.file.clone(), segment.path.clone(), segment.bytes)
+    fn rewrite_file(&self, files: &Disk, id: u64, bytes: u64, change: Change<'_>) -> Result<bool, LogError> {
+        let Some(rewritten) = files.rewritten(id, bytes, change)? else { return Ok(false) };
+        let mut segments = lock(&self.shared.segments);
+        // Its last rows may have become history meanwhile.
+        let Some(segment) = segments.get_mut(&id) else {
+            rewritten.discard();
+            return Ok(true);
         };
-        let mut bytes = vec![0; length as usize];
-        file.read_exact_at(&mut bytes, 0).map_err(disk(&path))?;
-        Ok(Some((bytes, path)))
-    }
-
-    /// Calls with each record of a segment: where it lies, its payload, and for events its header and stream.
-    fn for_records(
-        &self,
-        id: u64,
-        bytes: &[u8],
-        mut with: impl FnMut(u64, &[u8], Option<(RecordRef, &[u8])>) -> Result<(), LogError>,
-    ) -> Result<(), LogError> {
-        let mut at = HEADER_BYTES as usize;
-        while at < bytes.len() {
-            let corrupt = || LogError::Corrupt {
-                path: segment_path(&self.folder, id).display().to_string(),
-                offset: at as u64,
-                what: "the checksum differs".into(),
-            };
-            let payload = payload_at(&bytes[at..]).ok_or_else(corrupt)?;
-            let parsed = match payload.get(8) {
-                Some(&KIND_EVENTS) => Some(parse(payload, id, at as u64).ok_or_else(corrupt)?),
-                _ => None,
-            };
-            with(at as u64, payload, parsed)?;
-            at += RECORD_HEADER_BYTES + payload.len();
-        }
-        Ok(())
-    }
-
-    fn decoded(&self, record: &RecordRef, stream: &[u8]) -> Result<Events, LogError> {
-        decode(stream).map_err(|what| LogError::Corrupt {
-            path: segment_path(&self.folder, record.segment).display().to_string(),
-            offset: record.offset,
-            what,
-        })
+        let bytes = files.replace(id, rewritten)?;
+        self.shared.bytes.fetch_add(bytes, Ordering::AcqRel);
+        self.shared.bytes.fetch_sub(segment.bytes, Ordering::AcqRel);
+        segment.bytes = bytes;
+        Ok(true)
     }
 
     /// Memory of a batch that the applier no longer holds.
     pub fn forget_cached(&self, events: &Events) {
-        self.shared.cached_bytes.fetch_sub(cached_bytes(events), Ordering::AcqRel);
+        let less = |bytes: u64| Some(bytes.saturating_sub(cached_bytes(events)));
+        let _ = self.shared.cached_bytes.fetch_update(Ordering::AcqRel, Ordering::Acquire, less);
     }
 
     /// Bytes of all segments.
@@ -686,14 +753,23 @@ impl Log {
         self.shared.bytes.load(Ordering::Acquire)
     }
 
-    /// Whether the log failed and takes nothing more.
-    pub fn failure(&self) -> Option<String> {
-        lock(&self.shared.failure).clone()
+    /// Where it is, where that is another machine perhaps.
+    pub fn remote(&self) -> Option<&str> {
+        match &self.reader {
+            Reader::Disk(_) => None,
+            Reader::Redis(reader) => Some(reader.place()),
+        }
     }
 
-    /// Takes no more appends and waits for those on their way.
+    /// Why the log takes nothing more, or nothing now.
+    pub fn trouble(&self) -> Option<String> {
+        self.check_running().err().map(|error| error.to_string())
+    }
+
+    /// Takes no more appends and waits for those on their way; not for a Redis that is away.
     pub fn close(&self) {
         lock(&self.state).to_writer = None;
+        self.shared.is_closing.store(true, Ordering::Release);
         if let Some(writer) = lock(&self.writer).take()
             && writer.join().is_err()
         {
@@ -707,12 +783,23 @@ impl Log {
     }
 
     fn check_running(&self) -> Result<(), LogError> {
-        if lock(&self.shared.failure).is_some() { Err(self.stopped()) } else { Ok(()) }
+        if lock(&self.shared.failure).is_some() {
+            return Err(self.stopped());
+        }
+        match (&*lock(&self.shared.trouble), &self.reader) {
+            (Some(what), Reader::Redis(reader)) => {
+                Err(LogError::Away { place: reader.place().to_owned(), what: what.clone() })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn stopped(&self) -> LogError {
-        let what = self.failure().unwrap_or_else(|| "it was closed".into());
-        LogError::Stopped { what }
+        match lock(&self.shared.failure).clone() {
+            Some(Failure { what, is_superseded: true }) => LogError::Superseded { what },
+            Some(Failure { what, .. }) => LogError::Stopped { what },
+            None => LogError::Stopped { what: "it was closed".into() },
+        }
     }
 }
 
@@ -722,31 +809,85 @@ impl Drop for Log {
     }
 }
 
+/// Says, for people, what a Redis holds of a project's log, or why it cannot hold one. Whoever writes it is not disturbed.
+pub async fn look(url: &str, project: &str) -> Result<String, LogError> {
+    redis::look(url, project).await
+}
+
 /// Batches are counted as they lie in memory.
 fn cached_bytes(events: &Events) -> u64 {
     (events.batch.get_array_memory_size() + events.due.len() * 8) as u64
 }
 
+/// What a log goes on from.
+struct Start {
+    records: Vec<Durable>,
+    arrival: Micros,
+    next_sequence: u64,
+}
+
 /// The thread that owns the newest segment.
 struct Writer {
-    folder: PathBuf,
+    storage: Storage,
     shared: Arc<Shared>,
     publish: tokio::sync::mpsc::UnboundedSender<Durable>,
     segment: u64,
     segment_bytes: u64,
     cached_bytes_max: u64,
+    /// Segments that could not be removed yet.
+    left: Vec<u64>,
 }
 
 /// Bytes written before a sync, however many wait: bounds how long the first of a group waits.
 const GROUP_BYTES: usize = 8 << 20;
+/// Between tries of what a storage that is away did not take: doubled from the first to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+const RETRY_LAST: Duration = Duration::from_millis(500);
 
 impl Writer {
+    fn start(
+        storage: Storage,
+        found: Vec<Found>,
+        shared: Arc<Shared>,
+        publish: tokio::sync::mpsc::UnboundedSender<Durable>,
+        options: &LogOptions,
+    ) -> Result<(Writer, Start), LogError> {
+        let mut start = Start { records: Vec::new(), arrival: Micros::MIN, next_sequence: FIRST_PUSHED };
+        for Found { id, bytes, records, arrival, next_sequence, cursor } in found {
+            start.arrival = start.arrival.max(arrival);
+            start.next_sequence = start.next_sequence.max(next_sequence);
+            let pending_rows = records.iter().map(|durable| u64::from(durable.record.rows)).sum();
+            lock(&shared.segments).insert(id, Segment { bytes, pending_rows, cursor });
+            shared.bytes.fetch_add(bytes, Ordering::AcqRel);
+            start.records.extend(records);
+        }
+        let cached = start.records.iter().filter_map(|durable| durable.events.as_ref()).map(cached_bytes).sum();
+        shared.cached_bytes.store(cached, Ordering::Release);
+        let mut writer = Writer {
+            storage,
+            shared,
+            publish,
+            segment: 0,
+            segment_bytes: options.segment_bytes,
+            cached_bytes_max: options.cached_bytes_max,
+            left: Vec::new(),
+        };
+        // Every opening begins a segment of its own: what an earlier process wrote is never appended to.
+        let id = writer.next_id();
+        writer.try_begin(id, start.next_sequence, start.arrival)?;
+        writer.began(id);
+        Ok((writer, start))
+    }
+
     fn run(mut self, commands: &mpsc::Receiver<Command>) {
         while let Ok(first) = commands.recv() {
             if let Err(error) = self.group(first, commands) {
-                let what = error_chain(&error);
-                tracing::error!(what, "the event log failed and takes no more events");
-                *lock(&self.shared.failure) = Some(what);
+                let (what, is_superseded) = match &error {
+                    LogError::Superseded { what } => (what.clone(), true),
+                    error => (error_chain(error), false),
+                };
+                tracing::error!(what, is_superseded, "the event log failed and takes no more events");
+                *lock(&self.shared.failure) = Some(Failure { what, is_superseded });
                 break;
             }
         }
@@ -757,37 +898,37 @@ impl Writer {
     }
 
     fn group(&mut self, first: Command, commands: &mpsc::Receiver<Command>) -> Result<(), LogError> {
-        let (file, path, start) = {
-            let segments = lock(&self.shared.segments);
-            let segment = &segments[&self.segment];
-            (segment.file.clone(), segment.path.clone(), segment.bytes)
-        };
+        let start = lock(&self.shared.segments).get(&self.segment).map_or(HEADER_BYTES, |segment| segment.bytes);
         let mut bytes: Vec<u8> = Vec::new();
+        let mut ends: Vec<usize> = Vec::new();
+        let mut entries: Vec<(u64, u64)> = Vec::new();
         let mut written: Vec<(RecordRef, Events)> = Vec::new();
         let mut ticket_max = None;
         let mut permits = Vec::new();
         let mut rotate = None;
-        let mut rows = 0;
+        let mut chore = None;
         let mut next = Some(first);
         while let Some(command) = next.take() {
             match command {
-                Command::Append { ticket, mut payload, events, permits: permit } => {
-                    payload[..8].copy_from_slice(&start.to_le_bytes());
+                Command::Append { ticket, payload, events, permits: permit } => {
+                    let offset = start + bytes.len() as u64;
+                    entries.push((offset, events.as_ref().map_or(0, |(record, _)| u64::from(record.rows))));
                     if let Some((mut record, events)) = events {
                         record.segment = self.segment;
-                        record.offset = start + bytes.len() as u64;
-                        rows += u64::from(record.rows);
+                        record.offset = offset;
                         written.push((record, events));
                     }
-                    bytes.extend_from_slice(RECORD_MAGIC);
-                    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-                    bytes.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
-                    bytes.extend_from_slice(&payload);
+                    record::frame(&mut bytes, payload, start);
+                    ends.push(bytes.len());
                     ticket_max = Some(ticket);
                     permits.extend(permit);
                 }
                 Command::Rotate { first_sequence, arrival } => {
                     rotate = Some((first_sequence, arrival));
+                    break;
+                }
+                Command::Done { .. } | Command::Remove { .. } => {
+                    chore = Some(command);
                     break;
                 }
             }
@@ -796,25 +937,27 @@ impl Writer {
             }
         }
         if !bytes.is_empty() {
-            file.write_all_at(&bytes, start).map_err(disk(&path))?;
-            file.sync_data().map_err(disk(&path))?;
-            let size = {
-                let mut segments = lock(&self.shared.segments);
-                let segment = segments.get_mut(&self.segment).expect("the newest segment is never deleted");
-                segment.bytes = start + bytes.len() as u64;
-                segment.pending_rows += rows;
-                segment.bytes
-            };
+            self.insist(|writer| match &writer.storage {
+                Storage::Disk(files) => files.append(writer.segment, start, &bytes),
+                Storage::Redis(redis) => redis.append(writer.segment, start, &bytes, &ends),
+            })?;
+            let size = start + bytes.len() as u64;
+            if let Some(segment) = lock(&self.shared.segments).get_mut(&self.segment) {
+                segment.bytes = size;
+                segment.pending_rows += entries.iter().map(|(_, rows)| rows).sum::<u64>();
+                if let Some(cursor) = &mut segment.cursor {
+                    cursor.open.extend(entries);
+                }
+            }
             // The applier hears of the events before their pusher does, so that a pusher that waits for it can.
-            let last =
-                written.last().map(|(record, _)| (record.first_sequence + u64::from(record.rows), record.arrival));
+            let last = written.last().map(|(record, _)| (record.next_sequence(), record.arrival));
             for (record, events) in written {
                 let size = cached_bytes(&events);
                 let fits = self.shared.cached_bytes.load(Ordering::Acquire) + size <= self.cached_bytes_max;
                 if fits {
                     self.shared.cached_bytes.fetch_add(size, Ordering::AcqRel);
                 }
-                // Nobody listens while the process goes down: the events are on disk, the next process reads them.
+                // Nobody listens while the process goes down: the events are kept, the next process reads them.
                 let _ = self.publish.send(Durable { record, events: fits.then_some(events) });
             }
             if let Some(ticket) = ticket_max {
@@ -826,197 +969,87 @@ impl Writer {
         }
         drop(permits);
         if let Some((first_sequence, arrival)) = rotate {
-            self.segment = begin_segment(&self.folder, &self.shared, first_sequence, arrival)?;
+            self.begin(first_sequence, arrival)?;
         }
+        self.tidy(chore);
         Ok(())
     }
-}
 
-fn error_chain(error: &LogError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        source = inner.source();
+    /// Begins a segment, which is durable, with its name, before anything is written into it.
+    fn begin(&mut self, first_sequence: u64, arrival: Micros) -> Result<(), LogError> {
+        let id = self.next_id();
+        self.insist(|writer| writer.try_begin(id, first_sequence, arrival))?;
+        self.began(id);
+        Ok(())
     }
-    text
-}
 
-fn segment_path(folder: &Path, id: u64) -> PathBuf {
-    folder.join(format!("{id:016x}.log"))
-}
-
-/// Creates a segment and makes it durable, with its name, before anything is written into it.
-fn begin_segment(folder: &Path, shared: &Shared, first_sequence: u64, arrival: Micros) -> Result<u64, LogError> {
-    let mut segments = lock(&shared.segments);
-    let id = segments.keys().next_back().map_or(1, |last| last + 1);
-    let path = segment_path(folder, id);
-    let mut header = Vec::from(SEGMENT_MAGIC);
-    header.extend_from_slice(&first_sequence.to_le_bytes());
-    header.extend_from_slice(&arrival.to_le_bytes());
-    header.extend_from_slice(&crc32fast::hash(&header).to_le_bytes());
-    let opened = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(&path);
-    let mut file = opened.map_err(disk(&path))?;
-    file.write_all(&header).and_then(|()| file.sync_all()).map_err(disk(&path))?;
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(disk(folder))?;
-    shared.bytes.fetch_add(HEADER_BYTES, Ordering::AcqRel);
-    segments.insert(
-        id,
-        Segment { path, file: Arc::new(file), bytes: HEADER_BYTES, pending_rows: 0, moved: HashMap::new() },
-    );
-    Ok(id)
-}
-
-struct Scanned {
-    file: File,
-    bytes: u64,
-    records: Vec<RecordRef>,
-    arrival: Micros,
-    next_sequence: u64,
-}
-
-/// Reads a segment. None: it is the newest and not even its header was finished.
-fn scan(id: u64, path: &Path, is_newest: bool) -> Result<Option<Scanned>, LogError> {
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(disk(path))?;
-    // A segment is little larger than `segment_bytes`, and is read once, at the start.
-    let bytes = fs::read(path).map_err(disk(path))?;
-    let corrupt = |offset: usize, what: &str| LogError::Corrupt {
-        path: path.display().to_string(),
-        offset: offset as u64,
-        what: what.into(),
-    };
-    let header = bytes.get(..HEADER_BYTES as usize);
-    if let Some(magic) = bytes.get(..8)
-        && magic != SEGMENT_MAGIC
-        && magic.starts_with(b"coevlog")
-    {
-        let found = String::from_utf8_lossy(magic).into_owned();
-        return Err(LogError::Newer { path: path.display().to_string(), found });
+    fn next_id(&self) -> u64 {
+        let newest = lock(&self.shared.segments).keys().next_back().copied().unwrap_or(0);
+        newest.max(self.segment) + 1
     }
-    let Some(header) = header.filter(|header| {
-        header.starts_with(SEGMENT_MAGIC) && crc32fast::hash(&header[..24]).to_le_bytes() == header[24..]
-    }) else {
-        if is_newest && find_record(&bytes, 0).is_none() {
-            tracing::warn!(path = %path.display(), "the newest segment of the event log was begun and never used");
-            fs::remove_file(path).map_err(disk(path))?;
-            return Ok(None);
+
+    fn try_begin(&self, id: u64, first_sequence: u64, arrival: Micros) -> Result<(), LogError> {
+        match &self.storage {
+            Storage::Disk(files) => files.begin(id, first_sequence, arrival),
+            Storage::Redis(redis) => redis.begin(id, first_sequence, arrival),
         }
-        return Err(corrupt(0, "its header"));
-    };
-    let number = |at: usize| header[at..at + 8].try_into().expect("eight bytes were asked for");
-    let mut scanned = Scanned {
-        bytes: bytes.len() as u64,
-        records: Vec::new(),
-        arrival: i64::from_le_bytes(number(16)),
-        next_sequence: u64::from_le_bytes(number(8)),
-        file,
-    };
-    let mut at = HEADER_BYTES as usize;
-    while at < bytes.len() {
-        let Some((payload, parsed)) = payload_at(&bytes[at..]).and_then(|payload| {
-            let kind = *payload.get(8)?;
-            match kind {
-                KIND_EVENTS => Some((payload, Some(parse(payload, id, at as u64)?.0))),
-                KIND_TICK if payload.len() == 17 => Some((payload, None)),
-                _ => None,
+    }
+
+    fn began(&mut self, id: u64) {
+        let cursor = matches!(self.storage, Storage::Redis(_)).then(Cursor::default);
+        self.shared.bytes.fetch_add(HEADER_BYTES, Ordering::AcqRel);
+        lock(&self.shared.segments).insert(id, Segment { bytes: HEADER_BYTES, pending_rows: 0, cursor });
+        self.segment = id;
+    }
+
+    /// Tries until it is done, or until it is known that it will not be, or until the log is closed.
+    fn insist(&self, attempt: impl Fn(&Writer) -> Result<(), LogError>) -> Result<(), LogError> {
+        let mut pause = RETRY_FIRST;
+        loop {
+            match attempt(self) {
+                Err(error) if error.may_pass() && !self.shared.is_closing.load(Ordering::Acquire) => {
+                    let what = match &error {
+                        LogError::Away { what, .. } | LogError::Refused { what, .. } => what.clone(),
+                        error => error.to_string(),
+                    };
+                    if lock(&self.shared.trouble).replace(what.clone()).is_none() {
+                        tracing::error!(what, "the event log takes no events; it is tried again");
+                    }
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(RETRY_LAST);
+                }
+                result => {
+                    if lock(&self.shared.trouble).take().is_some() && result.is_ok() {
+                        tracing::info!("the event log takes events again");
+                    }
+                    return result;
+                }
             }
-        }) else {
-            if !is_newest {
-                return Err(corrupt(at, "the checksum differs, and newer segments follow"));
-            }
-            if was_synced(&bytes, at) {
-                return Err(corrupt(at, "the checksum differs, and newer records say it was durable"));
-            }
-            let lost = bytes.len() - at;
-            tracing::warn!(path = %path.display(), offset = at, bytes = lost, "the end of the event log was torn by a crash and is cut off; nothing in it was acknowledged");
-            scanned.file.set_len(at as u64).and_then(|()| scanned.file.sync_all()).map_err(disk(path))?;
-            scanned.bytes = at as u64;
-            break;
+        }
+    }
+
+    /// What is not urgent: when it fails, the next one does it too, or the next process.
+    fn tidy(&mut self, chore: Option<Command>) {
+        let Storage::Redis(redis) = &self.storage else { return };
+        if let Some(Command::Remove { segment }) = chore {
+            self.left.push(segment);
+        }
+        let done = match chore {
+            Some(Command::Done { segment, offset, entries }) => redis.done(segment, offset, entries),
+            Some(_) => Ok(()),
+            None => return,
         };
-        match parsed {
-            Some(record) => {
-                scanned.arrival = scanned.arrival.max(record.arrival);
-                scanned.next_sequence = scanned.next_sequence.max(record.first_sequence + u64::from(record.rows));
-                scanned.records.push(record);
+        let removed = done.and_then(|()| {
+            while let Some(segment) = self.left.last() {
+                redis.remove(*segment)?;
+                self.left.pop();
             }
-            None => {
-                let arrival = payload[9..17].try_into().expect("eight bytes were asked for");
-                scanned.arrival = scanned.arrival.max(i64::from_le_bytes(arrival));
-            }
+            Ok(())
+        });
+        if let Err(error) = removed {
+            tracing::warn!(error = error_chain(&error), "the event log could not be tidied up; it is tried again");
         }
-        at += RECORD_HEADER_BYTES + payload.len();
     }
-    Ok(Some(scanned))
-}
-
-/// Whether any readable record after a damaged place says that the place had been durable when it was written.
-fn was_synced(bytes: &[u8], damaged: usize) -> bool {
-    let mut from = damaged + 1;
-    while let Some(at) = find_record(bytes, from) {
-        let payload = payload_at(&bytes[at..]).unwrap_or_default();
-        let synced = payload.get(..8).map_or(0, |synced| u64::from_le_bytes(synced.try_into().expect("eight bytes")));
-        if synced > damaged as u64 {
-            return true;
-        }
-        from = at + RECORD_HEADER_BYTES + payload.len();
-    }
-    false
-}
-
-fn find_record(bytes: &[u8], from: usize) -> Option<usize> {
-    let rest = bytes.get(from..)?;
-    rest.windows(RECORD_MAGIC.len())
-        .enumerate()
-        .filter(|(_, window)| window == RECORD_MAGIC)
-        .map(|(at, _)| from + at)
-        .find(|at| payload_at(&bytes[*at..]).is_some())
-}
-
-/// The payload of the record at the front of `bytes`, if it is whole.
-fn payload_at(bytes: &[u8]) -> Option<&[u8]> {
-    let header = bytes.get(..RECORD_HEADER_BYTES)?;
-    let length = u32::from_le_bytes(header[4..8].try_into().ok()?) as usize;
-    if !header.starts_with(RECORD_MAGIC) || !(9..=RECORD_BYTES_MAX).contains(&length) {
-        return None;
-    }
-    let payload = bytes.get(RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + length)?;
-    (crc32fast::hash(payload).to_le_bytes() == header[8..12]).then_some(payload)
-}
-
-/// The header of an events record, and its Arrow stream.
-fn parse(payload: &[u8], segment: u64, offset: u64) -> Option<(RecordRef, &[u8])> {
-    let mut rest = payload.get(9..)?;
-    let mut take = |length: usize| {
-        let (head, tail) = rest.split_at_checked(length)?;
-        rest = tail;
-        Some(head)
-    };
-    let arrival = i64::from_le_bytes(take(8)?.try_into().ok()?);
-    let first_sequence = u64::from_le_bytes(take(8)?.try_into().ok()?);
-    let rows = u32::from_le_bytes(take(4)?.try_into().ok()?);
-    let mut text = || {
-        let length = u16::from_le_bytes(take(2)?.try_into().ok()?);
-        std::str::from_utf8(take(usize::from(length))?).ok()
-    };
-    let import = text()?;
-    let source = text()?;
-    let import = (!import.is_empty()).then(|| import.into());
-    let payload_bytes = payload.len() as u32;
-    let record =
-        RecordRef { source: source.into(), arrival, first_sequence, rows, import, segment, offset, payload_bytes };
-    Some((record, rest))
-}
-
-fn decode(stream: &[u8]) -> Result<Events, String> {
-    let failed = |error: arrow::error::ArrowError| error.to_string();
-    let mut reader = StreamReader::try_new(stream, None).map_err(failed)?;
-    let batch = reader.next().ok_or("it holds no events")?.map_err(failed)?;
-    let last = batch.num_columns().checked_sub(1).ok_or("it holds no columns")?;
-    let due = batch.column(last).as_primitive_opt::<Int64Type>().ok_or("it holds no due times")?;
-    let due = due.values().to_vec();
-    let kept: Vec<usize> = (0..last).collect();
-    Ok(Events { batch: batch.project(&kept).map_err(failed)?, due })
 }
 
 #[cfg(test)]

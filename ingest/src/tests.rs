@@ -3,5 +3,6 @@
 
 mod files;
 mod kill;
+mod redis_log;
 mod streams;
 mod world;

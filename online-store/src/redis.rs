@@ -14,6 +14,7 @@
 mod address;
 mod command;
 mod connection;
+mod direct;
 mod info;
 mod nodes;
 mod slot;
@@ -33,6 +34,8 @@ use address::Address;
 use command::{About, Chunk, Copy, Name, corrupt, unexpected};
 use connection::Kind;
 use nodes::{Node, Nodes, Routed, Way, pipeline};
+
+pub use direct::Direct;
 
 /// A longer call to write is cut here: more would gain nothing over the network, hold up other clients of a server with one
 /// thread, and keep the whole call in memory twice.

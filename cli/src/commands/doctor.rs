@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::Duration;
 
-use feature_defs::catalog::{OnlineUrl, Settings};
+use feature_defs::catalog::{LogKind, OnlineUrl, Settings};
 use gateway::config::local_folder;
 use online_store::redis::RedisStore;
 use online_store::{NodeReport, OnlineStore};
@@ -38,6 +38,7 @@ pub async fn run(place: &Place, output: &Output) -> Result<(), CliError> {
     let settings = place.settings(output)?;
     let mut findings = vec![definitions(place).await, store(place, &settings).await];
     findings.extend(online(place, &settings).await);
+    findings.extend(event_log(&settings).await);
     let server = match address(None, &settings.serve.grpc) {
         Ok(address) => Server::connect(address, settings.project.value.clone()).await.ok(),
         Err(_) => None,
@@ -142,6 +143,16 @@ async fn online(place: &Place, settings: &Settings) -> Vec<Finding> {
         findings.push(finding(WHAT, Err(chain(&error))));
     }
     findings
+}
+
+/// One that is on disk is the server's own, which says itself what is wrong with it.
+async fn event_log(settings: &Settings) -> Option<Finding> {
+    let (LogKind::Redis, OnlineUrl::Redis(url) | OnlineUrl::RedisCluster(url)) = (settings.log, &settings.online.value)
+    else {
+        return None;
+    };
+    let looked = ingest::log::look(url, &settings.project).await;
+    Some(finding("event log", looked.map_err(|error| chain(&error))))
 }
 
 /// `is_failing`: the store as a whole does not answer, so what is wrong with a node is why.

@@ -1,8 +1,12 @@
 use std::sync::atomic::AtomicI64;
 
-use arrow::array::StringArray;
+use arrow::array::{ArrayRef, AsArray, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
+use online_store::conformance::redis_server::RedisServer;
 
 use super::*;
+
+mod in_redis;
 
 const NOW: Micros = 1_700_000_000_000_000;
 
@@ -10,24 +14,65 @@ struct Fixture {
     folder: tempfile::TempDir,
     clock: Arc<AtomicI64>,
     options: LogOptions,
+    redis: Option<RedisServer>,
 }
 
 impl Fixture {
     fn new() -> Fixture {
         let clock = Arc::new(AtomicI64::new(NOW));
-        Fixture { folder: tempfile::tempdir().unwrap(), clock, options: LogOptions::default() }
+        Fixture { folder: tempfile::tempdir().unwrap(), clock, options: LogOptions::default(), redis: None }
+    }
+
+    /// With a Redis that keeps the log; None where there is no program.
+    fn in_redis() -> Option<Fixture> {
+        let fixture = Fixture::new();
+        let redis = RedisServer::start(fixture.folder.path())?;
+        Some(Fixture { redis: Some(redis), ..fixture })
+    }
+
+    /// One of each kind.
+    fn all() -> Vec<Fixture> {
+        [Some(Fixture::new()), Fixture::in_redis()].into_iter().flatten().collect()
+    }
+
+    fn place(&self) -> Place {
+        match &self.redis {
+            None => Place::Disk,
+            Some(redis) => Place::Redis { url: redis.url().into(), project: "test".into() },
+        }
     }
 
     fn open(&self) -> Result<Opened, LogError> {
+        self.open_in(&self.folder.path().join("log"))
+    }
+
+    fn open_in(&self, folder: &Path) -> Result<Opened, LogError> {
         let clock = self.clock.clone();
-        Log::open(self.folder.path(), self.options.clone(), Arc::new(move || clock.load(Ordering::SeqCst)))
+        Log::open(folder, self.place(), self.options.clone(), Arc::new(move || clock.load(Ordering::SeqCst)))
     }
 
     fn segments(&self) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.folder.path()).unwrap().map(|entry| entry.unwrap().path());
+        if let Some(redis) = &self.redis {
+            let keys = redis.ask(&["HKEYS", "c1:{test}log"]).unwrap();
+            let keys: Vec<String> = ::redis::from_redis_value(keys).unwrap();
+            return keys.iter().filter(|key| key.len() == 17 && key.starts_with('s')).map(PathBuf::from).collect();
+        }
+        let entries = fs::read_dir(self.folder.path().join("log")).unwrap().map(|entry| entry.unwrap().path());
         let mut paths: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|e| e == "log")).collect();
         paths.sort();
         paths
+    }
+
+    /// The newest segment may have been begun just now, and a Redis is tidied up a little later.
+    async fn comes_to_segments(&self, log: &Log, count: usize) {
+        for _ in 0..500 {
+            log.delete_released();
+            if self.segments().len() == count {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("there are {:?}, not {count} segments", self.segments());
     }
 }
 
@@ -50,37 +95,39 @@ async fn append_durably(log: &Log, rows: &[&str]) -> u64 {
 
 #[tokio::test]
 async fn records_come_back_in_order_after_a_restart() {
-    let fixture = Fixture::new();
-    let Opened { log, records, mut durable } = fixture.open().unwrap();
-    assert_eq!(records, []);
-    assert_eq!(append_durably(&log, &["a", "b"]).await, FIRST_PUSHED);
-    fixture.clock.store(NOW - 50, Ordering::SeqCst);
-    assert_eq!(append_durably(&log, &["c"]).await, FIRST_PUSHED + 2);
-    let first = durable.recv().await.unwrap();
-    assert_eq!(first.events.unwrap().batch, texts(&["a", "b"]));
-    assert_eq!(log.read(&first.record).unwrap().batch, texts(&["a", "b"]));
-    drop(log);
-    let Opened { log, records, .. } = fixture.open().unwrap();
-    assert_eq!(
-        records.iter().map(|record| (record.first_sequence, record.rows)).collect::<Vec<_>>(),
-        [(FIRST_PUSHED, 2), (FIRST_PUSHED + 2, 1)]
-    );
-    assert_eq!(records[1].arrival, NOW, "arrivals never go back");
-    assert_eq!(log.read(&records[1]).unwrap().due, [NOW]);
-    assert_eq!(append_durably(&log, &["d"]).await, FIRST_PUSHED + 3);
+    for fixture in Fixture::all() {
+        let Opened { log, records, mut durable, .. } = fixture.open().unwrap();
+        assert!(records.is_empty());
+        assert_eq!(append_durably(&log, &["a", "b"]).await, FIRST_PUSHED);
+        fixture.clock.store(NOW - 50, Ordering::SeqCst);
+        assert_eq!(append_durably(&log, &["c"]).await, FIRST_PUSHED + 2);
+        let first = durable.recv().await.unwrap();
+        assert_eq!(first.events.unwrap().batch, texts(&["a", "b"]));
+        assert_eq!(log.read(&first.record).await.unwrap().batch, texts(&["a", "b"]));
+        drop(log);
+        let Opened { log, records, .. } = fixture.open().unwrap();
+        assert_eq!(
+            records.iter().map(|found| (found.record.first_sequence, found.record.rows)).collect::<Vec<_>>(),
+            [(FIRST_PUSHED, 2), (FIRST_PUSHED + 2, 1)]
+        );
+        assert_eq!(records[1].record.arrival, NOW, "arrivals never go back");
+        assert_eq!(log.read(&records[1].record).await.unwrap().due, [NOW]);
+        assert_eq!(append_durably(&log, &["d"]).await, FIRST_PUSHED + 3);
+    }
 }
 
 #[tokio::test]
 async fn the_time_of_a_tick_is_kept() {
-    let fixture = Fixture::new();
-    let log = fixture.open().unwrap().log;
-    fixture.clock.store(NOW + 9, Ordering::SeqCst);
-    assert_eq!(log.horizon("events", 0), Some(NOW + 9));
-    log.tick().await.unwrap();
-    drop(log);
-    fixture.clock.store(NOW, Ordering::SeqCst);
-    let log = fixture.open().unwrap().log;
-    assert_eq!(append(&log, &["a"]).await.unwrap().arrival, NOW + 9);
+    for fixture in Fixture::all() {
+        let log = fixture.open().unwrap().log;
+        fixture.clock.store(NOW + 9, Ordering::SeqCst);
+        assert_eq!(log.horizon("events", 0), Some(NOW + 9));
+        log.tick().await.unwrap();
+        drop(log);
+        fixture.clock.store(NOW, Ordering::SeqCst);
+        let log = fixture.open().unwrap().log;
+        assert_eq!(append(&log, &["a"]).await.unwrap().arrival, NOW + 9);
+    }
 }
 
 #[test]
@@ -108,7 +155,7 @@ async fn a_torn_end_is_cut_off_wherever_it_was_torn() {
         }
         let Opened { log, records, .. } = fixture.open().unwrap();
         assert_eq!(records.len(), 1, "torn at {length}");
-        assert_eq!(log.read(&records[0]).unwrap().batch, texts(&["kept"]));
+        assert_eq!(log.read(&records[0].record).await.unwrap().batch, texts(&["kept"]));
         assert_eq!(fs::metadata(&path).unwrap().len(), kept);
         assert_eq!(append_durably(&log, &["again"]).await, FIRST_PUSHED + 1);
     }
@@ -144,51 +191,52 @@ async fn damage_in_what_was_durable_is_an_error_that_names_the_place() {
 
 #[tokio::test]
 async fn segments_are_deleted_when_their_events_are_in_history() {
-    let mut fixture = Fixture::new();
-    fixture.options.segment_bytes = 1_000;
-    let Opened { log, mut durable, .. } = fixture.open().unwrap();
-    for _ in 0..10 {
-        append_durably(&log, &["text"]).await;
+    for mut fixture in Fixture::all() {
+        fixture.options.segment_bytes = 1_000;
+        let Opened { log, mut durable, .. } = fixture.open().unwrap();
+        for _ in 0..10 {
+            append_durably(&log, &["text"]).await;
+        }
+        assert!(fixture.segments().len() > 2);
+        let mut records = Vec::new();
+        while let Ok(found) = durable.try_recv() {
+            records.push(found.record);
+        }
+        for record in &records {
+            log.release(record.place(), 1);
+        }
+        fixture.comes_to_segments(&log, 1).await;
+        drop(log);
+        let Opened { log, records, .. } = fixture.open().unwrap();
+        assert!(records.is_empty());
+        assert_eq!(append_durably(&log, &["next"]).await, FIRST_PUSHED + 10, "sequences never repeat");
     }
-    assert!(fixture.segments().len() > 2);
-    let mut records = Vec::new();
-    while let Ok(found) = durable.try_recv() {
-        records.push(found.record);
-    }
-    for record in &records {
-        log.release(record.segment, 1);
-    }
-    log.delete_released();
-    assert_eq!(fixture.segments().len(), 1);
-    drop(log);
-    let Opened { log, records, .. } = fixture.open().unwrap();
-    assert_eq!(records, []);
-    assert_eq!(append_durably(&log, &["next"]).await, FIRST_PUSHED + 10, "sequences never repeat");
 }
 
 #[tokio::test]
 async fn a_full_log_refuses_and_concurrent_pushers_share_syncs() {
-    let mut fixture = Fixture::new();
-    fixture.options.log_bytes_max = 200_000;
-    let log = Arc::new(fixture.open().unwrap().log);
-    let pushers: Vec<_> = (0..32)
-        .map(|_| {
-            let log = log.clone();
-            tokio::spawn(async move { append_durably(&log, &["together"]).await })
-        })
-        .collect();
-    let mut sequences = Vec::new();
-    for pusher in pushers {
-        sequences.push(pusher.await.unwrap());
-    }
-    sequences.sort_unstable();
-    assert_eq!(sequences, (FIRST_PUSHED..FIRST_PUSHED + 32).collect::<Vec<_>>());
-    let error = loop {
-        if let Err(error) = append(&log, &["more"]).await {
-            break error;
+    for mut fixture in Fixture::all() {
+        fixture.options.log_bytes_max = 200_000;
+        let log = Arc::new(fixture.open().unwrap().log);
+        let pushers: Vec<_> = (0..32)
+            .map(|_| {
+                let log = log.clone();
+                tokio::spawn(async move { append_durably(&log, &["together"]).await })
+            })
+            .collect();
+        let mut sequences = Vec::new();
+        for pusher in pushers {
+            sequences.push(pusher.await.unwrap());
         }
-    };
-    assert!(error.is_retryable() && matches!(error, LogError::Full { .. }), "{error}");
+        sequences.sort_unstable();
+        assert_eq!(sequences, (FIRST_PUSHED..FIRST_PUSHED + 32).collect::<Vec<_>>());
+        let error = loop {
+            if let Err(error) = append(&log, &["more"]).await {
+                break error;
+            }
+        };
+        assert!(error.is_retryable() && matches!(error, LogError::Full { .. }), "{error}");
+    }
 }
 
 /// Takes `gone` out of every record that has it.
@@ -232,14 +280,11 @@ async fn rows_are_taken_out_and_the_others_stay_where_they_are() {
         (&[None, Some("c"), None], &[BLANK, NOW, BLANK]),
         (&[Some("d")], &[NOW]),
     ];
-    let check = |log: &Log, records: &[RecordRef]| {
-        for (record, (texts, due)) in records.iter().zip(expected) {
-            let found = log.read(record).unwrap();
-            let column = found.batch.column(0).as_string::<i32>();
-            assert_eq!((column.iter().collect::<Vec<_>>(), found.due), (texts.to_vec(), due.to_vec()), "{record:?}");
-        }
-    };
-    check(&log, &known);
+    for (record, (texts, due)) in known.iter().zip(expected) {
+        let found = log.read(record).await.unwrap();
+        let column = found.batch.column(0).as_string::<i32>();
+        assert_eq!((column.iter().collect::<Vec<_>>(), found.due), (texts.to_vec(), due.to_vec()), "{record:?}");
+    }
     // Those who know the first places find the rows after another time as well.
     let gone = |path: &PathBuf| fs::read(path).unwrap().windows(4).any(|window| window == b"gone");
     assert!(!fixture.segments().iter().any(gone));
@@ -248,15 +293,15 @@ async fn rows_are_taken_out_and_the_others_stay_where_they_are() {
         Ok((record.rows == 1 && events.batch.column(0).as_string::<i32>().value(0) == "b").then_some(same))
     };
     assert_eq!(log.rewrite_sealed(&mut other).unwrap(), 1);
-    assert_eq!(log.read(&known[1]).unwrap().batch, texts(&["a longer text than before"]));
-    assert_eq!(log.read(&known[3]).unwrap().batch, texts(&["d"]));
+    assert_eq!(log.read(&known[1]).await.unwrap().batch, texts(&["a longer text than before"]));
+    assert_eq!(log.read(&known[3]).await.unwrap().batch, texts(&["d"]));
     drop(log);
     // A process that died while it wrote a segment anew leaves this.
-    fs::write(fixture.folder.path().join("0000000000000001.new"), b"half").unwrap();
+    fs::write(fixture.folder.path().join("log/0000000000000001.new"), b"half").unwrap();
     let Opened { log, records, .. } = fixture.open().unwrap();
     assert_eq!(records.len(), 5);
-    let sequences: Vec<u64> = records.iter().map(|record| record.first_sequence - FIRST_PUSHED).collect();
+    let sequences: Vec<u64> = records.iter().map(|found| found.record.first_sequence - FIRST_PUSHED).collect();
     assert_eq!(sequences, [0, 2, 3, 6, 7]);
-    assert_eq!(log.read(&records[0]).unwrap().due, [NOW, BLANK]);
-    assert!(!fixture.folder.path().join("0000000000000001.new").exists());
+    assert_eq!(log.read(&records[0].record).await.unwrap().due, [NOW, BLANK]);
+    assert!(!fixture.folder.path().join("log/0000000000000001.new").exists());
 }

@@ -274,6 +274,8 @@ pub struct World {
     pub plan: Arc<Plan>,
     ingest: Option<Ingest>,
     pub tune: fn(&mut IngestOptions),
+    /// The Redis that keeps the log, from the next opening on.
+    pub log_redis: Option<Arc<str>>,
     /// Every event taken in, with its position.
     pub events: Vec<(Sale, Position)>,
 }
@@ -288,6 +290,7 @@ impl World {
             plan: compiled(text),
             ingest: None,
             tune: |_| {},
+            log_redis: None,
             events: Vec::new(),
         };
         world.open().await;
@@ -304,7 +307,25 @@ impl World {
             plan: self.plan.clone(),
             ingest: None,
             tune: self.tune,
+            log_redis: None,
             events: Vec::new(),
+        };
+        world.open().await;
+        world
+    }
+
+    /// The same project on another machine, which goes on where this one is or was.
+    pub async fn elsewhere(&self) -> World {
+        let mut world = World {
+            folder: tempfile::tempdir().unwrap(),
+            store: self.store.clone(),
+            online: self.online.clone(),
+            clock: self.clock.clone(),
+            plan: self.plan.clone(),
+            ingest: None,
+            tune: self.tune,
+            log_redis: self.log_redis.clone(),
+            events: self.events.clone(),
         };
         world.open().await;
         world
@@ -344,6 +365,7 @@ impl World {
         );
         // Runs are what the tests say; those of schedules switch it on.
         options.schedule = false;
+        options.log_redis = self.log_redis.clone();
         (self.tune)(&mut options);
         options
     }

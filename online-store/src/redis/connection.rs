@@ -18,6 +18,8 @@ use crate::StoreError;
 
 /// The functions that change rows and tiles.
 pub(super) const FUNCTIONS: &str = include_str!("functions.lua");
+/// The functions that change the event log, where it is kept in the same Redis.
+const LOG_FUNCTIONS: &str = include_str!("log.lua");
 
 /// After a failure the next attempt waits this long, doubled with each further one. Calls in between fail at once: waiting
 /// would only use up their deadline.
@@ -123,10 +125,12 @@ impl Server {
                 Unfit::Refused(what) => Failure::Refused(what),
                 Unfit::Replica => Failure::Unreachable("it is a replica now".to_owned()),
             })?;
-            match load_functions().exec_async(&mut connection).await {
-                // It takes no writes now, which these count as; but it answers reads.
-                Err(error) if matches!(error.code(), Some("OOM" | "MISCONF")) => {}
-                loaded => loaded.map_err(|error| self.failure(error))?,
+            for load in load_functions() {
+                match load.exec_async(&mut connection).await {
+                    // It takes no writes now, which these count as; but it answers reads.
+                    Err(error) if matches!(error.code(), Some("OOM" | "MISCONF")) => {}
+                    loaded => loaded.map_err(|error| self.failure(error))?,
+                }
             }
         }
         Ok(connection)
@@ -147,10 +151,13 @@ fn not_trusted(text: &str) -> Option<String> {
     Some(format!("{text}: {step}"))
 }
 
-pub(super) fn load_functions() -> Cmd {
-    let mut load = Cmd::new();
-    load.arg("FUNCTION").arg("LOAD").arg("REPLACE").arg(FUNCTIONS);
-    load
+pub(super) fn load_functions() -> Vec<Cmd> {
+    let load = |functions: &str| {
+        let mut load = Cmd::new();
+        load.arg("FUNCTION").arg("LOAD").arg("REPLACE").arg(functions);
+        load
+    };
+    vec![load(FUNCTIONS), load(LOG_FUNCTIONS)]
 }
 
 /// One connection, shared by concurrent calls, and opened again when it is lost.

@@ -69,10 +69,12 @@ impl Node {
     /// Somebody flushed the functions since the connection was opened.
     async fn load_functions(&self, deadline: Instant) -> Result<(), StoreError> {
         tracing::warn!(place = %self.server.place, "the functions of the online store are gone; they are loaded again");
-        match self.writes.call(&pipeline(vec![load_functions()]), deadline).await?.pop() {
-            Some(Value::ServerError(error)) => Err(self.server.refusal(&error)),
-            _ => Ok(()),
+        for answer in self.writes.call(&pipeline(load_functions()), deadline).await? {
+            if let Value::ServerError(error) = answer {
+                return Err(self.server.refusal(&error));
+            }
         }
+        Ok(())
     }
 
     /// Of a server that may be a replica.
