@@ -274,14 +274,24 @@ async fn from_online(
         let key = generation.key(key);
         by_view.entry(generation).or_default().push(key);
     }
+    let plan = inner.plan();
+    let pinned = inner.pinned();
+    let views = || plan.iter().flat_map(|plan| &plan.views).chain(&pinned);
     for (generation, keys) in by_view {
+        // A row is no hash of tiles, and asking for it as one is an error.
+        let is_windowed = views().any(|view| {
+            let digest = view.storage_digest.as_str();
+            Generation::new(&generation.project, &view.name, digest) == generation && view.is_windowed()
+        });
         let mut count = 0;
         for keys in keys.chunks(KEYS_PER_CALL) {
             count += match mode {
                 Mode::Apply => online.write(keys.iter().cloned().map(Write::Remove).collect()).await?.applied,
                 Mode::DryRun => {
-                    let reads =
-                        keys.iter().flat_map(|key| [Read::Row(key.clone()), Read::Tiles(key.clone(), Vec::new())]);
+                    let reads = keys.iter().map(|key| match is_windowed {
+                        true => Read::Tiles(key.clone(), Vec::new()),
+                        false => Read::Row(key.clone()),
+                    });
                     let answers = online.read(&reads.collect::<Vec<_>>()).await?;
                     let is_there = |answer: &&Answer| {
                         matches!(answer, Answer::Row(Some(_)) | Answer::Tiles { position: Some(_), .. })

@@ -142,7 +142,7 @@ pub async fn run(place: &Place, arguments: &IngestArguments, output: &Output) ->
         output.note(format!("  row {row}: {reason}"));
     }
     Err(CliError::Failed(format!(
-        "{} can never be applied; they are kept in the dead-letter folder of the store",
+        "{} refused, for the reasons above; nothing of them is kept, and all others were taken",
         counted(ingested.rejected as usize, "event")
     )))
 }

@@ -858,7 +858,7 @@ pub struct PushResponse {
     /// Events whose time has not come: they are in the log and become visible then.
     #[prost(uint32, tag = "3")]
     pub early: u32,
-    /// Events that can never be applied, with their reason; kept in the dead-letter folder.
+    /// Events that were refused, with their reason; nothing of them is kept.
     #[prost(message, repeated, tag = "4")]
     pub rejected: ::prost::alloc::vec::Vec<Rejected>,
     /// Sequence of the last event logged by this message; 0 when none was.
