@@ -38,8 +38,11 @@ pub struct Service {
 #[derive(Default)]
 pub struct Services {
     known: Mutex<HashMap<usize, Arc<Service>>>,
-    lists: Mutex<HashMap<Vec<String>, (Arc<Plan>, Arc<ServicePlan>)>>,
+    lists: Mutex<HashMap<Vec<String>, Listed>>,
 }
+
+/// The service that a list of features is, by the definitions that it was made from.
+type Listed = (Arc<Plan>, Arc<ServicePlan>);
 
 impl Services {
     pub fn of(&self, plan: &Arc<ServicePlan>, project: &str, metrics: &Metrics) -> Arc<Service> {

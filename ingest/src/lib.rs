@@ -290,7 +290,8 @@ pub enum Wait {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pushed {
     pub accepted: u64,
-    /// Events whose id was seen before; they are acknowledged and not taken again.
+    /// Events whose id was seen before; they are acknowledged and not taken again. Those that said something else than the
+    /// event before are among the rejected as well.
     pub duplicates: u64,
     /// Of the accepted ones, those that wait for their time.
     pub early: u64,

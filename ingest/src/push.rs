@@ -157,7 +157,9 @@ fn accept(
                         kept.push(row as u32);
                     }
                     Seen::Again => pushed.duplicates += 1,
+                    // Counted with the others of a known id, and told of besides: who pushes should know.
                     Seen::Other => {
+                        pushed.duplicates += 1;
                         let reason = format!(
                             "`{name}` was used before for an event that said something else; give every event its own"
                         );

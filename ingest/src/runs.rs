@@ -313,7 +313,8 @@ mod tests {
         // Two writers with the same idea of the next number.
         let (mut third, other) = (second.clone(), RunLog::new(store.clone(), Path::from("root/test")));
         let (a, b) = tokio::join!(log.append(&mut second), other.append(&mut third));
-        (a.unwrap(), b.unwrap());
+        a.unwrap();
+        b.unwrap();
         let mut failed = run(30, RunFiles::SameAs(1), Outcome::Failed { reason: "no disk".into() });
         log.append(&mut failed).await.unwrap();
         assert_eq!(log.numbers("prices").await.unwrap(), [1, 2, 3, 4]);

@@ -188,7 +188,7 @@ impl Load {
 
     fn tell(&self, what: &str, rounds: usize, started: Instant) {
         let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        println!(
+        eprintln!(
             "{what}: {rounds} rounds, {} events acknowledged, {} pushed again, {} without an answer, of which {} were there; {:.0} s",
             self.events().len(),
             count(&self.again),

@@ -153,7 +153,7 @@ pub(super) fn changed(
     payload: &[u8],
     segment: u64,
     offset: u64,
-    change: &mut dyn FnMut(&RecordRef, &Events) -> Result<Option<Events>, LogError>,
+    change: super::Change<'_>,
 ) -> Result<Result<Option<Vec<u8>>, LogError>, String> {
     let content = content(payload, segment, offset).ok_or("its header")?;
     let Content::Events(record, own) = content else { return Ok(Ok(None)) };

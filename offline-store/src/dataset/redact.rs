@@ -42,13 +42,12 @@ fn named(service: &ServicePlan) -> Vec<Named> {
     all
 }
 
+/// By row, the forgotten entity that it is asked for, if any.
+type AskedFor = Vec<Option<(Arc<str>, KeyHash)>>;
+
 /// By row, which forgotten entity it is asked for; None where no row is asked for any.
-fn asked_for(
-    named: &[Named],
-    forgotten: &Forgotten,
-    batch: &RecordBatch,
-) -> Result<Option<Vec<Option<(Arc<str>, KeyHash)>>>, DatasetError> {
-    let mut found: Option<Vec<Option<(Arc<str>, KeyHash)>>> = None;
+fn asked_for(named: &[Named], forgotten: &Forgotten, batch: &RecordBatch) -> Result<Option<AskedFor>, DatasetError> {
+    let mut found: Option<AskedFor> = None;
     for named in named.iter().filter(|named| forgotten.mentions(&named.entity)) {
         let wanted = named.columns.iter().map(|(name, column_type)| (name.as_str(), column_type));
         let aligned = align_batch("a dataset", wanted, batch, false);

@@ -2,6 +2,7 @@
 //! order.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::fs::File;
 use std::io::BufWriter;
@@ -332,7 +333,7 @@ impl Run<'_> {
             let hidden = list.and_then(|list| input.view.hidden(&list, &keys, spine.num_rows()));
             let by = (input.keys.as_slice(), hidden.is_some().then_some(input.view.about.as_slice()));
             indexed_by.push(by);
-            if !indexes.contains_key(&by) {
+            if let Entry::Vacant(vacant) = indexes.entry(by) {
                 if let (Some(hidden), Some((first, _))) = (hidden, keys.first_mut()) {
                     *first = nullif(first, &BooleanArray::from(hidden))?;
                 }
@@ -341,7 +342,7 @@ impl Run<'_> {
                 let index = SpineIndex::new(&keys, &times);
                 self.memory.shrink(making);
                 self.memory.try_grow(index.bytes())?;
-                indexes.insert(by, Arc::new(index));
+                vacant.insert(Arc::new(index));
             }
         }
         let mut answers: Vec<Option<ViewAnswer>> = vec![None; service.inputs.len()];

@@ -821,7 +821,8 @@ async fn a_table_forgets_whatever_fails_and_whenever() {
         let expected = judge.judge(&all.batch).unwrap().unwrap();
         assert_eq!((expected.removed() > 0, expected.cleared() > 0), seen);
         let mut failed = 0;
-        for operation in 0.. {
+        // Not every operation: each is a world of its own. The step is odd, so both kinds of failure come up.
+        for operation in (0..).step_by(9) {
             let faulty =
                 Arc::new(Faulty { inner: InMemory::new(), left: AtomicI64::new(i64::MAX), after: operation % 2 == 0 });
             let store: Arc<dyn ObjectStore> = faulty.clone();
@@ -861,7 +862,7 @@ async fn a_table_forgets_whatever_fails_and_whenever() {
                 break;
             }
         }
-        assert!(failed > 10, "{failed}");
+        assert!(failed > 3, "{failed}");
     }
 }
 

@@ -8,9 +8,12 @@ const FUTURE: Option<Micros> = Some(4_102_444_800_000_000);
 /// Between the two, and before the clock of any machine that runs this.
 const NOW: Micros = 1_700_000_000_000_000;
 
+/// Writes to one entity, with their expiry, and what is left of it.
+type Case<W, L> = (&'static [(W, Option<Micros>)], L);
+
 pub(super) async fn rows_expire_with_the_one_that_stays(store: &dyn OnlineStore, tag: &str) {
     // (event time, expiry) of writes to one entity, and the event time of the row that is left.
-    let cases: [(&[(i64, Option<Micros>)], Option<i64>); 13] = [
+    let cases: [Case<i64, Option<i64>>; 13] = [
         (&[(1, PAST)], None),
         (&[(1, FUTURE)], Some(1)),
         (&[(1, None)], Some(1)),
@@ -71,7 +74,7 @@ fn with_position(blob: &[u8], position: Position) -> Bytes {
 }
 
 pub(super) async fn tiles_expire_with_the_latest_expiry(store: &dyn OnlineStore, tag: &str) {
-    let cases: [(&[(u64, Option<Micros>)], bool); 9] = [
+    let cases: [Case<u64, bool>; 9] = [
         (&[(1, PAST)], false),
         (&[(1, FUTURE)], true),
         (&[(1, None)], true),

@@ -198,7 +198,7 @@ impl Nodes {
         *drawing = Some(Instant::now());
         let mut candidates = self.seeds()?;
         candidates.extend(self.known.lock().unwrap_or_else(PoisonError::into_inner).values().cloned());
-        candidates.sort_by_key(|node| Arc::as_ptr(node));
+        candidates.sort_by_key(Arc::as_ptr);
         candidates.dedup_by_key(|node| Arc::as_ptr(node));
         let mut asked: FuturesUnordered<_> = candidates.iter().map(|node| map::ask(node, deadline)).collect();
         // A refusal explains more than that some other seed is away.

@@ -853,6 +853,7 @@ pub struct PushResponse {
     #[prost(uint32, tag = "1")]
     pub accepted: u32,
     /// Events recognised by their event id and not logged again.
+    /// One that says something else than the event before is rejected besides.
     #[prost(uint32, tag = "2")]
     pub duplicates: u32,
     /// Events whose time has not come: they are in the log and become visible then.
