@@ -428,10 +428,8 @@ async fn what_was_only_begun_is_finished_by_the_next_server() {
     let change = Change::Forget(Forget { salt, entity: EntityName::try_new("airport").unwrap(), keys });
     registry.submit(&name, &change, "test", None).await.unwrap();
 
+    // It works on files at once, and a training set asked for meanwhile may have to be asked for again.
     let server = Server::start(&project, &clock, None).await.unwrap();
-    let hidden = ask(&server, T0).await;
-    assert_eq!(hidden.others(), before.others());
-    hidden.check_gone(&before);
     let pending = async || {
         let state = registry.refresh().await.unwrap();
         state.project("forget").unwrap().forgotten.pending().count()
