@@ -1,3 +1,4 @@
+from . import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -263,3 +264,57 @@ class DatasetInfo(_message.Message):
     location: str
     created_at: str
     def __init__(self, name: _Optional[str] = ..., id: _Optional[str] = ..., service: _Optional[str] = ..., service_digest: _Optional[str] = ..., rows: _Optional[int] = ..., location: _Optional[str] = ..., created_at: _Optional[str] = ...) -> None: ...
+
+class ForgetRequest(_message.Message):
+    __slots__ = ("project", "entity", "keys", "dry_run", "who", "why")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    ENTITY_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    entity: str
+    keys: _containers.RepeatedCompositeFieldContainer[_types_pb2.Column]
+    dry_run: bool
+    who: str
+    why: str
+    def __init__(self, project: _Optional[str] = ..., entity: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[_types_pb2.Column, _Mapping]]] = ..., dry_run: _Optional[bool] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class ForgetProgress(_message.Message):
+    __slots__ = ("stage", "result")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    result: ForgetResult
+    def __init__(self, stage: _Optional[str] = ..., result: _Optional[_Union[ForgetResult, _Mapping]] = ...) -> None: ...
+
+class ForgetResult(_message.Message):
+    __slots__ = ("control_entry", "existed", "places", "hashes", "seconds")
+    CONTROL_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    control_entry: int
+    existed: bool
+    places: _containers.RepeatedCompositeFieldContainer[ForgottenPlace]
+    hashes: _containers.RepeatedScalarFieldContainer[str]
+    seconds: float
+    def __init__(self, control_entry: _Optional[int] = ..., existed: _Optional[bool] = ..., places: _Optional[_Iterable[_Union[ForgottenPlace, _Mapping]]] = ..., hashes: _Optional[_Iterable[str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class ForgottenPlace(_message.Message):
+    __slots__ = ("kind", "name", "rows_removed", "rows_cleared", "files", "note")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROWS_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_CLEARED_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    name: str
+    rows_removed: int
+    rows_cleared: int
+    files: int
+    note: str
+    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., rows_removed: _Optional[int] = ..., rows_cleared: _Optional[int] = ..., files: _Optional[int] = ..., note: _Optional[str] = ...) -> None: ...

@@ -64,6 +64,11 @@ class ControlStub:
                 request_serializer=coeval_dot_v1_dot_control__pb2.ListDatasetsRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_control__pb2.ListDatasetsResponse.FromString,
                 _registered_method=True)
+        self.Forget = channel.unary_stream(
+                '/coeval.v1.Control/Forget',
+                request_serializer=coeval_dot_v1_dot_control__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.ForgetProgress.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -106,6 +111,14 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forget(self, request, context):
+        """Removes entities from everything that is kept, and hides them from then on. May be repeated; a call that breaks off
+        is finished by the server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -138,6 +151,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ListDatasets,
                     request_deserializer=coeval_dot_v1_dot_control__pb2.ListDatasetsRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_control__pb2.ListDatasetsResponse.SerializeToString,
+            ),
+            'Forget': grpc.unary_stream_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.ForgetRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.ForgetProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -302,6 +320,33 @@ class Control:
             '/coeval.v1.Control/ListDatasets',
             coeval_dot_v1_dot_control__pb2.ListDatasetsRequest.SerializeToString,
             coeval_dot_v1_dot_control__pb2.ListDatasetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/coeval.v1.Control/Forget',
+            coeval_dot_v1_dot_control__pb2.ForgetRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.ForgetProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,7 +54,7 @@ class MaterializeRequest(_message.Message):
     def __init__(self, project: _Optional[str] = ..., sources: _Optional[_Iterable[str]] = ..., through: _Optional[int] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class MaterializeProgress(_message.Message):
-    __slots__ = ("source", "view", "rows_read", "rows_applied", "rows_stale", "done", "through")
+    __slots__ = ("source", "view", "rows_read", "rows_applied", "rows_stale", "done", "through", "rows_new", "rows_total", "entities", "seconds", "message")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
     ROWS_READ_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,11 @@ class MaterializeProgress(_message.Message):
     ROWS_STALE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     THROUGH_FIELD_NUMBER: _ClassVar[int]
+    ROWS_NEW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ENTITIES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
     source: str
     view: str
     rows_read: int
@@ -69,7 +74,12 @@ class MaterializeProgress(_message.Message):
     rows_stale: int
     done: bool
     through: int
-    def __init__(self, source: _Optional[str] = ..., view: _Optional[str] = ..., rows_read: _Optional[int] = ..., rows_applied: _Optional[int] = ..., rows_stale: _Optional[int] = ..., done: _Optional[bool] = ..., through: _Optional[int] = ...) -> None: ...
+    rows_new: int
+    rows_total: int
+    entities: int
+    seconds: float
+    message: str
+    def __init__(self, source: _Optional[str] = ..., view: _Optional[str] = ..., rows_read: _Optional[int] = ..., rows_applied: _Optional[int] = ..., rows_stale: _Optional[int] = ..., done: _Optional[bool] = ..., through: _Optional[int] = ..., rows_new: _Optional[int] = ..., rows_total: _Optional[int] = ..., entities: _Optional[int] = ..., seconds: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
 
 class FlushRequest(_message.Message):
     __slots__ = ("project",)
