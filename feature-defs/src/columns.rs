@@ -345,7 +345,8 @@ mod tests {
             }
             prop_assert_eq!(columns.rows(), rows.len());
             for (index, array) in columns.finish().iter().enumerate() {
-                let expected: Vec<Value> = rows.iter().map(|row| decode_row(&encoded(row), &types).unwrap()[index].clone()).collect();
+                let value = |row: &Vec<Value>| decode_row(&encoded(row), &types).unwrap()[index].clone();
+                let expected: Vec<Value> = rows.iter().map(value).collect();
                 prop_assert_eq!(array, &Value::to_array(&expected, &types[index]));
             }
         }
@@ -370,7 +371,9 @@ mod tests {
                 }
             }
             for (array, (value, value_type)) in columns.finish().iter().zip(first.iter().zip(&types)) {
-                let value = decode_row(&encoded(std::slice::from_ref(value)), std::slice::from_ref(value_type)).unwrap();
+                // As it is stored: canonical.
+                let stored = encoded(std::slice::from_ref(value));
+                let value = decode_row(&stored, std::slice::from_ref(value_type)).unwrap();
                 prop_assert_eq!(array, &Value::to_array(&value, value_type));
             }
         }

@@ -365,6 +365,6 @@ fn every_entity_is_read_once() {
     let rows = ask(&[Some("a"), Some("b"), Some("a"), None, Some("b")]);
     let reader = reader(service);
     let read = Asked::new(&reader, &rows);
-    assert_eq!(read.reader.inputs.len(), 2);
+    assert_eq!(read.reader.generations.len(), 2);
     assert_eq!(read.slots.len(), 4);
 }
