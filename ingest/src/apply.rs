@@ -323,6 +323,12 @@ impl StreamState {
         }
     }
 
+    /// The generations that get every event, from now on: what was kept of them may be from another life of theirs.
+    pub fn set_live(&mut self, live: Vec<Arc<ViewWriter>>) {
+        self.live = live;
+        self.lane.iter_mut().for_each(|lane| lane.kept.clear());
+    }
+
     /// The picked rows as one aligned batch. Rows that no longer fit the definitions are set aside.
     async fn load(&mut self, log: &Log) -> Result<(Option<Positioned>, Vec<Unreadable>), IngestError> {
         let mut batches: Vec<RecordBatch> = Vec::new();
@@ -435,10 +441,12 @@ impl StreamState {
     ) -> Result<(Vec<SetAside>, Vec<Option<Times>>), IngestError> {
         let store = &*inner.options.online;
         let name = inner.mark_of(&self.plan.name);
-        let mut lane = match &self.lane {
-            Some(lane) => lane.clone(),
+        // What a call that failed has written is not known: the next one opens its lane anew.
+        let mut lane = match self.lane.take() {
+            Some(lane) => lane,
             None => Lane::open(store, vec![format!("{name}/live")]).await?.remove(0),
         };
+        lane.kept.turn_on();
         if !self.live.is_empty() {
             let answers = store.read(&[Read::Mark(name), lane.read()]).await?;
             let is_there = match answers.first() {
@@ -455,7 +463,6 @@ impl StreamState {
             }
         }
         let done = apply_rows(inner, &mut lane, &self.plan, &self.live, rows).await;
-        // What a call that failed has written is not known.
         self.lane = done.is_ok().then_some(lane);
         done
     }
@@ -659,7 +666,11 @@ impl StreamState {
         let mut is_there = is_there.into_iter();
         let (there, lost): (Vec<_>, Vec<_>) =
             self.live.drain(..).partition(|_| is_there.next().unwrap_or(false) && mark.is_some());
-        self.live = there;
+        if lost.is_empty() {
+            self.live = there;
+        } else {
+            self.set_live(there);
+        }
         self.build_again(inner, stream, lost);
         if let Some(mark) = mark.filter(|_| !self.live.is_empty()) {
             self.look_at_mark(inner, mark);
@@ -702,7 +713,8 @@ impl StreamState {
             self.marked = self.marked.max(Some(self.applied));
         }
         self.building.retain(|writer| !writers.iter().any(|done| Arc::ptr_eq(done, writer)));
-        self.live.extend(writers.iter().cloned());
+        let live = self.live.drain(..).chain(writers.iter().cloned()).collect();
+        self.set_live(live);
         Ok(())
     }
 

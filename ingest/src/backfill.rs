@@ -87,6 +87,7 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
     // Behind each chunk goes a mark, so that a store that loses what was written is noticed, and the build repeated.
     let lane = format!("mark/{}/{}/build", inner.options.project, stream.name);
     let mut lane = Lane::open(&**store, vec![lane]).await?.remove(0);
+    lane.kept.turn_on();
     tracing::info!(source = %stream.name, views = wanted.len(), "building views from history");
     let started = tokio::time::Instant::now();
     let mut from = Position::START;

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use arrow::array::{Array, RecordBatch};
 use arrow::datatypes::{Field, Schema};
@@ -286,7 +287,10 @@ async fn from_online(
         let mut count = 0;
         for keys in keys.chunks(KEYS_PER_CALL) {
             count += match mode {
-                Mode::Apply => online.write(keys.iter().cloned().map(Write::Remove).collect()).await?.applied,
+                Mode::Apply => {
+                    inner.removals.fetch_add(1, Ordering::AcqRel);
+                    online.write(keys.iter().cloned().map(Write::Remove).collect()).await?.applied
+                }
                 Mode::DryRun => {
                     let reads = keys.iter().map(|key| match is_windowed {
                         true => Read::Tiles(key.clone(), Vec::new()),

@@ -429,6 +429,8 @@ pub(crate) struct Inner {
     pub forgotten: ForgottenList,
     /// Held by whoever turns rows into writes, until they are written.
     pub writing: tokio::sync::RwLock<()>,
+    /// Counts removals of entities from the online store.
+    pub removals: AtomicU64,
     /// One act of forgetting at a time.
     pub forgetting: tokio::sync::Mutex<()>,
 }
@@ -498,6 +500,7 @@ impl Ingest {
             tasks: Mutex::default(),
             forgotten: ForgottenList::default(),
             writing: tokio::sync::RwLock::default(),
+            removals: AtomicU64::new(0),
             forgetting: tokio::sync::Mutex::default(),
         });
         // What a killed process was sorting. There is one process per folder, which the log has made sure of.
@@ -736,7 +739,13 @@ impl Inner {
 
     /// Who writes.
     pub fn hand(&self) -> Hand<'_> {
-        Hand { store: &*self.options.online, project: &self.options.project, epoch: self.epoch() }
+        Hand {
+            store: &*self.options.online,
+            project: &self.options.project,
+            epoch: self.epoch(),
+            now: (self.options.clock)(),
+            removals: self.removals.load(Ordering::Acquire),
+        }
     }
 
     pub fn epoch(&self) -> u64 {
@@ -1010,7 +1019,7 @@ impl Inner {
         if !forget.is_empty() {
             online.write(forget).await?;
         }
-        state.live = live;
+        state.set_live(live);
         state.building = building;
         if let Some(mark) = mark.filter(|_| !state.live.is_empty()) {
             state.look_at_mark(self, mark);

@@ -25,7 +25,7 @@ use arrow::array::RecordBatch;
 use bytes::Bytes;
 use feature_defs::as_of::Times;
 use feature_defs::plan::{SourceKind, SourcePlan};
-use feature_defs::time::{Micros, Position};
+use feature_defs::time::{Micros, Position, STATIC};
 use futures::StreamExt;
 use offline_store::source::{Format, SourceFiles};
 use online_store::key::{Generation, Key};
@@ -1011,7 +1011,7 @@ async fn write_rows(
                 rows: Vec::new(),
             };
             let work: Vec<EntityWork> = keyed.into_iter().map(work).collect();
-            let done = apply(Hand { store, project, epoch: 0 }, &mut lane, &work).await?;
+            let done = apply(Hand { store, project, epoch: 0, now: STATIC, removals: 0 }, &mut lane, &work).await?;
             tell_refused(&done);
             Landed { applied: done.applied, stale: done.stale, entities: done.applied, changing: Vec::new() }
         }

@@ -8,6 +8,8 @@
 //! end each piece of work with a *mark*, and read it before the next: a mark that went back says that everything after it
 //! has to be written again, before an entity gets a later position that would hide what it lacks.
 
+mod kept;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -16,11 +18,13 @@ use bytes::Bytes;
 use feature_defs::as_of::{Row, Times};
 use feature_defs::plan::{ViewPlan, ViewPlanKind, ViewRows};
 use feature_defs::time::{Micros, Position, STATIC};
-use feature_defs::value::{Type, decode_i64, encode_cells};
+use feature_defs::value::{DecodeError, Type, decode_i64, encode_cells};
 use feature_defs::window::{DAY, TileId, WindowEvent};
 use online_store::key::{Generation, Key};
 use online_store::tile::{Layout, Tiles};
 use online_store::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
+
+use kept::{Entity, Kept};
 
 /// Entities read and written in one call of the store. An entity of windows up to 7 d has about 250 tiles of a few
 /// hundred bytes, so a call moves some 30 MB at most.
@@ -44,14 +48,19 @@ pub struct Hand<'a> {
     pub project: &'a str,
     /// Tiles of a writer with a larger one are not touched.
     pub epoch: u64,
+    pub now: Micros,
+    /// Another number than before says that entities were removed from the store behind the writers' backs.
+    pub removals: u64,
 }
 
 /// Calls that follow each other, each behind the mark of the one before: what went through a lane is still there, or the
-/// lane's mark is not.
-#[derive(Debug, Clone)]
+/// lane's mark is not. Nobody else writes tiles of the generations that a lane writes.
+#[derive(Debug)]
 pub struct Lane {
     mark: String,
     last: Position,
+    /// What the store has of entities that went through it.
+    pub kept: Kept,
 }
 
 impl Lane {
@@ -59,8 +68,8 @@ impl Lane {
     pub async fn open(store: &dyn OnlineStore, marks: Vec<String>) -> Result<Vec<Lane>, StoreError> {
         let answers = store.read(&marks.iter().cloned().map(Read::Mark).collect::<Vec<_>>()).await?;
         let lane = |(mark, answer)| match answer {
-            Answer::Mark(Some(last)) => Lane { mark, last },
-            _ => Lane { mark, last: Position::START },
+            Answer::Mark(Some(last)) => Lane { mark, last, kept: Kept::default() },
+            _ => Lane { mark, last: Position::START, kept: Kept::default() },
         };
         Ok(marks.into_iter().zip(answers).map(lane).collect())
     }
@@ -116,6 +125,12 @@ pub enum WriteError {
     Store(#[from] StoreError),
     #[error("the online store lost what was written last; it is written again")]
     Lost,
+}
+
+impl EntityWork {
+    fn is_row(&self) -> bool {
+        matches!(self.change, EntityChange::Row(_))
+    }
 }
 
 /// Everything new about one entity.
@@ -289,7 +304,9 @@ impl EntityChange {
 /// was lost meanwhile, nothing was put on top of the gap.
 pub async fn apply(hand: Hand<'_>, lane: &mut Lane, work: &[EntityWork]) -> Result<Applied, WriteError> {
     let mut done = Applied::default();
-    for group in work.chunks(ENTITIES_PER_CALL) {
+    lane.kept.see(hand.removals);
+    // Rows and tiles apart: the store counts what was stale, and for tiles it must be known that nothing was.
+    for group in work.chunk_by(|a, b| a.is_row() == b.is_row()).flat_map(|kind| kind.chunks(ENTITIES_PER_CALL)) {
         let mut parts = vec![group];
         while let Some(part) = parts.pop() {
             let error = match apply_group(hand, lane, part, &mut done).await {
@@ -327,58 +344,141 @@ async fn apply_group(
     group: &[EntityWork],
     done: &mut Applied,
 ) -> Result<(), WriteError> {
-    let entities = group.iter().filter(|work| matches!(work.change, EntityChange::Events { .. }));
-    let mut reads: Vec<Read> = entities.map(|work| Read::AllTiles(work.key.clone())).collect();
-    // Rows hide nothing: whether the ones before are there is looked at in the end.
-    let mut answers = Vec::new();
-    if !reads.is_empty() {
-        reads.push(lane.read());
-        answers = hand.store.read(&reads).await?;
-        if !lane.is_there(answers.last()) {
-            return Err(WriteError::Lost);
-        }
+    if group.iter().all(EntityWork::is_row) {
+        return apply_rows(hand, lane, group, done).await;
     }
-    let mut answers = answers.into_iter();
-    let mut writes = Vec::with_capacity(group.len());
-    let (mut rows, mut events_new, mut events_old) = (0, 0, 0);
+    // What was kept is used once: if the store has something else, the second time everything is read.
+    if let Some(mut changed) = read_entities(hand, lane, group).await? {
+        return apply_events(hand, lane, group, &mut changed, done).await;
+    }
+    match read_entities(hand, lane, group).await? {
+        Some(mut changed) => apply_events(hand, lane, group, &mut changed, done).await,
+        None => Err(WriteError::Lost),
+    }
+}
+
+/// Rows hide nothing: whether the ones before are there is looked at in the end.
+async fn apply_rows(
+    hand: Hand<'_>,
+    lane: &mut Lane,
+    group: &[EntityWork],
+    done: &mut Applied,
+) -> Result<(), WriteError> {
+    let row = |work: &EntityWork| match &work.change {
+        EntityChange::Row(blob) => Some(work.writer.write_row(work.key.clone(), blob.clone())),
+        EntityChange::Events { .. } => None,
+    };
+    let outcome = lane.write(hand.store, group.iter().filter_map(row).collect()).await?;
+    (done.applied, done.stale) = (done.applied + outcome.applied, done.stale + outcome.stale);
+    Ok(())
+}
+
+/// The tiles of the entities, as far as their events need them, from what was kept and from the store. None: what was kept
+/// is not what the store has; it is forgotten now.
+async fn read_entities(
+    hand: Hand<'_>,
+    lane: &mut Lane,
+    group: &[EntityWork],
+) -> Result<Option<Vec<Entity>>, WriteError> {
+    let mut reads: Vec<Read> = Vec::new();
+    let mut entities: Vec<Option<Entity>> = Vec::with_capacity(group.len());
     for work in group {
-        match (&work.change, &work.writer.layout) {
-            (EntityChange::Row(blob), _) => {
-                writes.push(work.writer.write_row(work.key.clone(), blob.clone()));
-                rows += 1;
-            }
-            (EntityChange::Events { events, position }, Some(layout)) => {
-                let mut tiles: Tiles = match answers.next() {
-                    Some(Answer::AllTiles { position, tiles }) => layout
-                        .decode_answer(position, tiles)
-                        .map_err(|error| StoreError::Corrupt { key: work.key.to_string(), what: error.to_string() })?,
-                    _ => Tiles::default(),
-                };
-                let before = tiles.position.unwrap_or(Position::START);
-                let new = events.iter().filter(|event| event.times.position > before).count() as u64;
-                (events_new, events_old) = (events_new + new, events_old + events.len() as u64 - new);
-                let newest = events.iter().map(|event| event.times.event_time).max().unwrap_or(STATIC);
-                let events = reachable(layout, &tiles, events);
-                if let Some(change) = layout.apply(&mut tiles, events, *position) {
-                    writes.push(Write::Tiles {
-                        key: work.key.clone(),
-                        position: change.position,
-                        epoch: hand.epoch,
-                        set: change.set,
-                        remove: change.remove,
-                        expires: work.writer.expires(newest),
-                    });
+        let (EntityChange::Events { events, .. }, Some(layout)) = (&work.change, &work.writer.layout) else {
+            unreachable!("only views with tiles have events");
+        };
+        let entity = lane.kept.take(&work.key, hand.now);
+        match &entity {
+            None => reads.push(Read::AllTiles(work.key.clone())),
+            Some(entity) => {
+                let absent = layout.absent(&entity.tiles, reachable(layout, &entity.tiles, events));
+                if !absent.is_empty() {
+                    reads.push(Read::Tiles(work.key.clone(), absent));
                 }
             }
-            (EntityChange::Events { .. }, None) => unreachable!("only views with tiles have events"),
+        }
+        entities.push(entity);
+    }
+    reads.push(lane.read());
+    let answers = hand.store.read(&reads).await?;
+    if !lane.is_there(answers.last()) {
+        return Err(WriteError::Lost);
+    }
+    let mut answered = reads.into_iter().zip(answers).peekable();
+    let mut read = Vec::with_capacity(group.len());
+    for (work, entity) in group.iter().zip(entities) {
+        let (EntityChange::Events { events, .. }, Some(layout)) = (&work.change, &work.writer.layout) else { continue };
+        let corrupt = |error: DecodeError| StoreError::Corrupt { key: work.key.to_string(), what: error.to_string() };
+        let is_asked = |(read, _): &(Read, Answer)| match read {
+            Read::AllTiles(key) | Read::Tiles(key, _) => *key == work.key,
+            _ => false,
+        };
+        let entity = match (answered.next_if(is_asked), entity) {
+            (None, Some(entity)) => entity,
+            (Some((_, Answer::AllTiles { position, tiles })), _) => {
+                let tiles = layout.decode_stored(position, tiles, events).map_err(corrupt)?;
+                // What it takes is counted as soon as it is written; what is not written is small.
+                Entity { tiles, bytes: 0, until: None }
+            }
+            (Some((Read::Tiles(_, ids), Answer::Tiles { position, tiles })), Some(mut entity)) => {
+                if position != entity.tiles.position || tiles.iter().any(Option::is_none) {
+                    return Ok(None);
+                }
+                for (id, bytes) in ids.into_iter().zip(tiles.into_iter().flatten()) {
+                    layout.supply(&mut entity.tiles, id, &bytes).map_err(corrupt)?;
+                }
+                entity
+            }
+            _ => Entity { tiles: Tiles::default(), bytes: 0, until: None },
+        };
+        read.push(entity);
+    }
+    Ok(Some(read))
+}
+
+/// Applies the events of each entity to its tiles, and writes what that changes.
+async fn apply_events(
+    hand: Hand<'_>,
+    lane: &mut Lane,
+    group: &[EntityWork],
+    entities: &mut Vec<Entity>,
+    done: &mut Applied,
+) -> Result<(), WriteError> {
+    let mut writes = Vec::with_capacity(group.len() + 1);
+    let (mut events_new, mut events_old) = (0, 0);
+    for (work, entity) in group.iter().zip(entities.iter_mut()) {
+        let (EntityChange::Events { events, position }, Some(layout)) = (&work.change, &work.writer.layout) else {
+            continue;
+        };
+        let tiles = &mut entity.tiles;
+        let before = tiles.position.unwrap_or(Position::START);
+        let new = events.iter().filter(|event| event.times.position > before).count() as u64;
+        (events_new, events_old) = (events_new + new, events_old + events.len() as u64 - new);
+        let newest = events.iter().map(|event| event.times.event_time).max().unwrap_or(STATIC);
+        let events: Vec<&WindowEvent> = reachable(layout, tiles, events).collect();
+        if let Some(change) = layout.apply(tiles, events, *position) {
+            let expires = work.writer.expires(newest);
+            // The store keeps the latest of all expiries, so the earliest of those given is safe to go by.
+            entity.until = expires.map(|expires| entity.until.map_or(expires, |until| until.max(expires)));
+            entity.bytes = entity.bytes.max(change.set.iter().map(|(_, tile)| tile.len() as u64).sum());
+            writes.push(Write::Tiles {
+                key: work.key.clone(),
+                position: change.position,
+                epoch: hand.epoch,
+                set: change.set,
+                remove: change.remove,
+                expires,
+            });
         }
     }
-    if !writes.is_empty() {
-        let tiles = writes.len() as u64 - rows;
-        let outcome = lane.write(hand.store, writes).await?;
-        // What was read and found to be new is taken, unless somebody else was faster with the same.
-        let taken = outcome.applied.saturating_sub(tiles).min(rows);
-        (done.applied, done.stale) = (done.applied + taken, done.stale + rows - taken);
+    let count = writes.len() as u64;
+    let is_taken = count == 0 || lane.write(hand.store, writes).await?.applied == count;
+    // What somebody else was faster with is not what is at hand here.
+    if is_taken {
+        for (work, mut entity) in group.iter().zip(entities.drain(..)) {
+            let Some(layout) = &work.writer.layout else { continue };
+            layout.put_aside(&mut entity.tiles);
+            lane.kept.put(work.key.clone(), entity);
+        }
     }
     (done.applied, done.stale) = (done.applied + events_new, done.stale + events_old);
     Ok(())

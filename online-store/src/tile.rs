@@ -20,15 +20,20 @@
 //! Version 2 is written where an aggregate of the view orders its values: in front of a raw event's inputs it has what
 //! decides ties, the sequence (varint) and the created time (1 byte, 0 for none, else 1 and 8 bytes).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use feature_defs::aggregate::{Aggregate, State};
 use feature_defs::as_of::Times;
 use feature_defs::catalog::Head;
-use feature_defs::time::{Micros, Position, floor_to};
-use feature_defs::value::{DecodeError, Type, Value, decode_i64, decode_row, encode_i64, encode_row, take};
-use feature_defs::window::{Levels, TileId, Window, WindowEvent};
+use feature_defs::time::{Micros, Position};
+use feature_defs::value::{DecodeError, Type, Value, decode_i64, encode_i64, take};
+use feature_defs::window::{Levels, TileId, Window};
+
+mod raw;
+mod write;
+
+pub use raw::{RawEvent, RawEvents};
 
 /// The newest version.
 pub const VERSION: u8 = 2;
@@ -68,39 +73,23 @@ pub struct Raw {
     pub from: Micros,
     pub folded_known_time_max: Micros,
     pub folded: Vec<State>,
-    pub events: Vec<RawEvent>,
+    pub events: RawEvents,
 }
 
-#[derive(Debug, Clone, PartialEq)]
-pub struct RawEvent {
-    pub event_time: Micros,
-    pub known_time: Micros,
-    /// This and the sequence are kept only where an aggregate orders its values.
-    pub created_time: Option<Micros>,
-    pub sequence: u64,
-    pub inputs: Vec<Value>,
-}
-
-impl RawEvent {
-    fn times(&self) -> Times {
-        // The position's time is not kept: it has decided when the event was applied, and decides no order of values.
-        let position = Position { time: self.known_time, sequence: self.sequence };
-        Times { event_time: self.event_time, created_time: self.created_time, known_time: self.known_time, position }
-    }
-}
-
-/// The tiles of one entity, all of them for a writer, those of one read for a reader.
+/// The tiles of one entity: for a writer those it may change, for a reader those of one read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tiles {
     pub position: Option<Position>,
     /// Reads at t before this are not exact: raw events or tiles they need may be gone.
     pub exact_from: Micros,
     pub tiles: BTreeMap<TileId, Tile>,
+    /// Tiles that a writer knows to be in the store, without having them here.
+    pub stored: BTreeSet<TileId>,
 }
 
 impl Default for Tiles {
     fn default() -> Tiles {
-        Tiles { position: None, exact_from: Micros::MIN, tiles: BTreeMap::new() }
+        Tiles { position: None, exact_from: Micros::MIN, tiles: BTreeMap::new(), stored: BTreeSet::new() }
     }
 }
 
@@ -128,18 +117,6 @@ impl Layout {
     /// Whether raw events must keep what decides ties.
     fn is_ordered(&self) -> bool {
         self.aggregates.iter().any(Aggregate::is_ordered)
-    }
-
-    fn raw_event(&self, event: &WindowEvent) -> RawEvent {
-        let Times { event_time, known_time, created_time, position } = event.times;
-        let is_ordered = self.is_ordered();
-        RawEvent {
-            event_time,
-            known_time,
-            created_time: created_time.filter(|_| is_ordered),
-            sequence: if is_ordered { position.sequence } else { 0 },
-            inputs: event.inputs.clone(),
-        }
     }
 
     fn zero(&self) -> Vec<State> {
@@ -247,94 +224,14 @@ impl Layout {
             }
             self.merge(states, &raw.folded);
         }
-        for event in &raw.events {
+        let types = self.input_types();
+        // They were looked at when the tile was decoded.
+        for event in raw.events.iter(&types, self.is_ordered()).flatten() {
             if inside(event.event_time) && event.known_time <= t {
                 self.push(states, &event.inputs, &event.times());
             }
         }
         Ok(())
-    }
-
-    /// Adds one event to the entity's tiles and returns nothing: the caller finds what changed by [`Layout::tiles_of`].
-    pub fn add(&self, tiles: &mut Tiles, event: &WindowEvent) {
-        let Times { event_time, known_time, .. } = event.times;
-        let finest = self.levels.finest();
-        for id in self.tiles_of(event_time) {
-            // A tile of the finest level keeps its events while it is among the two newest. One that begins older has
-            // lost nothing, but nobody will read its head again.
-            let keeps_raw = id.level == finest && self.newest(tiles).is_none_or(|newest| id.start >= newest - finest);
-            let tile = tiles.tiles.entry(id).or_insert_with(|| Tile {
-                event_time_max: event_time,
-                known_time_max: known_time,
-                states: self.zero(),
-                raw: keeps_raw.then(|| Raw {
-                    from: id.start,
-                    folded_known_time_max: Micros::MIN,
-                    folded: self.zero(),
-                    events: Vec::new(),
-                }),
-            });
-            tile.event_time_max = tile.event_time_max.max(event_time);
-            tile.known_time_max = tile.known_time_max.max(known_time);
-            self.push(&mut tile.states, &event.inputs, &event.times);
-            if let Some(raw) = &mut tile.raw {
-                if event_time < raw.from {
-                    raw.folded_known_time_max = raw.folded_known_time_max.max(known_time);
-                    self.push(&mut raw.folded, &event.inputs, &event.times);
-                } else {
-                    raw.events.push(self.raw_event(event));
-                    if raw.events.len() > RAW_EVENTS_MAX {
-                        self.fold(raw);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Start of the newest tile of the finest level.
-    fn newest(&self, tiles: &Tiles) -> Option<Micros> {
-        let finest = self.levels.finest();
-        let range = TileId { level: finest, start: Micros::MIN }..=TileId { level: finest, start: Micros::MAX };
-        tiles.tiles.range(range).next_back().map(|(id, _)| id.start)
-    }
-
-    /// Folds the older half of the raw events into states.
-    fn fold(&self, raw: &mut Raw) {
-        raw.events.sort_by_key(|event| event.event_time);
-        // Everything before `from` is folded and nothing at or after it, so equal times stay together. When one time
-        // fills the whole tile it is folded whole: a reader at exactly that time is then told so.
-        let middle = raw.events[raw.events.len() / 2].event_time;
-        let from = if raw.events[0].event_time < middle { middle } else { middle + 1 };
-        let kept = raw.events.partition_point(|event| event.event_time < from);
-        for event in raw.events.drain(..kept) {
-            raw.folded_known_time_max = raw.folded_known_time_max.max(event.known_time);
-            self.push(&mut raw.folded, &event.inputs, &event.times());
-        }
-        raw.from = from;
-    }
-
-    /// Drops raw events that are no longer among the two newest tiles, and tiles that no window can reach any more.
-    /// Returns which tiles changed and which are gone.
-    pub fn tidy(&self, tiles: &mut Tiles) -> (Vec<TileId>, Vec<TileId>) {
-        let Some(newest) = self.newest(tiles) else { return (Vec::new(), Vec::new()) };
-        let finest = self.levels.finest();
-        let mut changed = Vec::new();
-        for (id, tile) in &mut tiles.tiles {
-            if id.level == finest && id.start < newest - finest && tile.raw.is_some() {
-                tile.raw = None;
-                changed.push(*id);
-            }
-        }
-        let gone: Vec<TileId> =
-            tiles.tiles.keys().copied().filter(|id| id.end() <= self.reach(id.level, newest - finest)).collect();
-        for id in &gone {
-            tiles.tiles.remove(id);
-        }
-        if !gone.is_empty() || !changed.is_empty() {
-            tiles.exact_from = newest - finest;
-        }
-        changed.retain(|id| !gone.contains(id));
-        (changed, gone)
     }
 
     /// The tiles of a store's answer, by the ids that were asked for.
@@ -352,85 +249,6 @@ impl Layout {
             }
         }
         Ok(tiles)
-    }
-
-    /// Applies events in order of position to an entity's tiles. Those at or before the applied position were counted
-    /// before and are skipped. Returns what to write, or None when nothing is new.
-    pub fn apply<'a>(
-        &self,
-        tiles: &mut Tiles,
-        events: impl IntoIterator<Item = &'a WindowEvent>,
-        position: Position,
-    ) -> Option<Change> {
-        let before = tiles.position.unwrap_or(Position::START);
-        if position <= before {
-            return None;
-        }
-        let mut touched: Vec<TileId> = Vec::new();
-        for event in events {
-            if event.times.position > before {
-                self.add(tiles, event);
-                touched.extend(self.tiles_of(event.times.event_time));
-            }
-        }
-        tiles.position = Some(position);
-        let (stripped, remove) = self.tidy(tiles);
-        touched.extend(stripped);
-        touched.sort_unstable();
-        touched.dedup();
-        let mut set: Vec<(TileId, Bytes)> = vec![(BOUNDS, encode_bounds(tiles.exact_from))];
-        set.extend(touched.into_iter().filter_map(|id| Some((id, self.encode(tiles.tiles.get(&id)?)))));
-        Some(Change { position, set, remove })
-    }
-
-    /// Tiles of this level that end at or before the result are in no cover of any t at or after `earliest_t`.
-    pub fn reach(&self, level: Micros, earliest_t: Micros) -> Micros {
-        let levels = self.levels.all();
-        // As part of a head: back to the last boundary of the next coarser level. As part of a tail: back to the start
-        // of any window whose hop is not coarser than this level.
-        let next = levels.iter().copied().find(|other| *other > level);
-        let head = next.map_or(earliest_t, |next| floor_to(earliest_t, next));
-        self.windows
-            .iter()
-            .filter(|window| window.hop.is_some_and(|hop| hop <= level) || next.is_none())
-            .map(|window| window.start(earliest_t))
-            .fold(head, Micros::min)
-    }
-
-    pub fn encode(&self, tile: &Tile) -> Bytes {
-        let is_ordered = self.is_ordered();
-        let version = if is_ordered { VERSION } else { VERSION_UNORDERED };
-        let mut bytes = vec![version, u8::from(tile.raw.is_some())];
-        bytes.extend_from_slice(&encode_i64(tile.event_time_max));
-        bytes.extend_from_slice(&encode_i64(tile.known_time_max));
-        self.encode_states(&tile.states, &mut bytes);
-        if let Some(raw) = &tile.raw {
-            bytes.extend_from_slice(&encode_i64(raw.from));
-            bytes.extend_from_slice(&encode_i64(raw.folded_known_time_max));
-            self.encode_states(&raw.folded, &mut bytes);
-            encode_varint(raw.events.len() as u64, &mut bytes);
-            let mut row = Vec::new();
-            for event in &raw.events {
-                bytes.extend_from_slice(&encode_i64(event.event_time));
-                bytes.extend_from_slice(&encode_i64(event.known_time));
-                if is_ordered {
-                    encode_varint(event.sequence, &mut bytes);
-                    bytes.push(u8::from(event.created_time.is_some()));
-                    bytes.extend(event.created_time.map(encode_i64).into_iter().flatten());
-                }
-                row.clear();
-                encode_row(&event.inputs, &mut row);
-                encode_varint(row.len() as u64, &mut bytes);
-                bytes.extend_from_slice(&row);
-            }
-        }
-        bytes.into()
-    }
-
-    fn encode_states(&self, states: &[State], bytes: &mut Vec<u8>) {
-        for (aggregate, state) in self.aggregates.iter().zip(states) {
-            aggregate.encode(state, bytes);
-        }
     }
 
     pub fn decode(&self, bytes: &[u8]) -> Result<Tile, DecodeError> {
@@ -454,34 +272,22 @@ impl Layout {
         let folded_known_time_max = decode_i64(take(bytes)?);
         let folded = self.decode_states(bytes)?;
         let count = decode_varint(bytes)?;
-        let types = self.input_types();
-        let mut events = Vec::new();
-        for _ in 0..count {
-            let event_time = decode_i64(take(bytes)?);
-            let known_time = decode_i64(take(bytes)?);
-            let (sequence, created_time) = match version {
-                VERSION_UNORDERED => (0, None),
-                _ => (decode_varint(bytes)?, decode_created_time(bytes)?),
-            };
-            let length = decode_varint(bytes)? as usize;
-            let (row, rest) = bytes.split_at_checked(length).ok_or(DecodeError::Truncated)?;
-            *bytes = rest;
-            let inputs = decode_row(row, &types)?;
-            events.push(RawEvent { event_time, known_time, created_time, sequence, inputs });
+        let is_ordered = version != VERSION_UNORDERED;
+        let mut events = RawEvents::take(bytes, count, &self.input_types(), is_ordered)?;
+        if is_ordered != self.is_ordered() {
+            // Of another version than this view's tiles: kept from now on as they would be written.
+            let mut again = RawEvents::default();
+            for event in events.iter(&self.input_types(), is_ordered) {
+                let event = event?;
+                again.push(&event.times(), &event.inputs, self.is_ordered());
+            }
+            events = again;
         }
         Ok(Raw { from, folded_known_time_max, folded, events })
     }
 
     fn decode_states(&self, bytes: &mut &[u8]) -> Result<Vec<State>, DecodeError> {
         self.aggregates.iter().map(|aggregate| aggregate.decode(bytes)).collect()
-    }
-}
-
-fn decode_created_time(bytes: &mut &[u8]) -> Result<Option<Micros>, DecodeError> {
-    match take(bytes)? {
-        [0] => Ok(None),
-        [1] => Ok(Some(decode_i64(take(bytes)?))),
-        _ => Err(DecodeError::Invalid("a null mark is neither 0 nor 1")),
     }
 }
 

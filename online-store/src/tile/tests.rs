@@ -2,6 +2,9 @@ use feature_defs::aggregate::{Arguments, Buckets, Clamp, Function, Quantile};
 use feature_defs::as_of::Visibility;
 use feature_defs::window::{DAY, HOUR, MINUTE, SECOND, default_hop, window_value};
 
+use feature_defs::time::floor_to;
+use feature_defs::window::WindowEvent;
+
 use super::*;
 
 const T0: Micros = 1_700_000_000 * SECOND;
