@@ -22,7 +22,7 @@ use feature_defs::as_of::Times;
 use feature_defs::plan::SourcePlan;
 use feature_defs::time::{Micros, Position};
 use futures::StreamExt;
-use offline_store::history::{History, Positioned};
+use offline_store::history::{History, Positioned, Written};
 use online_store::key::Generation;
 use online_store::{Answer, Read, StoreError, Write};
 use tokio::time::Instant;
@@ -114,9 +114,11 @@ pub(crate) struct StreamState {
     picked: Vec<Pick>,
     picked_events: HashMap<u64, Events>,
     ticked: bool,
+    /// Applied and not in history: what is on its way there first.
     unflushed: Vec<Positioned>,
     unflushed_rows: usize,
     unflushed_since: Option<Instant>,
+    flushing: Option<Flushing>,
     /// After a flush that failed: when to try again.
     flush_again_at: Option<Instant>,
     /// History has files that nobody has looked at: it may be time to compact them.
@@ -153,6 +155,7 @@ impl StreamState {
             unflushed: Vec::new(),
             unflushed_rows: 0,
             unflushed_since: None,
+            flushing: None,
             flush_again_at: None,
             grown: true,
             release: BTreeMap::new(),
@@ -531,26 +534,73 @@ impl StreamState {
     /// Makes everything applied durable online and puts it into history. Returns the number of events.
     pub async fn flush(&mut self, inner: &Inner) -> Result<u64, IngestError> {
         inner.check_fence()?;
-        if self.release.is_empty() {
-            return Ok(0);
+        let mut events = self.end_flush(inner).await?;
+        if !self.release.is_empty() {
+            self.begin_flush(inner);
+            events += self.end_flush(inner).await?;
         }
-        inner.options.online.sync().await?;
-        // Whoever took over reads history first and the log then, and what gets there afterwards would be in its way.
-        inner.log.check_writer().await?;
-        let events = if self.unflushed.is_empty() {
-            0
-        } else {
-            self.history.append(&self.plan, &self.unflushed, (inner.options.clock)()).await?
-        };
-        self.grown |= events > 0;
-        self.unflushed.clear();
-        self.unflushed_rows = 0;
-        self.unflushed_since = None;
-        for (place, rows) in std::mem::take(&mut self.release) {
-            inner.log.release(place, rows);
-        }
-        inner.log.delete_released();
         Ok(events)
+    }
+
+    /// Puts what was applied on its way into history; more can be applied meanwhile.
+    fn begin_flush(&mut self, inner: &Inner) {
+        let (online, wake) = (inner.options.online.clone(), inner.wake.clone());
+        let (plan, writer, events) = (self.plan.clone(), self.history.writer(), self.unflushed.clone());
+        let work = async move {
+            online.sync().await?;
+            Ok(if events.is_empty() { None } else { Some(writer.write(&plan, events).await?) })
+        };
+        let task = tokio::spawn(async move {
+            let written = work.await;
+            wake.notify_one();
+            written
+        });
+        self.flushing = Some(Flushing {
+            task,
+            written: None,
+            plan: self.plan.clone(),
+            parts: self.unflushed.len(),
+            rows: self.unflushed_rows,
+            since: self.unflushed_since.take(),
+            release: std::mem::take(&mut self.release),
+        });
+    }
+
+    /// Waits for what is on its way into history, and lets the log go of it. May be given up and called again.
+    async fn end_flush(&mut self, inner: &Inner) -> Result<u64, IngestError> {
+        let Some(flushing) = &mut self.flushing else { return Ok(0) };
+        if flushing.written.is_none() {
+            let ended = (&mut flushing.task).await;
+            let failed = |error: tokio::task::JoinError| Err(IngestError::Arrow(error.to_string()));
+            flushing.written = Some(ended.unwrap_or_else(failed));
+        }
+        let done = match flushing.written.as_ref() {
+            Some(Ok(written)) => commit(inner, &mut self.history, &flushing.plan, written.as_ref()).await,
+            _ => Ok(0),
+        };
+        let Some(flushing) = self.flushing.take() else { return Ok(0) };
+        let done = match flushing.written {
+            Some(Err(error)) => Err(error),
+            _ => done,
+        };
+        match done {
+            Ok(events) => {
+                self.grown |= events > 0;
+                self.unflushed.drain(..flushing.parts);
+                self.unflushed_rows -= flushing.rows;
+                for (place, rows) in flushing.release {
+                    inner.log.release(place, rows);
+                }
+                inner.log.delete_released();
+            }
+            Err(_) => {
+                self.unflushed_since = flushing.since.or(self.unflushed_since);
+                for (place, rows) in flushing.release {
+                    *self.release.entry(place).or_default() += rows;
+                }
+            }
+        }
+        done
     }
 
     /// One round for this source: what is due is applied, what is old is flushed. True: there may be more to do at once.
@@ -609,28 +659,16 @@ impl StreamState {
         if self.lost_after.is_some() {
             self.write_again(inner, stream).await?;
         }
-        let asked = inner.flushes_asked.load(Ordering::Acquire);
-        let is_asked = asked != std::mem::replace(&mut self.flushes_seen, asked);
-        let old = self.unflushed_since.is_some_and(|since| is_asked || since.elapsed() >= inner.options.flush_after);
-        let may = self.flush_again_at.is_none_or(|at| Instant::now() >= at);
-        if may && (old || self.unflushed_rows >= FLUSH_ROWS) {
-            self.look(inner, stream).await?;
-            match self.flush(inner).await {
-                Ok(_) => {
-                    if self.flush_again_at.take().is_some() {
-                        tracing::info!(source = %stream.name, "history is written again");
-                        stream.set_trouble(None);
-                    }
-                }
-                // What answers online goes on: the events are in the log, and in memory up to a bound.
-                Err(error) => {
-                    let what = crate::error_chain(&error);
-                    if self.flush_again_at.is_none() {
-                        tracing::error!(source = %stream.name, error = what, "history cannot be written; events stay in the log, it is tried again");
-                    }
-                    stream.set_trouble(Some(what));
-                    self.flush_again_at = Some(Instant::now() + RETRY_LAST);
-                }
+        if self.flushing.as_ref().is_some_and(|flushing| flushing.task.is_finished()) {
+            self.take_flushed(inner, stream).await;
+        }
+        if self.flushing.is_none() && self.flush_again_at.is_none_or(|at| Instant::now() >= at) {
+            let asked = inner.flushes_asked.load(Ordering::Acquire);
+            let is_asked = asked != std::mem::replace(&mut self.flushes_seen, asked);
+            let is_old = |since: Instant| is_asked || since.elapsed() >= inner.options.flush_after;
+            if self.unflushed_since.is_some_and(is_old) || self.unflushed_rows >= FLUSH_ROWS {
+                self.look(inner, stream).await?;
+                self.begin_flush(inner);
             }
         }
         if self.unflushed_rows >= UNFLUSHED_ROWS_MAX {
@@ -640,8 +678,32 @@ impl StreamState {
         self.apply_chunk(inner, stream).await
     }
 
+    async fn take_flushed(&mut self, inner: &Inner, stream: &Stream) {
+        match self.end_flush(inner).await {
+            Ok(_) => {
+                if self.flush_again_at.take().is_some() {
+                    tracing::info!(source = %stream.name, "history is written again");
+                    stream.set_trouble(None);
+                }
+            }
+            // What answers online goes on: the events are in the log, and in memory up to a bound.
+            Err(error) => {
+                let what = crate::error_chain(&error);
+                if self.flush_again_at.is_none() {
+                    tracing::error!(source = %stream.name, error = what, "history cannot be written; events stay in the log, it is tried again");
+                }
+                stream.set_trouble(Some(what));
+                self.flush_again_at = Some(Instant::now() + RETRY_LAST);
+            }
+        }
+    }
+
     /// Until the next flush is due and may be tried.
     fn flush_in(&self, flush_after: Duration) -> Option<Duration> {
+        if self.flushing.is_some() {
+            // Its end is told.
+            return None;
+        }
         let due = flush_after.saturating_sub(self.unflushed_since?.elapsed());
         let allowed = self.flush_again_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
         Some(due.max(allowed).max(Duration::from_millis(1)))
@@ -720,6 +782,33 @@ impl StreamState {
 
     fn retry_in(&self) -> Option<Duration> {
         self.retry_at.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+}
+
+/// Events on their way into history.
+struct Flushing {
+    task: tokio::task::JoinHandle<Result<Option<Written>, IngestError>>,
+    /// What the task has left behind, once it has ended.
+    written: Option<Result<Option<Written>, IngestError>>,
+    plan: Arc<SourcePlan>,
+    /// So many of the first parts of what is not in history, with their rows.
+    parts: usize,
+    rows: usize,
+    since: Option<Instant>,
+    release: BTreeMap<(u64, u64), u64>,
+}
+
+async fn commit(
+    inner: &Inner,
+    history: &mut History,
+    plan: &SourcePlan,
+    written: Option<&Written>,
+) -> Result<u64, IngestError> {
+    // Whoever took over reads history first and the log then, and what gets there afterwards would be in its way.
+    inner.log.check_writer().await?;
+    match written {
+        Some(written) => Ok(history.append_written(plan, written, (inner.options.clock)()).await?),
+        None => Ok(0),
     }
 }
 

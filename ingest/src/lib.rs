@@ -396,7 +396,7 @@ pub(crate) struct Inner {
     pub options: IngestOptions,
     pub log: Log,
     /// Rings when the applier should look again: the clock was set, something was adopted.
-    pub wake: Notify,
+    pub wake: Arc<Notify>,
     /// The same for whoever looks after the online store.
     pub look: Notify,
     /// What this process writes as, once it has taken over; 0 before.
@@ -480,7 +480,7 @@ impl Ingest {
         let inner = Arc::new(Inner {
             options,
             log,
-            wake: Notify::new(),
+            wake: Arc::default(),
             look: Notify::new(),
             epoch: AtomicU64::new(0),
             fenced: watch::channel(None).0,

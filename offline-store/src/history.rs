@@ -151,7 +151,41 @@ impl History {
             return Ok(rows);
         }
         self.check_order(&events)?;
-        let files = self.write(source, &events).await?;
+        let files = write(&self.table, source, &events).await?;
+        self.commit(source, &events, &files, imported, now).await?;
+        Ok(rows)
+    }
+
+    /// For writing what will be appended, beside whatever else is done with this history.
+    pub fn writer(&self) -> HistoryWriter {
+        HistoryWriter { table: self.table.clone() }
+    }
+
+    /// The same as [`History::append`], of what its writer has written before.
+    pub async fn append_written(
+        &mut self,
+        source: &SourcePlan,
+        written: &Written,
+        now: Micros,
+    ) -> Result<u64, HistoryError> {
+        if self.unsure.is_some() {
+            // Some of it may be here already; those files stay without a name, and go in time.
+            return self.extend(source, &written.events, None, now).await;
+        }
+        self.check_order(&written.events)?;
+        self.commit(source, &written.events, &written.files, None, now).await?;
+        Ok(written.events.iter().map(|event| event.positions.len() as u64).sum())
+    }
+
+    /// Names the files, which hold these events, in the manifest.
+    async fn commit(
+        &mut self,
+        source: &SourcePlan,
+        events: &[Positioned],
+        files: &[HistoryFile],
+        imported: Option<Imported>,
+        now: Micros,
+    ) -> Result<(), HistoryError> {
         for _ in 0..COMMIT_TRIES {
             let mut next = self.manifest().clone();
             next.schema = source.schema.clone();
@@ -175,12 +209,12 @@ impl History {
                     let folder = self.table.folder().clone();
                     self.table.set_manifest(next);
                     folder.delete_retired(expired).await;
-                    return Ok(rows);
+                    return Ok(());
                 }
                 Committed::Lost => {
                     self.unsure = None;
                     self.table.reload().await?;
-                    self.check_order(&events)?;
+                    self.check_order(events)?;
                 }
             }
         }
@@ -198,61 +232,6 @@ impl History {
             before = *position;
         }
         Ok(())
-    }
-
-    /// Writes files of level 0; they count once a manifest names them.
-    async fn write(&self, source: &SourcePlan, events: &[Positioned]) -> Result<Vec<HistoryFile>, HistoryError> {
-        let mut files = Vec::new();
-        if events.is_empty() {
-            return Ok(files);
-        }
-        let whole = self.concat(source, events)?;
-        let mut from = 0;
-        while from < whole.positions.len() {
-            let rows = (whole.positions.len() - from).min(PART_ROWS_MAX);
-            let (batch, positions) = (whole.batch.slice(from, rows), &whole.positions[from..from + rows]);
-            let (first, last) = (positions[0], positions[rows - 1]);
-            let properties = run::properties(&batch.schema(), None, source.event_time.as_deref());
-            let bytes = run::encode(&batch, properties)
-                .map_err(|what| HistoryError::Write { source_name: source.name.to_string(), what })?;
-            let times = run::time_bounds(&batch, source.event_time.as_deref());
-            let file = HistoryFile {
-                path: format!("part-{:013}-{:013}-{}.parquet", first.sequence, last.sequence, id()),
-                level: 0,
-                run: 0,
-                bucket: None,
-                rows: rows as u64,
-                bytes: bytes.len() as u64,
-                first,
-                last,
-                event_time_min: times.map(|(min, _)| min),
-                event_time_max: times.map(|(_, max)| max),
-            };
-            self.table.folder().put(&self.table.object_path(&file), bytes).await?;
-            files.push(file);
-            from += rows;
-        }
-        Ok(files)
-    }
-
-    /// One batch of all of them, with the position columns.
-    fn concat(&self, source: &SourcePlan, events: &[Positioned]) -> Result<Positioned, HistoryError> {
-        let failed = |error: arrow::error::ArrowError| HistoryError::Write {
-            source_name: source.name.to_string(),
-            what: error.to_string(),
-        };
-        let mut fields: Vec<Field> =
-            source.schema.iter().map(|(name, column_type)| Field::new(name, column_type.arrow(), true)).collect();
-        let plain = Arc::new(Schema::new(fields.clone()));
-        fields.push(Field::new(POSITION_TIME, DataType::Int64, false));
-        fields.push(Field::new(SEQUENCE, DataType::UInt64, false));
-        let batch = concat_batches(&plain, events.iter().map(|event| &event.batch)).map_err(failed)?;
-        let positions: Vec<Position> = events.iter().flat_map(|event| &event.positions).copied().collect();
-        let mut columns = batch.columns().to_vec();
-        columns.push(Arc::new(positions.iter().map(|position| position.time).collect::<Int64Array>()) as ArrayRef);
-        columns.push(Arc::new(positions.iter().map(|position| position.sequence).collect::<UInt64Array>()));
-        let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).map_err(failed)?;
-        Ok(Positioned { batch, positions })
     }
 
     /// Events after a position, in order of position, aligned to the source's declared columns (or those named).
@@ -291,6 +270,86 @@ impl History {
             .flatten()
             .boxed()
     }
+}
+
+/// Writes the files of an append before it is made.
+#[derive(Debug, Clone)]
+pub struct HistoryWriter {
+    table: Table,
+}
+
+/// Events in files that no manifest names yet.
+#[derive(Debug)]
+pub struct Written {
+    events: Vec<Positioned>,
+    files: Vec<HistoryFile>,
+}
+
+impl HistoryWriter {
+    /// In order of position.
+    pub async fn write(&self, source: &SourcePlan, events: Vec<Positioned>) -> Result<Written, HistoryError> {
+        let files = write(&self.table, source, &events).await?;
+        Ok(Written { events, files })
+    }
+}
+
+/// Writes files of level 0; they count once a manifest names them.
+async fn write(table: &Table, source: &SourcePlan, events: &[Positioned]) -> Result<Vec<HistoryFile>, HistoryError> {
+    let mut files = Vec::new();
+    if events.is_empty() {
+        return Ok(files);
+    }
+    let whole = concat(source, events)?;
+    let mut from = 0;
+    while from < whole.positions.len() {
+        let rows = (whole.positions.len() - from).min(PART_ROWS_MAX);
+        let (batch, positions) = (whole.batch.slice(from, rows), &whole.positions[from..from + rows]);
+        let (first, last) = (positions[0], positions[rows - 1]);
+        let times = run::time_bounds(&batch, source.event_time.as_deref());
+        let properties = run::properties(&batch.schema(), None, source.event_time.as_deref());
+        // Some 100 ms of computing for a full part, which is not for a thread that serves others.
+        let encoded = tokio::task::spawn_blocking(move || run::encode(&batch, properties)).await;
+        let bytes = encoded
+            .map_err(|error| error.to_string())
+            .and_then(|encoded| encoded.map_err(|error| error.to_string()))
+            .map_err(|what| HistoryError::Write { source_name: source.name.to_string(), what })?;
+        let file = HistoryFile {
+            path: format!("part-{:013}-{:013}-{}.parquet", first.sequence, last.sequence, id()),
+            level: 0,
+            run: 0,
+            bucket: None,
+            rows: rows as u64,
+            bytes: bytes.len() as u64,
+            first,
+            last,
+            event_time_min: times.map(|(min, _)| min),
+            event_time_max: times.map(|(_, max)| max),
+        };
+        table.folder().put(&table.object_path(&file), bytes).await?;
+        files.push(file);
+        from += rows;
+    }
+    Ok(files)
+}
+
+/// One batch of all of them, with the position columns.
+fn concat(source: &SourcePlan, events: &[Positioned]) -> Result<Positioned, HistoryError> {
+    let failed = |error: arrow::error::ArrowError| HistoryError::Write {
+        source_name: source.name.to_string(),
+        what: error.to_string(),
+    };
+    let mut fields: Vec<Field> =
+        source.schema.iter().map(|(name, column_type)| Field::new(name, column_type.arrow(), true)).collect();
+    let plain = Arc::new(Schema::new(fields.clone()));
+    fields.push(Field::new(POSITION_TIME, DataType::Int64, false));
+    fields.push(Field::new(SEQUENCE, DataType::UInt64, false));
+    let batch = concat_batches(&plain, events.iter().map(|event| &event.batch)).map_err(failed)?;
+    let positions: Vec<Position> = events.iter().flat_map(|event| &event.positions).copied().collect();
+    let mut columns = batch.columns().to_vec();
+    columns.push(Arc::new(positions.iter().map(|position| position.time).collect::<Int64Array>()) as ArrayRef);
+    columns.push(Arc::new(positions.iter().map(|position| position.sequence).collect::<UInt64Array>()));
+    let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).map_err(failed)?;
+    Ok(Positioned { batch, positions })
 }
 
 impl Positioned {
