@@ -5,4 +5,4 @@ mod files;
 mod kill;
 mod redis_log;
 mod streams;
-mod world;
+pub(crate) mod world;

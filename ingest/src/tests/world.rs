@@ -156,6 +156,8 @@ pub struct Flaky {
     pub down: AtomicBool,
     /// Writes that still succeed before one call fails; 0: no limit.
     pub writes_left: AtomicU64,
+    /// Reads of all tiles of an entity.
+    pub whole_reads: AtomicU64,
 }
 
 impl Flaky {
@@ -210,6 +212,8 @@ impl Flaky {
 impl OnlineStore for Flaky {
     async fn read(&self, reads: &[Read]) -> Result<Vec<Answer>, StoreError> {
         self.check()?;
+        let whole = reads.iter().filter(|read| matches!(read, Read::AllTiles(_))).count();
+        self.whole_reads.fetch_add(whole as u64, Ordering::SeqCst);
         self.inner().read(reads).await
     }
 
