@@ -28,7 +28,7 @@ use online_store::{Answer, Read, StoreError, Write};
 use tokio::time::Instant;
 
 use crate::log::{BLANK, Durable, Events, Log, LogError, RecordRef};
-use crate::write::{Lane, SetAside, ViewWriter, apply};
+use crate::write::{Kept, Lane, SetAside, ViewWriter, apply};
 use crate::{IngestError, Inner, Phase, Stream, Visible, dead_letter};
 
 /// Rows applied at once: large enough to share the reads of busy entities, small enough to be visible soon.
@@ -445,11 +445,7 @@ impl StreamState {
         let store = &*inner.options.online;
         let name = inner.mark_of(&self.plan.name);
         // What a call that failed has written is not known: the next one opens its lane anew.
-        let mut lane = match self.lane.take() {
-            Some(lane) => lane,
-            None => Lane::open(store, vec![format!("{name}/live")]).await?.remove(0),
-        };
-        lane.kept.turn_on();
+        let mut lane = self.take_lane(inner).await?;
         if !self.live.is_empty() {
             let answers = store.read(&[Read::Mark(name), lane.read()]).await?;
             let is_there = match answers.first() {
@@ -468,6 +464,16 @@ impl StreamState {
         let done = apply_rows(inner, &mut lane, &self.plan, &self.live, rows).await;
         self.lane = done.is_ok().then_some(lane);
         done
+    }
+
+    async fn take_lane(&mut self, inner: &Inner) -> Result<Lane, IngestError> {
+        if let Some(lane) = self.lane.take() {
+            return Ok(lane);
+        }
+        let mark = format!("{}/live", inner.mark_of(&self.plan.name));
+        let mut lane = Lane::open(&*inner.options.online, vec![mark]).await?.remove(0);
+        lane.kept.turn_on();
+        Ok(lane)
     }
 
     /// All live generations have every event up to this position.
@@ -760,7 +766,11 @@ impl StreamState {
 
     /// Generations that were built join the live ones at what is applied. The caller has made sure that all of it is in
     /// them.
-    pub async fn join(&mut self, inner: &Inner, writers: &[Arc<ViewWriter>]) -> Result<(), IngestError> {
+    ///
+    /// What their builder has kept goes on being kept here: the facts that tell that they are complete are written after
+    /// what it wrote, so that a store that loses the one loses the others, and is seen to have lost them.
+    pub async fn join(&mut self, inner: &Inner, writers: &[Arc<ViewWriter>], kept: Kept) -> Result<(), IngestError> {
+        let mut lane = self.take_lane(inner).await?;
         // While something is lost, the mark has to stay where it is.
         if self.lost_after.is_none() {
             let mark = inner.mark_of(&self.plan.name);
@@ -777,6 +787,8 @@ impl StreamState {
         self.building.retain(|writer| !writers.iter().any(|done| Arc::ptr_eq(done, writer)));
         let live = self.live.drain(..).chain(writers.iter().cloned()).collect();
         self.set_live(live);
+        lane.kept = kept;
+        self.lane = Some(lane);
         Ok(())
     }
 

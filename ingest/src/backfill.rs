@@ -118,7 +118,7 @@ async fn try_build(inner: &Arc<Inner>, stream: &Arc<Stream>) -> Result<bool, Ing
     pass(inner, stream, &mut lane, (&plan, &writers), scan, &mut from, &mut rows).await?;
     lane.check(&**store).await?;
     // Everything in history is in them now, and everything applied is in history, so they join here.
-    state.join(inner, &writers).await?;
+    state.join(inner, &writers, lane.kept).await?;
     store.sync().await?;
     let ready =
         writers.iter().map(|writer| Write::Fact(writer.generation.ready_fact(), Some(Bytes::from_static(b"1"))));

@@ -24,7 +24,8 @@ use online_store::key::{Generation, Key};
 use online_store::tile::{Layout, Tiles};
 use online_store::{Answer, OnlineStore, Read, StoreError, Write, WriteOutcome, row};
 
-use kept::{Entity, Kept};
+use kept::Entity;
+pub use kept::Kept;
 
 /// Entities read and written in one call of the store. An entity of windows up to 7 d has about 250 tiles of a few
 /// hundred bytes, so a call moves some 30 MB at most.
