@@ -27,6 +27,7 @@ use crate::value::Type;
 
 mod arithmetic;
 mod call;
+mod compare;
 mod convert;
 mod function;
 mod lower;
@@ -221,12 +222,21 @@ impl Expression {
     /// Evaluates a batch. The columns are those of [`Expression::columns`], in that order, each of the Arrow type of its
     /// type in the environment and `rows` long. The result has the Arrow type of [`Expression::value_type`].
     pub fn evaluate(&self, columns: &[ArrayRef], rows: usize) -> Result<ArrayRef, EvaluateError> {
+        self.evaluate_columns(columns.iter().cloned(), rows)
+    }
+
+    /// The same for columns that are the caller's to give away.
+    pub fn evaluate_columns(
+        &self,
+        columns: impl ExactSizeIterator<Item = ArrayRef>,
+        rows: usize,
+    ) -> Result<ArrayRef, EvaluateError> {
         let expected = self.compiled.columns.len();
         if columns.len() != expected {
             return Err(EvaluateError::ColumnCount { expected, found: columns.len() });
         }
         // Sources canonicalise their floats; a caller that did not must not change what a comparison sees.
-        let columns = columns.iter().cloned().map(call::canonical).collect();
+        let columns = columns.map(call::canonical).collect();
         let options = RecordBatchOptions::new().with_row_count(Some(rows));
         let batch = RecordBatch::try_new_with_options(self.compiled.schema.clone(), columns, &options)
             .map_err(EvaluateError::Columns)?;

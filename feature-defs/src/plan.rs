@@ -29,7 +29,7 @@ pub use compile::{SourceSchemas, compile};
 pub use model::{EncodedInput, EncodedModelInputs, InputValues};
 pub use project::{compile_definitions, read_definitions};
 pub use redact::{Judge, KeysOfViews, Redaction, redact};
-pub use rows::{EntityKeys, RowsError, ViewRows, align_batch, encode_entity_keys};
+pub use rows::{EntityKeys, RowsError, ViewRows, align_batch, canonical, encode_entity_keys};
 
 /// Everything a project defines, compiled.
 #[derive(Debug, Clone)]

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::events::Events;
-use crate::features::{self, Features, Services};
+use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served};
 use crate::metrics::Metrics;
@@ -148,11 +148,17 @@ impl Gateway {
         })
     }
 
-    pub async fn get_features(&self, request: v1::GetFeaturesRequest) -> Result<v1::GetFeaturesResponse, Failure> {
+    pub async fn get_features(&self, request: v1::GetFeaturesRequest) -> Result<FeaturesAnswer, Failure> {
         let started = Instant::now();
-        let mut of = String::new();
+        let mut of = None;
         let answer = self.get_features_of(request, started, &mut of).await;
-        self.count("GetFeatures", &of, &answer, started);
+        match (&answer, of) {
+            (Ok(answer), Some(ready)) => self.metrics.answered(&answer.service, &ready.counters, started.elapsed()),
+            (_, ready) => {
+                let name = ready.as_ref().map_or("", |ready| &*ready.reader.service.name);
+                self.count("GetFeatures", name, &answer, started);
+            }
+        }
         answer
     }
 
@@ -160,8 +166,8 @@ impl Gateway {
         &self,
         request: v1::GetFeaturesRequest,
         started: Instant,
-        of: &mut String,
-    ) -> Result<v1::GetFeaturesResponse, Failure> {
+        of: &mut Option<Arc<Service>>,
+    ) -> Result<FeaturesAnswer, Failure> {
         let _permit = self.admit()?;
         self.check_project(&request.project)?;
         let served = self.served();
@@ -175,19 +181,12 @@ impl Gateway {
             Some(What::Features(list)) => self.listed(plan, &list.names)?,
             None => return Err(Failure::invalid("the request names neither a service nor features")),
         };
-        *of = service.name.to_string();
+        let ready = &*of.insert(self.services.of(&service, self.project.as_str(), &self.metrics));
         let rows = request::read_rows(&service, &request.rows, request.at.len())?;
         request::refuse_incomplete(&rows)?;
         let deadline = deadline(started, request.deadline_ms, None);
-        let features = self.features(&service, &rows, &request.at, deadline).await?;
-        Ok(v1::GetFeaturesResponse {
-            features: features.columns(&service),
-            views: if request.include_provenance { features.provenance(&service) } else { Vec::new() },
-            semantic_digest: service.semantic_digest.to_string(),
-            stale: features.fetched.stale,
-            rows: rows.count as u32,
-            at: features.fetched.at,
-        })
+        let features = self.features(ready, &rows, &request.at, deadline).await?;
+        Ok(FeaturesAnswer { service, features, include_provenance: request.include_provenance })
     }
 
     pub async fn predict(&self, request: v1::PredictRequest) -> Result<v1::PredictResponse, Failure> {
@@ -221,7 +220,8 @@ impl Gateway {
         let deadline = deadline(started, request.deadline_ms, declared);
         // The model needs the last quarter; what the store has not said by then goes on as UNAVAILABLE.
         let fetch_by = started + (deadline - started) / 4 * 3;
-        let features = self.features(service, &rows, &request.at, fetch_by).await?;
+        let ready = self.services.of(service, self.project.as_str(), &self.metrics);
+        let features = self.features(&ready, &rows, &request.at, fetch_by).await?;
         let predicted = predict::predict(plan, &model.server, &rows, &features, deadline).await?;
         self.metrics.predicted(&model.name, model.version, &predicted);
         let request_id = if request.request_id.is_empty() { Uuid::now_v7().to_string() } else { request.request_id };
@@ -246,7 +246,7 @@ impl Gateway {
 
     async fn features(
         &self,
-        service: &Arc<ServicePlan>,
+        ready: &Service,
         rows: &Rows,
         at: &[Micros],
         deadline: Instant,
@@ -255,9 +255,8 @@ impl Gateway {
             Some(at) => When::At(at),
             None => When::Now((self.clock)()),
         };
-        let ready = self.services.of(service, self.project.as_str(), &self.metrics);
         let features = features::compute(&ready.reader, rows, when, deadline.into(), &*self.store).await?;
-        self.metrics.features(service, &ready.counters, &features);
+        self.metrics.features(&ready.reader.service, &ready.counters, &features);
         Ok(features)
     }
 

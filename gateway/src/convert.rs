@@ -376,7 +376,8 @@ pub fn from_array(name: &str, array: &dyn Array, value_type: &Type) -> Column {
     Column { name: name.to_owned(), validity: validity_of(array), values: Some(values) }
 }
 
-fn validity_of(array: &dyn Array) -> Vec<u8> {
+/// The bits of the rows that are present, lowest first; none where no row is null.
+pub fn validity_of(array: &dyn Array) -> Vec<u8> {
     let Some(nulls) = array.nulls().filter(|nulls| nulls.null_count() > 0) else { return Vec::new() };
     let mut bits = vec![0u8; array.len().div_ceil(8)];
     nulls.valid_indices().for_each(|row| bits[row / 8] |= 1 << (row % 8));

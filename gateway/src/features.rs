@@ -1,5 +1,7 @@
 //! The features of a request: views fetched, transforms evaluated, statuses and reasons beside every value.
 
+mod message;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,6 +19,8 @@ use crate::metrics::{Metrics, ServiceCounters};
 use crate::request::Rows;
 use crate::status::Failure;
 
+pub use message::FeaturesAnswer;
+
 /// Names in one list of features. Longer lists are services that somebody should define.
 const NAMES_MAX: usize = 1_000;
 
@@ -30,7 +34,7 @@ const LISTED_NAMES_MAX: usize = 256;
 /// A service ready to be answered: how it is read, and what counts its values.
 pub struct Service {
     pub reader: ServiceReader,
-    pub counters: ServiceCounters,
+    pub counters: Arc<ServiceCounters>,
 }
 
 /// Services by the plan they are of. A plan is never changed, so the place where it lies says which it is, as long as it is
@@ -121,18 +125,21 @@ impl Features {
         let outputs = service.outputs.iter().enumerate();
         let column = |(index, output): (usize, &ServiceOutput)| {
             let statuses = &self.assembled.statuses[index];
-            let unavailable = statuses.contains(&Status::Unavailable);
             v1::FeatureColumn {
                 name: output.name.clone(),
                 values: Some(convert::from_array(&output.name, &self.assembled.columns[index], &output.feature_type)),
                 statuses: statuses.iter().map(|status| status_number(*status)).collect(),
-                reasons: if unavailable { self.reasons(service, output.slot, statuses) } else { Vec::new() },
+                reasons: self.reasons(service, output.slot, statuses),
             }
         };
         outputs.map(column).collect()
     }
 
+    /// One per row where any is UNAVAILABLE, else none.
     fn reasons(&self, service: &ServicePlan, slot: Slot, statuses: &[Status]) -> Vec<i32> {
+        if !statuses.contains(&Status::Unavailable) {
+            return Vec::new();
+        }
         let mut inputs = Vec::new();
         inputs_of(service, slot, &mut inputs);
         let reason = |(row, status): (usize, &Status)| {

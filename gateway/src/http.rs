@@ -120,8 +120,8 @@ async fn features_twin(State(gateway): State<Arc<Gateway>>, body: Bytes) -> Resu
         include_provenance: body.provenance,
         deadline_ms: body.deadline_ms,
     };
-    let response = gateway.get_features(request).await?;
-    Ok(axum::Json(json::features_response(&response)).into_response())
+    let answer = gateway.get_features(request).await?;
+    Ok(axum::Json(json::features_response(&answer.to_message())).into_response())
 }
 
 async fn predict_twin(

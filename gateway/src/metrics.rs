@@ -3,8 +3,8 @@
 //! Label values are names from definitions and from this crate, never from requests, so that no client can make the
 //! number of series grow.
 
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use feature_defs::plan::ServicePlan;
@@ -82,18 +82,52 @@ struct View {
 /// What counts the values of one service. Looking up a series by its labels for every feature of every request would cost
 /// more than reading the features, so the series are found once; each comes to be with its first value.
 pub struct ServiceCounters {
+    service: String,
+    /// Of [`Metrics`], where the series come from.
+    values: Family<Value, Counter>,
     outputs: Vec<OutputCounters>,
+    /// Rows of which every value was PRESENT, and which the series of the features do not count yet. Nearly all rows are
+    /// such, and adding them to the series of hundreds of features is as much work as reading them: it is left to whoever
+    /// reads the metrics.
+    present_rows: AtomicU64,
     /// By input of the service.
     ages: Vec<Histogram>,
+    /// Calls of GetFeatures that were answered, and how long they took.
+    answered: OnceLock<(Counter, Histogram)>,
 }
 
 struct OutputCounters {
+    feature: String,
     /// By status number.
     statuses: [OnceLock<Counter>; 6],
     stale: OnceLock<Counter>,
     defaults: OnceLock<Counter>,
     /// Inputs of the service that the feature is made of.
     inputs: Vec<usize>,
+}
+
+impl ServiceCounters {
+    fn count(&self, output: &OutputCounters, status: Status, count: u64) {
+        let counter = output.statuses[status as usize].get_or_init(|| {
+            let (service, feature) = (self.service.clone(), output.feature.clone());
+            self.values.get_or_create(&Value { service, feature, status: status.to_string() }).clone()
+        });
+        counter.inc_by(count);
+    }
+
+    /// Brings the series up to date.
+    fn settle(&self) {
+        let rows = self.present_rows.swap(0, Ordering::Relaxed);
+        if rows > 0 {
+            self.outputs.iter().for_each(|output| self.count(output, Status::Present, rows));
+        }
+    }
+}
+
+impl Drop for ServiceCounters {
+    fn drop(&mut self) {
+        self.settle();
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -136,6 +170,8 @@ impl Freshness {
 /// Every metric of the process. Cheap to clone handles inside; one per process.
 pub struct Metrics {
     registry: Registry,
+    /// What is settled before the metrics are read.
+    services: Mutex<Vec<Weak<ServiceCounters>>>,
     calls: Family<Call, Counter>,
     seconds: Family<Method, Histogram, fn() -> Histogram>,
     values: Family<Value, Counter>,
@@ -189,6 +225,7 @@ impl Metrics {
     pub fn new() -> Metrics {
         let mut metrics = Metrics {
             registry: Registry::with_prefix("coeval"),
+            services: Mutex::default(),
             calls: Family::default(),
             seconds: Family::new_with_constructor(seconds),
             values: Family::default(),
@@ -269,23 +306,54 @@ impl Metrics {
         self.seconds.get_or_create(&method).observe(took.as_secs_f64());
     }
 
+    /// A call of GetFeatures was answered: what [`Metrics::call`] counts, without looking for its series.
+    pub fn answered(&self, service: &ServicePlan, counters: &ServiceCounters, took: Duration) {
+        let (calls, seconds) = counters.answered.get_or_init(|| {
+            let (method, of) = ("GetFeatures".to_owned(), service.name.to_string());
+            let call = Call { method: method.clone(), of: of.clone(), code: "Ok".to_owned() };
+            let calls = self.calls.get_or_create(&call).clone();
+            (calls, self.seconds.get_or_create(&Method { method, of }).clone())
+        });
+        calls.inc();
+        seconds.observe(took.as_secs_f64());
+    }
+
     /// Reads that the cache in memory answered, or did not.
     pub fn cache_reads(&self, what: &str) -> Counter {
         self.cache_reads.get_or_create(&What { what: what.to_owned() }).clone()
     }
 
     /// The series of one service.
-    pub fn service(&self, service: &ServicePlan) -> ServiceCounters {
+    pub fn service(&self, service: &ServicePlan) -> Arc<ServiceCounters> {
         let outputs = service.outputs.iter().map(|output| {
             let mut inputs = Vec::new();
             inputs_of(service, output.slot, &mut inputs);
-            OutputCounters { statuses: Default::default(), stale: OnceLock::new(), defaults: OnceLock::new(), inputs }
+            let feature = output.name.clone();
+            OutputCounters {
+                feature,
+                statuses: Default::default(),
+                stale: OnceLock::new(),
+                defaults: OnceLock::new(),
+                inputs,
+            }
         });
         let ages = service.inputs.iter().map(|input| {
             let labels = View { service: service.name.to_string(), view: input.alias.clone() };
             self.view_age.get_or_create(&labels).clone()
         });
-        ServiceCounters { outputs: outputs.collect(), ages: ages.collect() }
+        let counters = Arc::new(ServiceCounters {
+            service: service.name.to_string(),
+            values: self.values.clone(),
+            outputs: outputs.collect(),
+            present_rows: AtomicU64::new(0),
+            ages: ages.collect(),
+            answered: OnceLock::new(),
+        });
+        let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        // As many live as services are kept ready; those that were dropped have settled.
+        services.retain(|other| other.strong_count() > 0);
+        services.push(Arc::downgrade(&counters));
+        counters
     }
 
     pub fn features(&self, service: &ServicePlan, counters: &ServiceCounters, features: &Features) {
@@ -306,26 +374,26 @@ impl Metrics {
             }
         }
         let assembled = &features.assembled;
-        for (index, (output, counters)) in service.outputs.iter().zip(&counters.outputs).enumerate() {
+        if !features.fetched.stale && are_present(&assembled.statuses) {
+            counters.present_rows.fetch_add(features.fetched.at.len() as u64, Ordering::Relaxed);
+            return;
+        }
+        for (index, (output, of_output)) in service.outputs.iter().zip(&counters.outputs).enumerate() {
             let mut counts = [0u64; 6];
             assembled.statuses[index].iter().for_each(|status| counts[*status as usize] += 1);
             for (number, count) in counts.into_iter().enumerate().filter(|(_, count)| *count > 0) {
-                let counter = counters.statuses[number].get_or_init(|| {
-                    let status = Status::from_number(number as u8);
-                    let status = status.map_or_else(String::new, |status| status.to_string());
-                    let value = Value { service: service.name.to_string(), feature: output.name.clone(), status };
-                    self.values.get_or_create(&value).clone()
-                });
-                counter.inc_by(count);
+                if let Some(status) = Status::from_number(number as u8) {
+                    counters.count(of_output, status, count);
+                }
             }
             let feature = || Feature { service: service.name.to_string(), feature: output.name.clone() };
-            let stale = counters.inputs.iter().map(|input| features.fetched.inputs[*input].stale_rows).max();
+            let stale = of_output.inputs.iter().map(|input| features.fetched.inputs[*input].stale_rows).max();
             if let Some(stale) = stale.filter(|stale| *stale > 0) {
-                let counter = counters.stale.get_or_init(|| self.stale_values.get_or_create(&feature()).clone());
+                let counter = of_output.stale.get_or_init(|| self.stale_values.get_or_create(&feature()).clone());
                 counter.inc_by(u64::from(stale));
             }
             if assembled.defaults[index] > 0 {
-                let counter = counters.defaults.get_or_init(|| self.default_values.get_or_create(&feature()).clone());
+                let counter = of_output.defaults.get_or_init(|| self.default_values.get_or_create(&feature()).clone());
                 counter.inc_by(u64::from(assembled.defaults[index]));
             }
         }
@@ -350,6 +418,8 @@ impl Metrics {
 
     /// Everything as text. What is a state rather than a count is read now.
     pub fn encode(&self, served: &Served, control_log_age: Duration, ready: bool) -> String {
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        services.iter().filter_map(Weak::upgrade).for_each(|counters| counters.settle());
         self.control_log_age.set(control_log_age.as_secs_f64());
         self.control_log_head.set(i64::try_from(served.head.0).unwrap_or(i64::MAX));
         self.ready.set(i64::from(ready));
@@ -382,6 +452,16 @@ impl Metrics {
         }
         text
     }
+}
+
+/// Whether every value is PRESENT. Most columns share their statuses, which are then looked at once. What is PRESENT is no
+/// default.
+fn are_present(statuses: &[Arc<[Status]>]) -> bool {
+    let mut last: Option<&Arc<[Status]>> = None;
+    statuses.iter().all(|statuses| {
+        let is_known = last.replace(statuses).is_some_and(|last| Arc::ptr_eq(last, statuses));
+        is_known || statuses.iter().all(|status| *status == Status::Present)
+    })
 }
 
 #[cfg(test)]

@@ -1,11 +1,8 @@
 //! What a caller sent, checked against the service it is for, before anything is read for it.
 
-use std::sync::Arc;
-
-use arrow::array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, new_null_array};
-use arrow::datatypes::{Field, Schema};
+use arrow::array::{Array, ArrayRef, new_null_array};
 use feature_defs::catalog::RequestTime;
-use feature_defs::plan::{RequestColumn, ServicePlan, align_batch};
+use feature_defs::plan::{RequestColumn, ServicePlan, canonical};
 use feature_defs::time::Micros;
 use proto::v1::Column;
 
@@ -53,7 +50,6 @@ pub fn read_rows(service: &ServicePlan, sent: &[Column], at_count: usize) -> Res
         return Err(Failure::invalid(text));
     }
     let mut columns = Vec::with_capacity(service.columns.len());
-    let mut fields = Vec::with_capacity(service.columns.len());
     for wanted in &service.columns {
         let array = match sent.iter().find(|column| column.name == wanted.name) {
             Some(column) => convert::to_array(column, &wanted.column_type, count)
@@ -61,8 +57,8 @@ pub fn read_rows(service: &ServicePlan, sent: &[Column], at_count: usize) -> Res
             None if wanted.nullable && !wanted.is_key => new_null_array(&wanted.column_type.arrow(), count),
             None => return Err(absent(service, wanted)),
         };
-        fields.push(Field::new(&wanted.name, wanted.column_type.arrow(), true));
-        columns.push(array);
+        // One NaN, no -0.0: a spine's columns go the same way. Their types are those wanted already.
+        columns.push(canonical(array));
     }
     let mut incomplete: Vec<(usize, String)> = Vec::new();
     for (wanted, column) in service.columns.iter().zip(&columns) {
@@ -73,23 +69,7 @@ pub fn read_rows(service: &ServicePlan, sent: &[Column], at_count: usize) -> Res
     // Stable, so that the first column of the service stays first.
     incomplete.sort_by_key(|(row, _)| *row);
     incomplete.dedup_by_key(|(row, _)| *row);
-    Ok(Rows { count, columns: canonical(service, fields, columns, count)?, incomplete })
-}
-
-/// One NaN, no -0.0: a spine's columns go the same way.
-fn canonical(
-    service: &ServicePlan,
-    fields: Vec<Field>,
-    columns: Vec<ArrayRef>,
-    count: usize,
-) -> Result<Vec<ArrayRef>, Failure> {
-    let unfit = |error: &(dyn std::error::Error + 'static)| Failure::internal("the request could not be read", error);
-    let options = RecordBatchOptions::new().with_row_count(Some(count));
-    let batch = RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &options)
-        .map_err(|error| unfit(&error))?;
-    let wanted = service.columns.iter().map(|column| (column.name.as_str(), &column.column_type));
-    let aligned = align_batch("request", wanted, &batch, false).map_err(|error| unfit(&error))?;
-    Ok(aligned.columns().to_vec())
+    Ok(Rows { count, columns, incomplete })
 }
 
 fn absent(service: &ServicePlan, column: &RequestColumn) -> Failure {

@@ -25,15 +25,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use feature_defs::aggregate::{Aggregate, State};
 use feature_defs::as_of::Times;
-use feature_defs::catalog::Head;
 use feature_defs::time::{Micros, Position};
 use feature_defs::value::{DecodeError, Type, Value, decode_i64, encode_i64, take};
 use feature_defs::window::{Levels, TileId, Window};
 
 mod raw;
+mod read;
 mod write;
 
 pub use raw::{RawEvent, RawEvents};
+pub use read::{AtBeforeStore, ReadError, StoredTiles};
 
 /// The newest version.
 pub const VERSION: u8 = 2;
@@ -104,10 +105,6 @@ pub struct Change {
     pub remove: Vec<TileId>,
 }
 
-/// The store's answer does not reach back to the time asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AtBeforeStore;
-
 impl Layout {
     /// How raw inputs are typed: what each aggregate takes; `count(*)` counts a true marker.
     fn input_types(&self) -> Vec<Type> {
@@ -146,94 +143,6 @@ impl Layout {
         self.levels.all().iter().map(move |level| TileId::containing(event_time, *level))
     }
 
-    /// The value of every (aggregate, window) asked for, at t, from the tiles that [`Layout::tiles_at`] named.
-    pub fn read(&self, tiles: &Tiles, outputs: &[(usize, Window)], t: Micros) -> Result<Vec<Value>, AtBeforeStore> {
-        if t < tiles.exact_from {
-            return Err(AtBeforeStore);
-        }
-        let tiles = &tiles.tiles;
-        let head = tiles.get(&TileId::containing(t, self.levels.finest()));
-        let mut values = Vec::with_capacity(outputs.len());
-        // Windows of one view share tails more often than not; states per window are merged once.
-        let mut merged: Vec<(Window, Vec<State>)> = Vec::new();
-        for (aggregate, window) in outputs {
-            let found = merged.iter().position(|(known, _)| known == window);
-            let index = match found {
-                Some(index) => index,
-                None => {
-                    merged.push((*window, self.window_states(tiles, head, window, t)?));
-                    merged.len() - 1
-                }
-            };
-            values.push(self.aggregates[*aggregate].finish(&merged[index].1[*aggregate]));
-        }
-        Ok(values)
-    }
-
-    fn window_states(
-        &self,
-        tiles: &BTreeMap<TileId, Tile>,
-        head: Option<&Tile>,
-        window: &Window,
-        t: Micros,
-    ) -> Result<Vec<State>, AtBeforeStore> {
-        let mut states = self.zero();
-        for id in self.levels.cover(window.start(t), t) {
-            let Some(tile) = tiles.get(&id) else { continue };
-            if tile.known_time_max <= t {
-                self.merge(&mut states, &tile.states);
-            } else {
-                // Some event of this tile was not yet known at t. Only its raw events can tell which.
-                let raw = tile.raw.as_ref().ok_or(AtBeforeStore)?;
-                self.merge_raw(&mut states, raw, t, |_| true)?;
-            }
-        }
-        if let Some(tile) = head {
-            let inside = |event_time: Micros| match window.head {
-                Head::Exclusive => event_time < t,
-                Head::Inclusive => event_time <= t,
-            };
-            if inside(tile.event_time_max) && tile.known_time_max <= t {
-                self.merge(&mut states, &tile.states);
-            } else {
-                let raw = tile.raw.as_ref().ok_or(AtBeforeStore)?;
-                self.merge_raw(&mut states, raw, t, inside)?;
-            }
-        }
-        Ok(states)
-    }
-
-    fn merge(&self, into: &mut [State], from: &[State]) {
-        for ((aggregate, into), from) in self.aggregates.iter().zip(into).zip(from) {
-            aggregate.merge(into, from);
-        }
-    }
-
-    fn merge_raw(
-        &self,
-        states: &mut [State],
-        raw: &Raw,
-        t: Micros,
-        inside: impl Fn(Micros) -> bool,
-    ) -> Result<(), AtBeforeStore> {
-        let folded_is_exact = raw.folded_known_time_max <= t && (raw.from == Micros::MIN || inside(raw.from - 1));
-        let nothing_folded = raw.folded_known_time_max == Micros::MIN;
-        if !nothing_folded {
-            if !folded_is_exact {
-                return Err(AtBeforeStore);
-            }
-            self.merge(states, &raw.folded);
-        }
-        let types = self.input_types();
-        // They were looked at when the tile was decoded.
-        for event in raw.events.iter(&types, self.is_ordered()).flatten() {
-            if inside(event.event_time) && event.known_time <= t {
-                self.push(states, &event.inputs, &event.times());
-            }
-        }
-        Ok(())
-    }
-
     /// The tiles of a store's answer, by the ids that were asked for.
     pub fn decode_answer(
         &self,
@@ -253,14 +162,9 @@ impl Layout {
 
     pub fn decode(&self, bytes: &[u8]) -> Result<Tile, DecodeError> {
         let bytes = &mut &*bytes;
-        let [version, has_raw] = take::<2>(bytes)?;
-        if ![VERSION_UNORDERED, VERSION].contains(&version) {
-            return Err(DecodeError::Version { found: version, newest: VERSION });
-        }
-        let event_time_max = decode_i64(take(bytes)?);
-        let known_time_max = decode_i64(take(bytes)?);
+        let TileHead { version, has_raw, event_time_max, known_time_max } = decode_head(bytes)?;
         let states = self.decode_states(bytes)?;
-        let raw = if has_raw == 1 { Some(self.decode_raw(bytes, version)?) } else { None };
+        let raw = if has_raw { Some(self.decode_raw(bytes, version)?) } else { None };
         if !bytes.is_empty() {
             return Err(DecodeError::Trailing(bytes.len()));
         }
@@ -289,6 +193,24 @@ impl Layout {
     fn decode_states(&self, bytes: &mut &[u8]) -> Result<Vec<State>, DecodeError> {
         self.aggregates.iter().map(|aggregate| aggregate.decode(bytes)).collect()
     }
+}
+
+/// What a tile begins with.
+struct TileHead {
+    version: u8,
+    has_raw: bool,
+    event_time_max: Micros,
+    known_time_max: Micros,
+}
+
+fn decode_head(bytes: &mut &[u8]) -> Result<TileHead, DecodeError> {
+    let [version, has_raw] = take::<2>(bytes)?;
+    if ![VERSION_UNORDERED, VERSION].contains(&version) {
+        return Err(DecodeError::Version { found: version, newest: VERSION });
+    }
+    let event_time_max = decode_i64(take(bytes)?);
+    let known_time_max = decode_i64(take(bytes)?);
+    Ok(TileHead { version, has_raw: has_raw == 1, event_time_max, known_time_max })
 }
 
 fn encode_bounds(exact_from: Micros) -> Bytes {

@@ -22,7 +22,7 @@ use datafusion_sql::sqlparser::tokenizer::{Location, Span, Token, Tokenizer};
 
 use super::arithmetic::{self, Operation};
 use super::call::{Argument, Body, Call, run};
-use super::{ColumnRef, Compiled, Environment, ErrorKind, ExpressionError, convert, text, time, vector};
+use super::{ColumnRef, Compiled, Environment, ErrorKind, ExpressionError, compare, convert, text, time, vector};
 use crate::value::Type;
 
 /// No hand-written feature comes near; a generated one should be a vocabulary or a join.
@@ -359,6 +359,13 @@ impl<'a> Lowering<'a> {
         ) {
             let message = format!("cannot compare {} values", name_of(&left.data_type));
             return Err(self.type_error(message, span, Some("compare their elements".to_string())));
+        }
+        // Two constants are left to DataFusion, which folds nothing: neither do we, and the tree stays what was written.
+        let is_constant = left.literal.is_some() && right.literal.is_some();
+        if let Some(body) = compare::comparison(operator, &left.data_type)
+            && !is_constant
+        {
+            return self.call(&operator.to_string(), body, &[left, right], ArrowType::Boolean, span, text);
         }
         Ok(self.binary(left, operator, right, ArrowType::Boolean, text))
     }

@@ -92,15 +92,20 @@ impl ServicePlan {
             present: vec![Status::Present; rows].into(),
         };
         let mut transforms: Vec<Judged> = Vec::with_capacity(self.transforms.len());
+        let mut inputs: Vec<ArrayRef> = Vec::new();
         for transform in &self.transforms {
-            let inputs: Vec<Judged> =
-                transform.reads.iter().map(|slot| self.slot(*slot, &given, &transforms)).collect::<Result<_, _>>()?;
-            let columns: Vec<ArrayRef> = inputs.iter().map(|input| input.values.clone()).collect();
+            inputs.clear();
+            let mut statuses = given.present.clone();
+            for slot in &transform.reads {
+                let input = self.slot(*slot, &given, &transforms)?;
+                statuses = worst(statuses, &input.statuses, &given.present);
+                inputs.push(input.values);
+            }
             let values = transform
                 .expression
-                .evaluate(&columns, rows)
+                .evaluate_columns(inputs.drain(..), rows)
                 .map_err(|source| AssembleError::Transform { address: transform.address.clone(), source })?;
-            let statuses = judge(&values, &worst(&inputs, &given.present));
+            let statuses = judge(&values, &statuses);
             let (values, defaults) = fill_default(values, transform.default.as_ref(), &transform.feature_type)?;
             transforms.push(Judged { values, statuses, defaults });
         }
@@ -149,20 +154,15 @@ impl ServicePlan {
     }
 }
 
-/// The worst status of the inputs, row by row; shared where no input has more than one opinion.
-fn worst(inputs: &[Judged], present: &Arc<[Status]>) -> Arc<[Status]> {
-    let mut worst = present.clone();
-    for input in inputs {
-        if Arc::ptr_eq(&worst, &input.statuses) || Arc::ptr_eq(&input.statuses, present) {
-            continue;
-        }
-        worst = if Arc::ptr_eq(&worst, present) {
-            input.statuses.clone()
-        } else {
-            worst.iter().zip(&*input.statuses).map(|(a, b)| Status::worst(*a, *b)).collect()
-        };
+/// The worse status, row by row; shared where the two are not of two opinions.
+fn worst(known: Arc<[Status]>, other: &Arc<[Status]>, present: &Arc<[Status]>) -> Arc<[Status]> {
+    if Arc::ptr_eq(&known, other) || Arc::ptr_eq(other, present) {
+        known
+    } else if Arc::ptr_eq(&known, present) {
+        other.clone()
+    } else {
+        known.iter().zip(&**other).map(|(a, b)| Status::worst(*a, *b)).collect()
     }
-    worst
 }
 
 /// NULL_VALUE for nulls in PRESENT rows.

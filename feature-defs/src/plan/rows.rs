@@ -260,7 +260,7 @@ fn split(buckets: &Buckets, by: &Expression, apart: &ArrayRef, input: ArrayRef) 
 }
 
 /// One NaN, no -0.0: at sources as at expression outputs.
-fn canonical(column: ArrayRef) -> ArrayRef {
+pub fn canonical(column: ArrayRef) -> ArrayRef {
     use arrow::datatypes::{Float32Type, Float64Type};
     match column.data_type() {
         DataType::Float64 => Arc::new(column.as_primitive::<Float64Type>().unary::<_, Float64Type>(canonical_f64)),

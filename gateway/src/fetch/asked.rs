@@ -6,7 +6,7 @@ use std::hash::BuildHasher;
 use feature_defs::time::Micros;
 use feature_defs::window::TileId;
 use hashbrown::{DefaultHashBuilder, HashTable};
-use online_store::key::Key;
+use online_store::tile::Layout;
 use online_store::{Answer, OnlineStore, Read, StoreError, row};
 use tokio::time::Instant;
 
@@ -15,21 +15,19 @@ use super::{Reason, TILES_MAX};
 use crate::request::Rows;
 use crate::status::Failure;
 
+/// So many slots are searched one by one, which is sooner done than hashing and finding room for a table.
+const SEARCHED_MAX: usize = 8;
+
 /// What is read, each thing once.
 pub(super) struct Asked<'a> {
     pub reader: &'a ServiceReader,
-    pub slots: Vec<Slot>,
+    /// One entity of one view each.
+    pub slots: Vec<Read>,
+    /// For each slot, of the reader's generations the one that it is of.
+    generations: Vec<usize>,
     /// For each input and row its slot; None where the key holds a null, or nothing is read.
     pub of_inputs: Vec<Vec<Option<u32>>>,
     pub rows: usize,
-}
-
-/// One entity of one view.
-pub(super) struct Slot {
-    pub generation: usize,
-    pub key: Key,
-    /// None for as-of views.
-    pub tiles: Option<Vec<TileId>>,
 }
 
 /// What the store answered.
@@ -48,7 +46,8 @@ pub(super) struct Missing {
 
 impl<'a> Asked<'a> {
     pub fn new(reader: &'a ServiceReader, rows: &Rows) -> Asked<'a> {
-        let mut asked = Asked { reader, slots: Vec::new(), of_inputs: Vec::new(), rows: rows.count };
+        let mut asked =
+            Asked { reader, slots: Vec::new(), generations: Vec::new(), of_inputs: Vec::new(), rows: rows.count };
         let hasher = DefaultHashBuilder::default();
         let hash = |generation: usize, entity: &[u8]| hasher.hash_one((generation, entity));
         let mut known: HashTable<u32> = HashTable::new();
@@ -60,26 +59,35 @@ impl<'a> Asked<'a> {
             let types = service_input.view.keys.iter().map(|key| &key.key_type);
             let columns: Vec<_> = service_input.keys.iter().map(|key| rows.columns[*key].clone()).zip(types).collect();
             let keys = service_input.view.entity_keys(&columns, rows.count);
-            let slots = &mut asked.slots;
+            let (slots, generations) = (&mut asked.slots, &mut asked.generations);
             let mut slot_of = |entity: &[u8]| {
                 let same = |slot: &u32| {
-                    let slot: &Slot = &slots[*slot as usize];
-                    slot.generation == generation && *slot.key.entity == *entity
+                    let slot = *slot as usize;
+                    generations[slot] == generation && *entity_of(&slots[slot]) == *entity
                 };
-                let hashed = hash(generation, entity);
-                if let Some(slot) = known.find(hashed, same) {
-                    return *slot;
-                }
                 // Requests have at most 10,000 rows, and services far fewer inputs than would overflow this.
-                let slot = slots.len() as u32;
+                let count = slots.len() as u32;
+                let found = if slots.len() <= SEARCHED_MAX {
+                    (0..count).find(|slot| same(slot))
+                } else {
+                    known.find(hash(generation, entity), same).copied()
+                };
+                if let Some(slot) = found {
+                    return slot;
+                }
                 let key = reader.generations[generation].key(entity);
-                let tiles = matches!(input.kind, Kind::Windowed { .. }).then(Vec::new);
-                slots.push(Slot { generation, key, tiles });
-                known.insert_unique(hashed, slot, |slot| {
-                    let slot: &Slot = &slots[*slot as usize];
-                    hash(slot.generation, &slot.key.entity)
-                });
-                slot
+                let is_windowed = matches!(input.kind, Kind::Windowed { .. });
+                slots.push(if is_windowed { Read::Tiles(key, Vec::new()) } else { Read::Row(key) });
+                generations.push(generation);
+                if slots.len() > SEARCHED_MAX {
+                    let hash_of = |slot: &u32| hash(generations[*slot as usize], entity_of(&slots[*slot as usize]));
+                    // The table begins with the first slot that is one too many, and then knows all.
+                    let first = if known.is_empty() { 0 } else { count };
+                    (first..=count).for_each(|slot| {
+                        known.insert_unique(hash_of(&slot), slot, hash_of);
+                    });
+                }
+                count
             };
             let of_rows = (0..rows.count).map(|row| keys.get(row).map(&mut slot_of)).collect();
             asked.of_inputs.push(of_rows);
@@ -96,15 +104,23 @@ impl<'a> Asked<'a> {
     /// All rows at one time, as requests are that name none: every entity of a view needs the same tiles.
     fn name_tiles_at(&mut self, t: Micros) -> Result<bool, Failure> {
         let mut of_generations: Vec<Option<Vec<TileId>>> = vec![None; self.reader.generations.len()];
+        // Views of equal windows, as services have many, need the same tiles.
+        let mut known: Vec<(&Layout, usize)> = Vec::new();
         for input in &self.reader.inputs {
-            if let Kind::Windowed { generation, layout, .. } = &input.kind {
-                of_generations[*generation].get_or_insert_with(|| layout.tiles_at(t));
+            let Kind::Windowed { generation, layout, .. } = &input.kind else { continue };
+            if of_generations[*generation].is_some() {
+                continue;
             }
+            let alike =
+                known.iter().find(|(other, _)| other.windows == layout.windows && other.levels == layout.levels);
+            let tiles = alike.and_then(|(_, other)| of_generations[*other].clone());
+            of_generations[*generation] = Some(tiles.unwrap_or_else(|| layout.tiles_at(t)));
+            known.push((layout, *generation));
         }
         let mut count = 0;
         let mut more = false;
-        for slot in &mut self.slots {
-            let (Some(named), Some(wanted)) = (&mut slot.tiles, &of_generations[slot.generation]) else { continue };
+        for (slot, generation) in self.slots.iter_mut().zip(&self.generations) {
+            let (Read::Tiles(_, named), Some(wanted)) = (slot, &of_generations[*generation]) else { continue };
             count += wanted.len();
             if count > TILES_MAX {
                 return Err(too_many_tiles());
@@ -143,7 +159,7 @@ impl<'a> Asked<'a> {
         }
         let mut more = false;
         for (slot, wanted) in self.slots.iter_mut().zip(wanted) {
-            let Some(named) = &mut slot.tiles else { continue };
+            let Read::Tiles(_, named) = slot else { continue };
             let wanted: Vec<TileId> = wanted.into_iter().collect();
             if *named != wanted {
                 more = true;
@@ -153,13 +169,15 @@ impl<'a> Asked<'a> {
         Ok(more)
     }
 
-    /// One call to the store for the markers of generations and everything else.
-    pub async fn read(&self, store: &dyn OnlineStore, deadline: Instant) -> Result<Answers, Missing> {
-        let facts = self.reader.ready_facts.iter().map(|fact| Read::Fact(fact.clone()));
-        let reads: Vec<Read> = facts.chain(self.slots.iter().map(Slot::read)).collect();
-        let mut answers = call(store, &reads, deadline).await?;
-        let slots = answers.split_off(self.reader.ready_facts.len());
-        let ready = answers.iter().map(|answer| matches!(answer, Answer::Fact(Some(_)))).collect();
+    /// One call to the store for everything and the markers of generations.
+    pub async fn read(&mut self, store: &dyn OnlineStore, deadline: Instant) -> Result<Answers, Missing> {
+        let count = self.slots.len();
+        self.slots.extend(self.reader.ready_facts.iter().map(|fact| Read::Fact(fact.clone())));
+        let answers = call(store, &self.slots, deadline).await;
+        self.slots.truncate(count);
+        let mut slots = answers?;
+        let facts = slots.split_off(count);
+        let ready = facts.iter().map(|answer| matches!(answer, Answer::Fact(Some(_)))).collect();
         Ok(Answers { ready, slots })
     }
 
@@ -170,8 +188,9 @@ impl<'a> Asked<'a> {
         deadline: Instant,
         answers: &mut Answers,
     ) -> Result<(), Missing> {
-        let windowed: Vec<usize> = (0..self.slots.len()).filter(|slot| self.slots[*slot].tiles.is_some()).collect();
-        let reads: Vec<Read> = windowed.iter().map(|slot| self.slots[*slot].read()).collect();
+        let is_windowed = |slot: &usize| matches!(self.slots[*slot], Read::Tiles(..));
+        let windowed: Vec<usize> = (0..self.slots.len()).filter(is_windowed).collect();
+        let reads: Vec<Read> = windowed.iter().map(|slot| self.slots[*slot].clone()).collect();
         let again = call(store, &reads, deadline).await?;
         for (slot, answer) in windowed.into_iter().zip(again) {
             answers.slots[slot] = answer;
@@ -201,12 +220,11 @@ async fn call(store: &dyn OnlineStore, reads: &[Read], deadline: Instant) -> Res
     }
 }
 
-impl Slot {
-    fn read(&self) -> Read {
-        match &self.tiles {
-            None => Read::Row(self.key.clone()),
-            Some(tiles) => Read::Tiles(self.key.clone(), tiles.clone()),
-        }
+/// The entity that a slot is about.
+fn entity_of(slot: &Read) -> &[u8] {
+    match slot {
+        Read::Row(key) | Read::Tiles(key, _) | Read::AllTiles(key) => &key.entity,
+        Read::Fact(_) | Read::Mark(_) => &[],
     }
 }
 

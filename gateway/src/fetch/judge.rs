@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, UInt32Array, new_null_array};
 use arrow::compute::take;
-use bytes::Bytes;
 use feature_defs::as_of::{MaxAge, Times};
 use feature_defs::catalog::Visibility;
 use feature_defs::columns::Columns;
@@ -13,9 +12,8 @@ use feature_defs::time::{Micros, Position, STATIC, Status};
 use feature_defs::value::Value;
 use feature_defs::window::Window;
 use hashbrown::HashMap;
-use online_store::key::Key;
-use online_store::tile::{AtBeforeStore, Layout, Tiles};
-use online_store::{Answer, row};
+use online_store::tile::{Layout, ReadError, StoredTiles};
+use online_store::{Answer, Read, row};
 
 use super::asked::{Answers, Asked};
 use super::reader::{InputReader, Kind};
@@ -125,7 +123,7 @@ impl Asked<'_> {
                     columns.push(parts.values)?;
                     Ok((parts.times, parts.deleted, place))
                 });
-                parts.map_or_else(|error| Stored::corrupt(&self.slots[*slot as usize].key, &error), Stored::Found)
+                parts.map_or_else(|error| Stored::corrupt(&self.slots[*slot as usize], &error), Stored::Found)
             });
             let mut place = None;
             cells.push(match stored {
@@ -175,8 +173,8 @@ impl Asked<'_> {
         answers: Result<&[Answer], Reason>,
         at: &[Micros],
     ) -> (Vec<ArrayRef>, Vec<Cell>) {
-        let mut decoded: HashMap<u32, Stored<Tiles>> = HashMap::new();
-        let mut known: HashMap<(u32, Micros), Result<Values, AtBeforeStore>> = HashMap::new();
+        let mut opened: HashMap<u32, Stored<StoredTiles<'_>>> = HashMap::new();
+        let mut known: HashMap<(u32, Micros), Result<Values, Reason>> = HashMap::new();
         let mut cells = Vec::with_capacity(self.rows);
         let mut values: Vec<Option<Values>> = Vec::with_capacity(self.rows);
         for (slot, t) in slots.iter().zip(at) {
@@ -193,26 +191,31 @@ impl Asked<'_> {
                     continue;
                 }
             };
-            let tiles = decoded.entry(*slot).or_insert_with(|| {
-                let asked = &self.slots[*slot as usize];
-                let ids = asked.tiles.as_deref().unwrap_or_default();
-                let Answer::Tiles { position, tiles } = &answers[*slot as usize] else { return Stored::Corrupt };
-                let present = ids.iter().zip(tiles).filter_map(|(id, tile)| Some((*id, Bytes::clone(tile.as_ref()?))));
-                let tiles = windows.layout.decode_answer(*position, present);
-                tiles.map_or_else(|error| Stored::corrupt(&asked.key, &error), Stored::Found)
+            let asked = &self.slots[*slot as usize];
+            let tiles = opened.entry(*slot).or_insert_with(|| {
+                let (Read::Tiles(_, ids), Answer::Tiles { position, tiles }) = (asked, &answers[*slot as usize]) else {
+                    return Stored::Corrupt;
+                };
+                let present = ids.iter().zip(tiles).filter_map(|(id, tile)| Some((*id, tile.as_deref()?)));
+                let tiles = StoredTiles::new(*position, present);
+                tiles.map_or_else(|error| Stored::corrupt(asked, &error), Stored::Found)
             });
             let Stored::Found(tiles) = tiles else {
                 cells.push(Cell::unavailable(Reason::StoreError, None));
                 values.push(None);
                 continue;
             };
-            match known.entry((*slot, *t)).or_insert_with(|| windows.read(tiles, *t)) {
+            match known.entry((*slot, *t)).or_insert_with(|| windows.read(asked, tiles, *t)) {
                 Ok(found) => {
                     cells.push(Cell::of(Status::Present, tiles.position));
                     values.push(Some(found.clone()));
                 }
-                Err(AtBeforeStore) => {
-                    cells.push(Cell::unavailable(Reason::AtBeforeStore, tiles.position));
+                Err(Reason::StoreError) => {
+                    cells.push(Cell::unavailable(Reason::StoreError, None));
+                    values.push(None);
+                }
+                Err(reason) => {
+                    cells.push(Cell::unavailable(*reason, tiles.position));
                     values.push(None);
                 }
             }
@@ -235,18 +238,25 @@ struct Windows<'a> {
 }
 
 impl Windows<'_> {
-    fn read(&self, tiles: &Tiles, t: Micros) -> Result<Values, AtBeforeStore> {
+    fn read(&self, asked: &Read, tiles: &StoredTiles<'_>, t: Micros) -> Result<Values, Reason> {
         // Tiles count what was known. Where a source asks for another condition, they agree with it only once
         // everything in them was known.
         let exact = match self.view.source.visibility {
             Visibility::Known => true,
-            Visibility::EventTime => tiles.tiles.values().all(|tile| tile.known_time_max <= t),
+            Visibility::EventTime => tiles.known_time_max().is_none_or(|known_time| known_time <= t),
             Visibility::Ingested => tiles.position.is_none_or(|position| position.time <= t),
         };
         if !exact {
-            return Err(AtBeforeStore);
+            return Err(Reason::AtBeforeStore);
         }
-        Ok(self.layout.read(tiles, self.outputs, t)?.into())
+        match self.layout.read_stored(tiles, self.outputs, t) {
+            Ok(values) => Ok(values.into()),
+            Err(ReadError::AtBeforeStore) => Err(Reason::AtBeforeStore),
+            Err(ReadError::Corrupt(error)) => {
+                log_corrupt(asked, &error);
+                Err(Reason::StoreError)
+            }
+        }
     }
 }
 
@@ -257,10 +267,18 @@ enum Stored<T> {
 }
 
 impl<T> Stored<T> {
-    fn corrupt(key: &Key, error: &dyn std::error::Error) -> Stored<T> {
-        tracing::error!(%key, %error, "the online store holds bytes that cannot be read");
+    fn corrupt(asked: &Read, error: &dyn std::error::Error) -> Stored<T> {
+        log_corrupt(asked, error);
         Stored::Corrupt
     }
+}
+
+fn log_corrupt(asked: &Read, error: &dyn std::error::Error) {
+    let key = match asked {
+        Read::Row(key) | Read::Tiles(key, _) | Read::AllTiles(key) => key.to_string(),
+        Read::Fact(name) | Read::Mark(name) => name.clone(),
+    };
+    tracing::error!(%key, %error, "the online store holds bytes that cannot be read");
 }
 
 fn nulls(input: &InputReader, rows: usize) -> Vec<ArrayRef> {

@@ -367,4 +367,14 @@ fn every_entity_is_read_once() {
     let read = Asked::new(&reader, &rows);
     assert_eq!(read.reader.generations.len(), 2);
     assert_eq!(read.slots.len(), 4);
+
+    // As many as are looked up by their hash.
+    let names: Vec<String> = (0..60).map(|row| format!("shop {}", row % 30)).collect();
+    let shops: Vec<Option<&str>> = names.iter().map(|name| Some(name.as_str())).collect();
+    let read = Asked::new(&reader, &ask(&shops));
+    assert_eq!(read.slots.len(), 60, "thirty entities of two views");
+    for slots in &read.of_inputs {
+        assert_eq!(slots[..30], slots[30..]);
+        assert_eq!(slots.iter().collect::<std::collections::HashSet<_>>().len(), 30);
+    }
 }

@@ -1,5 +1,6 @@
 use feature_defs::aggregate::{Arguments, Buckets, Clamp, Function, Quantile};
 use feature_defs::as_of::Visibility;
+use feature_defs::catalog::Head;
 use feature_defs::window::{DAY, HOUR, MINUTE, SECOND, default_hop, window_value};
 
 use feature_defs::time::floor_to;
@@ -76,8 +77,16 @@ fn read(layout: &Layout, tiles: &Tiles, t: Micros) -> Result<Vec<Value>, AtBefor
         &BOUNDS => Some((BOUNDS, encode_bounds(tiles.exact_from))),
         id => Some((*id, layout.encode(tiles.tiles.get(id)?))),
     });
-    let tiles = layout.decode_answer(tiles.position, answer.collect::<Vec<_>>()).unwrap();
-    layout.read(&tiles, &outputs(layout), t)
+    let answer: Vec<(TileId, Bytes)> = answer.collect();
+    let stored = StoredTiles::new(tiles.position, answer.iter().map(|(id, bytes)| (*id, &bytes[..]))).unwrap();
+    let tiles = layout.decode_answer(tiles.position, answer.iter().cloned()).unwrap();
+    let decoded = layout.read(&tiles, &outputs(layout), t);
+    // Tiles that are read again are kept decoded, and answer the same.
+    for _ in 0..3 {
+        let read = layout.read_stored(&stored, &outputs(layout), t);
+        assert_eq!(read, decoded.clone().map_err(ReadError::from), "as they are stored");
+    }
+    decoded
 }
 
 fn reference(layout: &Layout, events: &[WindowEvent], t: Micros) -> Vec<Value> {
