@@ -1,9 +1,9 @@
 //! The answer of GetFeatures as a message, and as the bytes of that message.
 //!
 //! A message of structures takes some ten allocations for each feature, and is measured once per level before it is
-//! written. For one row that was more work than everything else that the answer takes, so gRPC writes the columns of
-//! common types one after the other. The bytes are those that `prost` writes of
-//! [`FeaturesAnswer::to_message`], in the same order; nested types, which are seldom, take the way over `prost` itself.
+//! written: for 50 features of one row, about a third of the instructions of the whole call. So gRPC writes the columns
+//! of common types one after the other. The bytes are those that `prost` writes of [`FeaturesAnswer::to_message`];
+//! nested types, which are seldom, take the way over `prost` itself.
 
 use std::sync::Arc;
 

@@ -706,6 +706,35 @@ async fn http_answers_probes_and_twins() {
     server.stop().await;
 }
 
+#[tokio::test]
+async fn values_are_counted_once_however_often_metrics_are_read() {
+    let server = server().await;
+    let whole = "{\"service\": \"buying\", \"rows\": {\"shop\": [\"a\", \"a\"], \"total\": [1, 2], \"coupon\": [\"x\", \"y\"]}}";
+    let partly = "{\"service\": \"buying\", \"rows\": {\"shop\": [\"a\", null], \"total\": [1, 2]}}";
+    let line = |feature: &str, status: &str, count: u32| {
+        format!("coeval_feature_values_total{{service=\"buying\",feature=\"{feature}\",status=\"{status}\"}} {count}\n")
+    };
+    for turn in 1..=2 {
+        for body in [whole, partly, whole] {
+            assert_eq!(server.http("POST", "/v1/features", body).await.0, 200);
+        }
+        for _ in 0..2 {
+            let (_, metrics) = server.http("GET", "/metrics", "").await;
+            for line in [
+                line("last_sale:amount", "PRESENT", 5 * turn),
+                line("last_sale:amount", "NOT_FOUND", turn),
+                line("basket:total", "PRESENT", 6 * turn),
+                line("basket:coupon", "PRESENT", 4 * turn),
+                line("basket:coupon", "NULL_VALUE", 2 * turn),
+                format!("coeval_calls_total{{method=\"GetFeatures\",of=\"buying\",code=\"Ok\"}} {}\n", 3 * turn),
+            ] {
+                assert!(metrics.contains(&line), "{line} is not in {metrics}");
+            }
+        }
+    }
+    server.stop().await;
+}
+
 /// Writes a project with the definitions of these tests and puts them in force.
 async fn applied_project(settings: &str) -> (tempfile::TempDir, Settings) {
     let folder = tempfile::tempdir().unwrap();

@@ -406,3 +406,25 @@ fn kept_tiles_are_read() {
     let kept = current("bounds_v1", &encode_bounds(T0));
     assert_eq!(decode_bounds(&kept), Ok(T0));
 }
+
+#[test]
+fn damage_of_a_stored_tile_is_told_from_absence() {
+    let layout = layout(&[HOUR]);
+    let mut tiles = Tiles::default();
+    let event = &events(&mut Random(7), 1, MINUTE)[0];
+    layout.apply(&mut tiles, [event], event.times.position);
+    let t = event.times.event_time + 20 * MINUTE;
+    let read = |keep: fn(Bytes) -> Bytes| {
+        let stored = layout.tiles_at(t).into_iter().filter_map(|id| Some((id, layout.encode(tiles.tiles.get(&id)?))));
+        let stored: Vec<(TileId, Bytes)> = stored.map(|(id, bytes)| (id, keep(bytes))).collect();
+        assert!(!stored.is_empty());
+        let stored = StoredTiles::new(tiles.position, stored.iter().map(|(id, bytes)| (*id, &bytes[..])))?;
+        Ok::<_, DecodeError>(layout.read_stored(&stored, &outputs(&layout), t))
+    };
+    assert!(matches!(read(|bytes| bytes), Ok(Ok(_))));
+    assert!(
+        matches!(read(|bytes| bytes.slice(..18)), Ok(Err(ReadError::Corrupt(DecodeError::Truncated)))),
+        "no states"
+    );
+    assert!(matches!(read(|bytes| bytes.slice(..17)), Err(DecodeError::Truncated)), "no times");
+}
