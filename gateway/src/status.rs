@@ -7,6 +7,7 @@
 use std::error::Error;
 
 use inference::executor::StartError;
+use inference::placement::PlacementError;
 use registry::RegistryError;
 use registry::log::LogError;
 use registry::model::ArtifactError;
@@ -198,6 +199,12 @@ impl From<StartError> for Failure {
             }
             StartError::Thread { .. } => Failure::unavailable("a model could not be started", &error),
         }
+    }
+}
+
+impl From<PlacementError> for Failure {
+    fn from(error: PlacementError) -> Failure {
+        Failure::new(Kind::Precondition, format!("{error}; nothing was changed"))
     }
 }
 

@@ -14,6 +14,10 @@ pub mod model;
 
 pub mod batch;
 
+pub mod breaker;
+
+pub mod placement;
+
 pub mod executor;
 
 pub mod echo;

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::tensor::{self, Dtype, Tensor, TensorBatch};
 
@@ -231,6 +232,9 @@ pub enum ModelError {
     /// The model's code panicked. It is not to be used again.
     #[error("the model panicked: {0}")]
     Panicked(String),
+    /// The forward did not end; nobody knows what it is doing.
+    #[error("the model did not answer within {0:.1?}")]
+    Hung(Duration),
 }
 
 /// Why a model could not be loaded.

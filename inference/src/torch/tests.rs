@@ -36,7 +36,7 @@ fn ints(values: &[i64]) -> Tensor {
 }
 
 async fn start(name: &str, spec: ModelSpec, executors: usize) -> Result<ModelServer, StartError> {
-    let options = ServerOptions { executors, limits: BatchLimits::new(16, 256), load: LoadOptions::default() };
+    let options = ServerOptions { executors, ..ServerOptions::new(BatchLimits::new(16, 256)) };
     ModelServer::start("delay", Arc::new(TorchRuntime), artefact(name), spec, options).await
 }
 
