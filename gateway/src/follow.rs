@@ -14,7 +14,7 @@ use feature_defs::forgotten::Forgotten;
 use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, ViewPlan, compile_definitions};
 use feature_defs::value::Type;
 use inference::batch::{BatchLimits, Policy};
-use inference::executor::{FORWARD_MAX, ModelServer, ServerOptions};
+use inference::executor::{FORWARD_MAX, MemoryLimits, ModelServer, ServerOptions};
 use inference::model::{Artefact, Device, LoadOptions, Runtime};
 use inference::placement::{self, Placed};
 use registry::Registry;
@@ -425,13 +425,15 @@ impl Follower {
         placement::check_threads(plan.executors as usize, plan.threads as usize, cores)?;
         let bytes = self.registry.artifacts().get(&record.model.artifact).await?;
         let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
-        let options = options(&plan);
+        let others = self.served().models.values().filter(|other| *other.name != *name).cloned().collect::<Vec<_>>();
+        let taken = others.iter().filter_map(|other| Some(other.server.footprint()?.bytes())).sum();
+        let memory = MemoryLimits { capacity: inference::memory::capacity(), others: taken };
+        let options = ServerOptions { memory, ..options(&plan) };
         let version = record.version.0;
         let server =
             ModelServer::start(&format!("{name}/{version}"), runtime, artefact, spec_of(&plan), options).await?;
         let model = ServedModel { name: name.into(), version, plan, server: Arc::new(server) };
-        let others: Vec<Placed> =
-            self.served().models.values().filter(|other| *other.name != *name).map(|other| placed(other)).collect();
+        let others: Vec<Placed> = others.iter().map(|other| placed(other)).collect();
         placement::check(&placed(&model), &others, cores)?;
         tracing::info!(model = name, version, "a model is loaded and warm");
         Ok(Arc::new(model))

@@ -428,6 +428,7 @@ impl Metrics {
             let counts = [
                 ("queue_bytes", snapshot.queue_bytes),
                 ("batch_rows_max", snapshot.rows_cap),
+                ("memory_bytes", model.server.footprint().map_or(0, |footprint| footprint.bytes())),
                 ("executors_ready", snapshot.executors_ready),
                 ("requests", snapshot.requests),
                 ("rows", snapshot.rows),

@@ -192,7 +192,10 @@ impl From<ArtifactError> for Failure {
 impl From<StartError> for Failure {
     fn from(error: StartError) -> Failure {
         match &error {
-            StartError::Load { .. } | StartError::WarmUp { .. } | StartError::Panicked { .. } => {
+            StartError::Load { .. }
+            | StartError::WarmUp { .. }
+            | StartError::Panicked { .. }
+            | StartError::Memory(_) => {
                 // Warm-up explains its cause in its own text.
                 let text = if let StartError::WarmUp { .. } = error { error.to_string() } else { chain(&error) };
                 Failure::new(Kind::Precondition, format!("{text}; nothing was changed"))

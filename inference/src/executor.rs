@@ -19,7 +19,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::batch::{BatchLimits, Rejected, Waited};
 use crate::breaker::Open;
-use crate::model::{Artefact, LoadError, LoadOptions, ModelError, ModelSpec, Runtime};
+use crate::memory::{Footprint, MemoryError};
+use crate::model::{Artefact, LoadError, LoadOptions, ModelError, ModelMemory, ModelSpec, Runtime};
 use crate::tensor::TensorBatch;
 
 mod metrics;
@@ -43,12 +44,28 @@ pub struct ServerOptions {
     pub load: LoadOptions,
     /// A forward that takes longer, and longer than twenty of its usual ones, is given up.
     pub forward_max: Duration,
+    pub memory: MemoryLimits,
+}
+
+/// How much memory there is for the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryLimits {
+    /// Of the device; without it, nothing is refused.
+    pub capacity: Option<u64>,
+    /// What other models take of it.
+    pub others: u64,
 }
 
 impl ServerOptions {
     /// One executor with one thread.
     pub fn new(limits: BatchLimits) -> ServerOptions {
-        ServerOptions { executors: 1, limits, load: LoadOptions::default(), forward_max: FORWARD_MAX }
+        ServerOptions {
+            executors: 1,
+            limits,
+            load: LoadOptions::default(),
+            forward_max: FORWARD_MAX,
+            memory: MemoryLimits { capacity: None, others: 0 },
+        }
     }
 }
 
@@ -123,6 +140,9 @@ pub enum StartError {
     WarmUp { model: String, explanation: String, cause: ModelError },
     #[error("the code of the model `{model}` panicked while loading: {message}")]
     Panicked { model: String, message: String },
+    /// Found while warming up, before the sizes that would not have fitted were run.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     #[error("cannot start a thread for the model `{model}`")]
     Thread { model: String, source: std::io::Error },
 }
@@ -134,6 +154,8 @@ pub struct WarmUp {
     pub rows: usize,
     pub forward_micros: u64,
     pub rounds: usize,
+    /// None where the runtime cannot tell.
+    pub memory: Option<ModelMemory>,
 }
 
 /// Serves one version of one model. Dropping it lets the executors finish what is queued and end.
@@ -156,8 +178,8 @@ impl ModelServer {
     ) -> Result<ModelServer, StartError> {
         let executors = options.executors.max(1);
         let (alive, ended) = mpsc::channel(1);
-        let ServerOptions { limits, load, forward_max, .. } = options;
-        let recipe = Recipe { runtime, artefact, load, forward_max };
+        let ServerOptions { limits, load, forward_max, memory, .. } = options;
+        let recipe = Recipe { runtime, artefact, load, forward_max, memory, executors };
         let shared = Arc::new(Shared::new(name, spec, limits, executors, recipe));
         // Whatever goes wrong below, dropping the server tells the threads that did start to end.
         let mut server = ModelServer { shared, warm_up: Vec::new(), ended: tokio::sync::Mutex::new(ended) };
@@ -244,6 +266,11 @@ impl ModelServer {
     pub fn longest_forward(&self) -> Duration {
         let state = self.shared.lock();
         state.batcher.costs().typical(state.batcher.costs().rows_cap())
+    }
+
+    /// What the model takes, as warm-up measured it; None where the runtime cannot tell.
+    pub fn footprint(&self) -> Option<Footprint> {
+        self.shared.footprint(&self.warm_up)
     }
 
     /// Why the model can only be helped by a new process: forwards that do not end, again after a replacement.

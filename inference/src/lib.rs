@@ -18,6 +18,8 @@ pub mod breaker;
 
 pub mod placement;
 
+pub mod memory;
+
 pub mod executor;
 
 pub mod echo;

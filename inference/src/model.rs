@@ -207,6 +207,19 @@ pub trait Model: Send {
     /// [`ModelSpec::check_outputs`]. Row i of every output depends on row i of the inputs only: rows of different
     /// requests are mixed and padded.
     fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ModelError>;
+
+    /// What it takes, where the runtime can tell.
+    fn memory(&self) -> Option<ModelMemory> {
+        None
+    }
+}
+
+/// Bytes of one copy of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ModelMemory {
+    pub weights: u64,
+    /// The most that the last forward held beside them.
+    pub forward: u64,
 }
 
 /// Something that can load models. `load` is called on the thread that will run the model.

@@ -351,6 +351,9 @@ def test_predict(client, server):
     assert answer["p_late"][0] == 0.25 and np.isnan(answer["p_late"][1])
     assert [outcome.status for outcome in answer.outcomes] == [coeval.RowStatus.OK, coeval.RowStatus.FAILED]
     assert answer.outcomes[1].reason == "`dense` has a null"
+    first = answer.outcomes[0]
+    assert (first.wait_reason, first.wait_us) == ("EXECUTOR_BUSY", 70)
+    assert first.waits == {"executor_busy": 50, "tier": 20}
     assert answer.features["weather:temp"].type == pa.float64()
     assert answer.timings.total_us == 10
     assert answer.request_id == "r"

@@ -192,7 +192,7 @@ fn references_lead_somewhere() {
     check_edit(
         "tiers: [interactive, batch]",
         "tiers: [a, b, c, d, e, f, g, h, i]",
-        &["94:56 model `delay` has 9 tiers; use at most 8: each gets a quarter of the rows of the one above"],
+        &["94:59 model `delay` has 9 tiers; use at most 8: each gets a quarter of the rows of the one above"],
     );
     check_edit(
         "devices: [cpu]",

@@ -285,7 +285,7 @@ fn models_are_checked_key_by_key() {
     );
     model("policy: adaptive", "policy: window, window: 5ms", &[]);
     model("policy: adaptive", "policy: window, window: 0ms", &[]);
-    model("policy: adaptive", "policy: window", &["14:15 the policy `window` needs its length; add `window: 10ms`"]);
+    model("policy: adaptive", "policy: window", &["14:16 the policy `window` needs its length; add `window: 10ms`"]);
     model(
         "policy: adaptive",
         "window: 5ms",

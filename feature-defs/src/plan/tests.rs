@@ -141,8 +141,8 @@ fn errors_point_at_the_place_and_name_the_nearest() {
         "fallback: {p: 0.1}",
         "placement: {max_shape: {dense: [64, 2], kind: [64]}}",
         &[
-            "input `dense` is 4 wide, but its `max_shape` says 2",
-            "write rows and width: `dense: [64, 4]`",
+            "input `dense` is 6 wide, but its `max_shape` says 2",
+            "write rows and width: `dense: [64, 6]`",
             "the `max_shape` of input `kind` has 1 numbers",
         ],
     );
@@ -156,7 +156,7 @@ fn batches_are_no_larger_than_the_declared_shapes() {
         compile_definitions("p", &Files::new(vec![file]), &schemas()).unwrap().models[0].max_rows
     };
     assert_eq!(rows("fallback: {p: 0.1}"), 256);
-    assert_eq!(rows("placement: {max_shape: {dense: [64, 4], kind: [32, 1]}}"), 32);
+    assert_eq!(rows("placement: {max_shape: {dense: [64, 6], kind: [32, 1]}}"), 32);
     assert_eq!(rows("placement: {max_shape: {dense: [1000, 40]}}"), 256);
 }
 

@@ -58,8 +58,8 @@ transforms:
     inputs: [last_sale, basket]
     features: [{name: both, expr: \"last_sale.amount + basket.total\"}]
 feature_services:
-  - {name: totals, features: [\"basket:total\"]}
   - {name: buying, features: [last_sale, \"context:*\", \"basket:total\", \"basket:coupon\"]}
+  - {name: totals, features: [\"basket:total\"]}
 models:
   - name: buys
     features: buying
@@ -82,6 +82,12 @@ models:
     slo: {deadline: 100ms, tiers: [shop, office]}
     batching: {max_rows: 4, max_queue_rows: 8}
     fallback: {model: small}
+  - name: wide
+    features: totals
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
+    outputs: [{name: score, dtype: float32}]
+    placement: {executors: 250, threads: 250}
   - name: small
     features: totals
     runtime: torchscript
@@ -995,4 +1001,24 @@ async fn forwards_that_never_end_make_the_process_unready_and_end_it() {
     let ended = server.running.wait().await.unwrap_err().to_string();
     assert!(ended.starts_with("only a new process can help: model `careful`: "), "{ended}");
     gate.open();
+}
+
+#[tokio::test]
+async fn what_does_not_fit_the_machine_is_not_deployed() {
+    let mut server = start_with(RequestTime::Refused, Some(Arc::new(EchoRuntime::new().with_memory(1 << 50, 8)))).await;
+    server.register("wide", b"a model").await.unwrap();
+    let status = server.deploy("wide", 1).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let text = "250 executors of 250 threads each need 62500 cores, but there are ";
+    assert!(status.message().starts_with(text), "{}", status.message());
+
+    server.register("buys", b"a model").await.unwrap();
+    let status = server.deploy("buys", 1).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let text =
+        "model `buys/1` needs 1048576.0 GiB of memory (the file of 7 bytes + 1 executors x (1048576.0 GiB of weights";
+    assert!(status.message().starts_with(text), "{}", status.message());
+    assert!(status.message().ends_with("; nothing was changed"), "{}", status.message());
+    assert!(server.running.gateway().served().models.is_empty());
+    server.stop().await;
 }

@@ -9,9 +9,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{Metrics, MetricsSnapshot, count, micros};
 use super::thread::Executor;
-use super::{InferError, Outcome, WarmUp};
+use super::{InferError, MemoryLimits, Outcome, WarmUp};
 use crate::batch::{BatchLimits, Batcher, Member, Rejected, Request, Ticket, Waited};
 use crate::breaker::{Breaker, Open};
+use crate::memory::{Footprint, Size};
 use crate::model::{Artefact, LoadOptions, ModelError, ModelSpec, Runtime};
 use crate::tensor::{Tensor, TensorBatch};
 
@@ -26,6 +27,8 @@ pub(super) struct Recipe {
     pub artefact: Artefact,
     pub load: LoadOptions,
     pub forward_max: Duration,
+    pub memory: MemoryLimits,
+    pub executors: usize,
 }
 
 pub(super) struct Shared {
@@ -198,6 +201,26 @@ impl Shared {
         for WarmUp { rows, forward_micros, .. } in warm_up {
             state.batcher.costs_mut().warmed_up(*rows, Duration::from_micros(*forward_micros));
         }
+    }
+
+    /// What the model takes, by what was measured. Of several executors, the most counts.
+    pub fn footprint(&self, warm_up: &[WarmUp]) -> Option<Footprint> {
+        let mut sizes: BTreeMap<usize, Size> = BTreeMap::new();
+        let mut weight_bytes = 0;
+        for WarmUp { rows, forward_micros, memory, .. } in warm_up {
+            let memory = (*memory)?;
+            weight_bytes = memory.weights.max(weight_bytes);
+            let size = sizes.entry(*rows).or_insert(Size { rows: *rows, forward_micros: 0, bytes: 0 });
+            size.bytes = size.bytes.max(memory.forward);
+            size.forward_micros = size.forward_micros.max(*forward_micros);
+        }
+        Some(Footprint {
+            name: self.name.clone(),
+            file_bytes: self.recipe.artefact.bytes.len() as u64,
+            executors: self.recipe.executors,
+            weight_bytes,
+            sizes: sizes.into_values().collect(),
+        })
     }
 
     pub fn fill_in(&self, snapshot: &mut MetricsSnapshot) {

@@ -437,3 +437,35 @@ async fn a_forward_that_does_not_end_is_given_up_and_its_executor_replaced_once(
     server.shutdown().await;
     gate.open();
 }
+
+#[tokio::test]
+async fn a_model_that_does_not_fit_into_memory_is_refused_while_it_is_warmed_up() {
+    let rows_run = Arc::new(AtomicUsize::new(0));
+    let most = rows_run.clone();
+    let runtime = EchoRuntime::new().with_memory(1_000, 100).with_hook(move |inputs| {
+        most.fetch_max(inputs[0].rows(), Ordering::SeqCst);
+        Ok(())
+    });
+    let start = async |capacity: u64, others: u64| {
+        rows_run.store(0, Ordering::SeqCst);
+        let memory = MemoryLimits { capacity: Some(capacity), others };
+        let options = ServerOptions { executors: 2, memory, ..ServerOptions::new(BatchLimits::new(64, 64)) };
+        let artefact = Artefact::new("echo", *b"echo");
+        let started = ModelServer::start("echo", Arc::new(runtime.clone()), artefact, spec(), options).await;
+        (started, rows_run.load(Ordering::SeqCst))
+    };
+    // The file of 4 bytes and twice 1,000 and 64 times 100 are 14,804.
+    let (server, _) = start(18_600, 0).await;
+    let footprint = server.unwrap().footprint().unwrap();
+    assert_eq!((footprint.bytes(), footprint.sizes.len()), (14_804, 7));
+    let (refused, ran) = start(18_400, 0).await;
+    let error = refused.err().expect("it does not fit").to_string();
+    assert!(error.starts_with("model `echo` needs 14.5 KiB of memory (the file of 4 bytes + 2 executors x"), "{error}");
+    assert!(error.ends_with("with `batching.max_rows: 32` it would fit"), "{error}");
+    assert_eq!(ran, 64, "it was measured");
+    // What cannot fit at all is not tried.
+    let (refused, ran) = start(18_400, 9_000).await;
+    let error = refused.err().expect("it does not fit").to_string();
+    assert!(error.ends_with("with `batching.max_rows: 16` it would fit"), "{error}");
+    assert_eq!(ran, 32);
+}

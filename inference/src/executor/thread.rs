@@ -8,8 +8,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{count, micros};
 use super::shared::{Answer, Caller, Job, Reply, Running, Shared, Stage, State, refuse};
-use super::{InferError, StartError, WarmUp, chain};
+use super::{InferError, MemoryLimits, StartError, WarmUp, chain};
 use crate::batch::{Decision, Member};
+use crate::memory;
 use crate::model::{Model, ModelError, ModelSpec};
 use crate::tensor::Tensor;
 
@@ -144,16 +145,36 @@ impl Executor {
             let mut model = loaded.map_err(|source| StartError::Load { model: name(), source })?;
             let mut warm_up = Vec::new();
             for rows in shared.limits.padded_sizes() {
+                self.check_memory(&warm_up, Some(rows))?;
                 let (forward, rounds) = self.warm_up(model.as_mut(), rows).map_err(|cause| {
                     let explanation = spec.explain_failure(rows, &cause);
                     StartError::WarmUp { model: name(), explanation, cause }
                 })?;
-                warm_up.push(WarmUp { executor: self.index, rows, forward_micros: micros(forward), rounds });
+                let (executor, forward_micros, memory) = (self.index, micros(forward), model.memory());
+                warm_up.push(WarmUp { executor, rows, forward_micros, rounds, memory });
             }
+            self.check_memory(&warm_up, None)?;
             Ok((model, warm_up))
         }));
         prepared
             .unwrap_or_else(|panic| Err(StartError::Panicked { model: name(), message: panic_message(panic.as_ref()) }))
+    }
+
+    /// Refuses a model that does not fit, as soon as that is known: a size that is expected to take more than all the
+    /// memory there is, is not even run.
+    fn check_memory(&self, warm_up: &[WarmUp], next: Option<usize>) -> Result<(), StartError> {
+        let MemoryLimits { capacity, others } = self.shared.recipe.memory;
+        let Some((capacity, footprint)) = capacity.zip(self.shared.footprint(warm_up)) else { return Ok(()) };
+        match next {
+            None => memory::check(&footprint, others, capacity)?,
+            Some(rows) => {
+                let expected = footprint.with_next(rows);
+                if expected.bytes().saturating_add(others) > capacity {
+                    memory::check(&expected, others, capacity)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn warm_up(&self, model: &mut dyn Model, rows: usize) -> Result<(Duration, usize), ModelError> {
