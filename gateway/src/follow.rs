@@ -190,6 +190,9 @@ impl Follower {
                 () = stop.cancelled() => return,
                 _ = interval.tick() => {}
             }
+            if let Some(percent) = inference::memory::used_percent() {
+                self.served().models.values().for_each(|model| model.server.memory_used(percent));
+            }
             // A load under way is given up on shutdown; its threads end by themselves.
             tokio::select! {
                 () = stop.cancelled() => return,

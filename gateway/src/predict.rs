@@ -59,6 +59,8 @@ pub enum Cause {
     Deadline,
     /// The breaker is open.
     Breaker,
+    /// Memory is short.
+    Memory,
     /// The model failed on it.
     Model,
     /// No executor has a working model.
@@ -73,6 +75,7 @@ impl Cause {
             Cause::QueueFull => "queue_full",
             Cause::Deadline => "deadline",
             Cause::Breaker => "breaker",
+            Cause::Memory => "memory",
             Cause::Model => "model",
             Cause::Unavailable => "unavailable",
         }
@@ -85,6 +88,7 @@ impl Cause {
             }
             InferError::Expired | InferError::TooLate { .. } | InferError::Dropped => Cause::Deadline,
             InferError::BreakerOpen { .. } => Cause::Breaker,
+            InferError::MemoryShort { .. } => Cause::Memory,
             InferError::Model(_) => Cause::Model,
             InferError::ShuttingDown | InferError::Unavailable(_) => Cause::Unavailable,
         }

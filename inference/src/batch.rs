@@ -49,6 +49,17 @@ pub struct Request {
     pub tier: usize,
 }
 
+/// What the memory of the device lets run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permit {
+    All,
+    /// Memory is short: the first tier runs, the others wait.
+    FirstTier,
+}
+
+/// While memory is short for what waits, it is looked at again so soon.
+const PERMIT_AGAIN: Duration = Duration::from_millis(50);
+
 /// What became of a push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pushed {
@@ -145,8 +156,7 @@ pub enum Decision<T> {
     /// Run these now, in one batch, padded to `padded_rows`. The executor counts as busy until
     /// [`Batcher::executor_idle`].
     Run { members: Vec<Member<T>>, rows: usize, padded_rows: usize },
-    /// Ask again at `until`, or after the next push that says so. Without a time, nothing is queued, or no rows are
-    /// permitted.
+    /// Ask again at `until`, or after the next push that says so. Without a time, nothing is queued.
     Wait { until: Option<Duration> },
 }
 
@@ -346,19 +356,23 @@ impl<T> Batcher<T> {
         self.costs.ran(padded_rows, took);
     }
 
-    /// Asks on behalf of an idle executor what to run, for which there is memory for so many rows.
-    pub fn poll(&mut self, now: Duration, rows_permitted: usize) -> Poll<T> {
+    /// Asks on behalf of an idle executor what to run.
+    pub fn poll(&mut self, now: Duration, permit: Permit) -> Poll<T> {
         let dropped = self.drop_late(now);
         if self.queue.is_empty() {
             self.hold(now, None);
             self.lingering = None;
             return Poll { decision: Decision::Wait { until: None }, dropped };
         }
-        let permitted = self.limits.padded_rows_within(rows_permitted);
-        let cap = self.costs.rows_cap().min(permitted);
-        if rows_permitted == 0 {
+        let cap = self.costs.rows_cap();
+        let tiers = match permit {
+            Permit::All => self.limits.tiers(),
+            Permit::FirstTier => 1,
+        };
+        if self.queue.first_of(tiers).is_none() {
             self.hold(now, Some(Held::Blocked(now)));
-            return Poll { decision: Decision::Wait { until: None }, dropped };
+            let again = now + PERMIT_AGAIN;
+            return Poll { decision: Decision::Wait { until: Some(again) }, dropped };
         }
         if let Some(until) = self.wait_for_company(cap).filter(|until| *until > now) {
             self.hold(now, Some(Held::Lingering(now)));
@@ -366,7 +380,7 @@ impl<T> Batcher<T> {
         }
         self.hold(now, None);
         self.lingering = None;
-        let taken = self.take_batch(now, cap);
+        let taken = self.take_batch(now, cap, tiers);
         let rows: usize = taken.iter().map(|taken| taken.entry.rows).sum();
         let padded_rows = self.limits.padded_rows(rows);
         let members = taken.into_iter().map(|taken| self.member(taken, now)).collect();
@@ -407,7 +421,7 @@ impl<T> Batcher<T> {
         }
         match self.limits.policy() {
             Policy::Adaptive => {
-                let latest = self.latest_start(self.queue.first_deadline()?);
+                let latest = self.latest_start(self.queue.first_of(self.limits.tiers())?);
                 self.lingering.map(|lingering| lingering.quiet.min(lingering.ends).min(latest))
             }
             Policy::Window(window) if window.is_zero() => None,
@@ -489,10 +503,10 @@ impl<T> Batcher<T> {
     }
 
     /// The members of the next batch: not empty, of at most `cap` rows unless a single entry has more.
-    fn take_batch(&mut self, now: Duration, cap: usize) -> Vec<Taken<T>> {
+    fn take_batch(&mut self, now: Duration, cap: usize, tiers: usize) -> Vec<Taken<T>> {
         let Batcher { queue, costs, .. } = self;
         let (mut rows, mut tightest) = (0, Duration::MAX);
-        queue.take(now, |entry| {
+        queue.take(now, tiers, |entry| {
             let with = rows + entry.rows;
             let strictest = tightest.min(entry.deadline);
             let in_time = now.saturating_add(costs.high(with)) <= strictest;

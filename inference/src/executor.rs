@@ -100,6 +100,9 @@ pub enum InferError {
     /// Retry after a while, elsewhere, or with a later deadline.
     #[error("the deadline is in {left:.1?}, but what is queued takes about {wait:.1?}")]
     TooLate { wait: Duration, left: Duration },
+    /// Retry after a while, elsewhere, or in the first tier.
+    #[error("{percent} % of the memory is in use, and only requests of the first tier are taken")]
+    MemoryShort { percent: u8 },
     /// Retry after that time, or elsewhere.
     #[error("the last {failures} forwards failed; the model is tried again in {left:.1?}")]
     BreakerOpen { left: Duration, failures: u32 },
@@ -266,6 +269,11 @@ impl ModelServer {
     pub fn longest_forward(&self) -> Duration {
         let state = self.shared.lock();
         state.batcher.costs().typical(state.batcher.costs().rows_cap())
+    }
+
+    /// Tells how much of the device's memory is in use: above 80 % lower tiers wait, above 90 % they are refused.
+    pub fn memory_used(&self, percent: u8) {
+        self.shared.lock().memory_percent = percent;
     }
 
     /// What the model takes, as warm-up measured it; None where the runtime cannot tell.

@@ -1,4 +1,4 @@
-//! How much memory models take, and whether one more fits. Pure, but for [`capacity`].
+//! How much memory models take, and whether one more fits. Pure, but for [`capacity`] and [`used_percent`].
 //!
 //! What counts for a model is measured where it is loaded: the file that the server keeps, and for every executor the
 //! weights and the most that a forward of a padded size holds beside them. All models together stay under four fifths of
@@ -107,6 +107,38 @@ pub fn check(new: &Footprint, others: u64, capacity: u64) -> Result<(), MemoryEr
     Err(MemoryError { name, needed, arithmetic, others, capacity, advice })
 }
 
+/// Of how much of the memory in percent lower tiers wait, and of how much more they are refused.
+pub const WAIT_PERCENT: u8 = 80;
+pub const REFUSE_PERCENT: u8 = 90;
+
+/// How much of the memory is in use, in percent: of the control group where that has a limit, else of the machine. What the
+/// kernel could give back at once does not count. None where nobody says.
+pub fn used_percent() -> Option<u8> {
+    let read = |path: &str| std::fs::read_to_string(Path::new(path)).ok();
+    let group = || {
+        let limit: u64 = read("/sys/fs/cgroup/memory.max")?.trim().parse().ok()?;
+        let current: u64 = read("/sys/fs/cgroup/memory.current")?.trim().parse().ok()?;
+        let cached = inactive(&read("/sys/fs/cgroup/memory.stat")?).unwrap_or(0);
+        percent(current.saturating_sub(cached), limit)
+    };
+    let machine = || {
+        let text = read("/proc/meminfo")?;
+        let total = field(&text, "MemTotal:")?;
+        percent(total.saturating_sub(field(&text, "MemAvailable:")?), total)
+    };
+    group().or_else(machine)
+}
+
+fn percent(used: u64, of: u64) -> Option<u8> {
+    let percent = u128::from(used) * 100 / u128::from(of.max(1));
+    u8::try_from(percent.min(100)).ok()
+}
+
+/// The file pages of a control group that the kernel would drop first.
+fn inactive(stat: &str) -> Option<u64> {
+    stat.lines().find_map(|line| line.strip_prefix("inactive_file "))?.trim().parse().ok()
+}
+
 /// Bytes in words: `1.5 GiB`.
 pub fn shown(bytes: u64) -> String {
     let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
@@ -118,16 +150,16 @@ pub fn shown(bytes: u64) -> String {
 
 /// The memory of this machine, or less where a control group is given less. None where nobody says.
 pub fn capacity() -> Option<u64> {
-    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total(&text));
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| field(&text, "MemTotal:"));
     let groups = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
     // `max` stands for no limit and is no number.
     let group = groups.iter().filter_map(|path| std::fs::read_to_string(Path::new(path)).ok()?.trim().parse().ok());
     group.chain(machine).min()
 }
 
-/// The total of `/proc/meminfo`.
-fn total(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+/// A field of `/proc/meminfo`, in bytes.
+fn field(meminfo: &str, name: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
@@ -180,8 +212,11 @@ mod tests {
 
     #[test]
     fn the_machine_says_how_much_there_is() {
-        assert_eq!(total("MemFree: 1 kB\nMemTotal:       16384 kB\n"), Some(16 * MIB));
-        assert_eq!(total("nothing"), None);
+        assert_eq!(field("MemFree: 1 kB\nMemTotal:       16384 kB\n", "MemTotal:"), Some(16 * MIB));
+        assert_eq!(field("nothing", "MemTotal:"), None);
+        assert_eq!(inactive("anon 5\ninactive_file 4096\nfile 9\n"), Some(4096));
+        assert_eq!((percent(85, 100), percent(7, 0), percent(0, 9)), (Some(85), Some(100), Some(0)));
+        assert!(used_percent().is_none_or(|percent| percent <= 100));
         assert!(capacity().is_none_or(|bytes| bytes > MIB));
     }
 

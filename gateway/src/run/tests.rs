@@ -917,8 +917,8 @@ async fn the_sooner_deadline_counts_and_whoever_leaves_frees_the_queue() {
         (status.code(), status.message()),
         (Code::InvalidArgument, "there is no tier of model `careful` named `shp`; did you mean `shop`?")
     );
-    let office = v1::PredictRequest { tier: "office".into(), ..asked_to_predict("careful", rows(1.0)) };
-    let answer = server.predict(office).await.unwrap();
+    let named = v1::PredictRequest { tier: "shop".into(), ..asked_to_predict("careful", rows(1.0)) };
+    let answer = server.predict(named).await.unwrap();
     let (outcome, waits) = (&answer.outcomes[0], answer.outcomes[0].waits.unwrap());
     assert_eq!((waits.executor_busy_us, waits.linger_us, waits.memory_permit_us, waits.tier_us), (0, 0, 0, 0));
     assert_eq!(outcome.wait_reason(), v1::WaitReason::None);

@@ -114,8 +114,14 @@ impl<T> Queue<T> {
         Some(Taken { tier: index, entry, overtaken })
     }
 
-    pub fn first_deadline(&self) -> Option<Duration> {
-        self.tiers.iter().filter_map(|tier| tier.entries.first_key_value()).map(|((deadline, _), _)| *deadline).min()
+    /// The earliest deadline in the first so many tiers.
+    pub fn first_of(&self, tiers: usize) -> Option<Duration> {
+        self.tiers
+            .iter()
+            .take(tiers)
+            .filter_map(|tier| tier.entries.first_key_value())
+            .map(|((deadline, _), _)| *deadline)
+            .min()
     }
 
     /// Every entry whose deadline is at or before `by`, without order.
@@ -130,10 +136,12 @@ impl<T> Queue<T> {
         self.due(Duration::MAX)
     }
 
-    /// Takes entries while `fits` lets their rows and deadlines in, each tier until one of its entries does not fit.
-    pub fn take(&mut self, now: Duration, mut fits: impl FnMut(&Entry<T>) -> bool) -> Vec<Taken<T>> {
+    /// Takes entries of the first so many tiers while `fits` lets their rows and deadlines in, each tier until one of its
+    /// entries does not fit.
+    pub fn take(&mut self, now: Duration, tiers: usize, mut fits: impl FnMut(&Entry<T>) -> bool) -> Vec<Taken<T>> {
         let mut taken = Vec::new();
         let mut open: Vec<bool> = self.tiers.iter().map(|tier| !tier.entries.is_empty()).collect();
+        open[tiers.min(self.tiers.len())..].fill(false);
         let waiting = open.clone();
         for index in 0..self.tiers.len() {
             if open[index] && self.tiers[index].passed_over >= PASSED_OVER_MAX {

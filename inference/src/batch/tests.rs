@@ -39,11 +39,11 @@ fn push(batcher: &mut Batcher<char>, now: u64, rows: usize, deadline: Duration, 
 
 /// Polls and shows who runs: payload, waiting time, and a sign for what it waited for.
 fn poll(batcher: &mut Batcher<char>, now: u64) -> String {
-    poll_with(batcher, now, usize::MAX)
+    poll_with(batcher, now, Permit::All)
 }
 
-fn poll_with(batcher: &mut Batcher<char>, now: u64, rows_permitted: usize) -> String {
-    let poll = batcher.poll(us(now), rows_permitted);
+fn poll_with(batcher: &mut Batcher<char>, now: u64, permit: Permit) -> String {
+    let poll = batcher.poll(us(now), permit);
     let show = |members: &[Member<char>]| -> String {
         let sign = |member: &Member<char>| match member.waited.reason() {
             WaitReason::None => "",
@@ -225,12 +225,12 @@ fn bursts(batcher: &mut Batcher<char>, count: u64) {
         for index in 0..9 {
             let now = burst * 1_000_000 + index * 100;
             push(batcher, now, 1, NEVER, 'x');
-            if let Decision::Run { .. } = batcher.poll(us(now), usize::MAX).decision {
+            if let Decision::Run { .. } = batcher.poll(us(now), Permit::All).decision {
                 batcher.executor_idle();
             }
         }
         let now = burst * 1_000_000 + 500_000;
-        if let Decision::Run { .. } = batcher.poll(us(now), usize::MAX).decision {
+        if let Decision::Run { .. } = batcher.poll(us(now), Permit::All).decision {
             batcher.executor_idle();
         }
     }
@@ -305,7 +305,7 @@ fn batches_are_as_large_as_the_strictest_deadline_allows() {
         // 32 rows take 15.2 ms, 64 take 18.4.
         push(&mut batcher, 0, 1, if index == 20 { us(16_000) } else { us(60_000) }, 'x');
     }
-    let Decision::Run { rows, padded_rows, members } = batcher.poll(us(0), usize::MAX).decision else {
+    let Decision::Run { rows, padded_rows, members } = batcher.poll(us(0), Permit::All).decision else {
         panic!("it runs");
     };
     assert_eq!((rows, padded_rows), (32, 32));
@@ -402,7 +402,7 @@ fn tiers_share_batches_by_weight_and_none_is_passed_over_for_long() {
         batcher.push(us(0), in_tier(1, 1), 'b').unwrap();
     }
     for _ in 0..50 {
-        let Decision::Run { members, .. } = batcher.poll(us(0), usize::MAX).decision else { panic!("it runs") };
+        let Decision::Run { members, .. } = batcher.poll(us(0), Permit::All).decision else { panic!("it runs") };
         members.iter().for_each(|member| taken[member.tier] += 1);
         batcher.executor_idle();
     }
@@ -414,7 +414,7 @@ fn tiers_share_batches_by_weight_and_none_is_passed_over_for_long() {
     let mut passed_over = 0;
     loop {
         batcher.push(us(0), in_tier(0, 8), 'a').unwrap();
-        let Decision::Run { members, .. } = batcher.poll(us(0), usize::MAX).decision else { panic!("it runs") };
+        let Decision::Run { members, .. } = batcher.poll(us(0), Permit::All).decision else { panic!("it runs") };
         batcher.executor_idle();
         if members[0].payload == 'b' {
             break;
@@ -434,7 +434,7 @@ fn an_entry_that_higher_tiers_overtook_says_so() {
     batcher.executor_idle();
     assert_eq!(poll(&mut batcher, 100), "c80! = 4/4");
     batcher.executor_idle();
-    let Decision::Run { members, .. } = batcher.poll(us(400), usize::MAX).decision else { panic!("it runs") };
+    let Decision::Run { members, .. } = batcher.poll(us(400), Permit::All).decision else { panic!("it runs") };
     let Waited { whole, executor_busy, tier, .. } = members[0].waited;
     assert_eq!((whole, executor_busy, tier), (us(390), us(90), us(300)));
 }
@@ -450,15 +450,15 @@ fn lower_tiers_may_fill_less_of_the_queue() {
 }
 
 #[test]
-fn a_batch_waits_for_memory_and_is_no_larger_than_there_is() {
-    let mut batcher = batcher(8, 64, 1);
-    for name in ['a', 'b', 'c'] {
-        push(&mut batcher, 0, 1, NEVER, name);
-    }
-    assert_eq!(poll_with(&mut batcher, 10, 0), "-");
-    assert_eq!(poll_with(&mut batcher, 30, 3), "a30# b30# = 2/2", "of padded sizes, two is the largest that fits");
+fn while_memory_is_short_lower_tiers_wait_and_the_first_does_not() {
+    let mut batcher = idle(BatchLimits::new(8, 64).with_tiers(2), 1);
+    batcher.push(us(0), in_tier(1, 1), 'b').unwrap();
+    assert_eq!(poll_with(&mut batcher, 0, Permit::FirstTier), "until 50000");
+    batcher.push(us(10), in_tier(0, 1), 'a').unwrap();
+    assert_eq!(poll_with(&mut batcher, 10, Permit::FirstTier), "a0 = 1/1");
     batcher.executor_idle();
-    assert_eq!(poll_with(&mut batcher, 40, 8), "c40# = 1/1");
+    assert_eq!(poll_with(&mut batcher, 20, Permit::FirstTier), "until 50020");
+    assert_eq!(poll_with(&mut batcher, 320, Permit::All), "b320# = 1/1");
 }
 
 /// One thing that happens, `after` microseconds after the one before.
@@ -569,7 +569,7 @@ proptest! {
             }
             // Idle executors ask at once, as the threads do.
             while running.len() < executors {
-                let poll = batcher.poll(us(now), usize::MAX);
+                let poll = batcher.poll(us(now), Permit::All);
                 for member in poll.dropped {
                     let entry = waiting.remove(&member.payload).expect("it was waiting");
                     let longest = limits.padded_sizes().into_iter().map(|rows| batcher.costs().high(rows)).max();

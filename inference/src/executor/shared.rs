@@ -10,9 +10,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::metrics::{Metrics, MetricsSnapshot, count, micros};
 use super::thread::Executor;
 use super::{InferError, MemoryLimits, Outcome, WarmUp};
-use crate::batch::{BatchLimits, Batcher, Member, Rejected, Request, Ticket, Waited};
+use crate::batch::{BatchLimits, Batcher, Member, Permit, Rejected, Request, Ticket, Waited};
 use crate::breaker::{Breaker, Open};
-use crate::memory::{Footprint, Size};
+use crate::memory::{self, Footprint, Size};
 use crate::model::{Artefact, LoadOptions, ModelError, ModelSpec, Runtime};
 use crate::tensor::{Tensor, TensorBatch};
 
@@ -58,6 +58,8 @@ pub(super) struct State {
     /// Why the last reload failed, until one succeeds.
     pub failure: Option<String>,
     pub breaker: Breaker,
+    /// How much of the device's memory is in use, as the server was last told.
+    pub memory_percent: u8,
     /// Set when a forward did not end for the second time; never cleared.
     pub stuck: Option<String>,
 }
@@ -147,6 +149,11 @@ impl State {
         }
     }
 
+    /// What memory lets run now.
+    pub fn permit(&self) -> Permit {
+        if self.memory_percent >= memory::WAIT_PERCENT { Permit::FirstTier } else { Permit::All }
+    }
+
     /// A number for a thread that is about to start.
     pub fn add_thread(&mut self, alive: mpsc::Sender<()>) -> u64 {
         let thread = self.next_thread;
@@ -173,6 +180,7 @@ impl Shared {
                 ready: executors,
                 failure: None,
                 breaker: Breaker::default(),
+                memory_percent: 0,
                 stuck: None,
             }),
             wake: Condvar::new(),
@@ -255,6 +263,10 @@ impl Shared {
             };
             count(counter, 1);
             return Err(rejected.into());
+        }
+        if tier > 0 && state.memory_percent >= memory::REFUSE_PERCENT {
+            count(&self.metrics.rejected, 1);
+            return Err(InferError::MemoryShort { percent: state.memory_percent });
         }
         // Last, so that whoever is let through to try does run.
         if let Err(Open { left, failures }) = state.breaker.admit(now) {

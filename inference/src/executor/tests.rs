@@ -440,18 +440,18 @@ async fn a_forward_that_does_not_end_is_given_up_and_its_executor_replaced_once(
 
 #[tokio::test]
 async fn a_model_that_does_not_fit_into_memory_is_refused_while_it_is_warmed_up() {
-    let rows_run = Arc::new(AtomicUsize::new(0));
-    let most = rows_run.clone();
-    let runtime = EchoRuntime::new().with_memory(1_000, 100).with_hook(move |inputs| {
-        most.fetch_max(inputs[0].rows(), Ordering::SeqCst);
-        Ok(())
-    });
     let start = async |capacity: u64, others: u64| {
-        rows_run.store(0, Ordering::SeqCst);
+        // An executor may still be measuring when the other one has found that the model does not fit.
+        let rows_run = Arc::new(AtomicUsize::new(0));
+        let most = rows_run.clone();
+        let runtime = EchoRuntime::new().with_memory(1_000, 100).with_hook(move |inputs| {
+            most.fetch_max(inputs[0].rows(), Ordering::SeqCst);
+            Ok(())
+        });
         let memory = MemoryLimits { capacity: Some(capacity), others };
         let options = ServerOptions { executors: 2, memory, ..ServerOptions::new(BatchLimits::new(64, 64)) };
         let artefact = Artefact::new("echo", *b"echo");
-        let started = ModelServer::start("echo", Arc::new(runtime.clone()), artefact, spec(), options).await;
+        let started = ModelServer::start("echo", Arc::new(runtime), artefact, spec(), options).await;
         (started, rows_run.load(Ordering::SeqCst))
     };
     // The file of 4 bytes and twice 1,000 and 64 times 100 are 14,804.
@@ -468,4 +468,25 @@ async fn a_model_that_does_not_fit_into_memory_is_refused_while_it_is_warmed_up(
     let error = refused.err().expect("it does not fit").to_string();
     assert!(error.ends_with("with `batching.max_rows: 16` it would fit"), "{error}");
     assert_eq!(ran, 32);
+}
+
+#[tokio::test]
+async fn while_memory_is_short_lower_tiers_wait_and_are_refused() {
+    let limits = BatchLimits::new(4, 64).with_tiers(2);
+    let server = start_with(EchoRuntime::new(), ServerOptions::new(limits)).await;
+    server.memory_used(91);
+    let refused = server.submit_in_tier(request(&[1.0]), Instant::now() + LONG, 1).await;
+    assert_eq!(refused, Err(InferError::MemoryShort { percent: 91 }));
+    assert!(server.submit(request(&[1.0]), Instant::now() + LONG).await.is_ok());
+    server.memory_used(81);
+    let waiting = tokio::spawn({
+        let server = server.clone();
+        async move { server.submit_in_tier(request(&[2.0]), Instant::now() + LONG, 1).await }
+    });
+    until_queued(&server, 1).await;
+    assert!(server.submit(request(&[1.0]), Instant::now() + LONG).await.is_ok());
+    assert_eq!(server.metrics().queue_rows, 1);
+    server.memory_used(50);
+    let waited = waiting.await.unwrap().unwrap().waited;
+    assert_eq!(waited.reason(), WaitReason::MemoryPermit, "{waited:?}");
 }

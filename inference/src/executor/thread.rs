@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::metrics::{count, micros};
 use super::shared::{Answer, Caller, Job, Reply, Running, Shared, Stage, State, refuse};
 use super::{InferError, MemoryLimits, StartError, WarmUp, chain};
-use crate::batch::{Decision, Member};
+use crate::batch::{Decision, Member, Permit};
 use crate::memory;
 use crate::model::{Model, ModelError, ModelSpec};
 use crate::tensor::Tensor;
@@ -200,7 +200,8 @@ impl Executor {
         let mut state = self.shared.lock();
         loop {
             let now = self.shared.now();
-            let poll = state.batcher.poll(now, usize::MAX);
+            let permit = if state.stage == Stage::Closing { Permit::All } else { state.permit() };
+            let poll = state.batcher.poll(now, permit);
             let (expired, dropped): (Vec<_>, Vec<_>) =
                 poll.dropped.into_iter().partition(|member| member.deadline <= now);
             count(&self.shared.metrics.expired, expired.len());

@@ -124,7 +124,7 @@ fn simulate(limits: BatchLimits, arrivals: &Arrivals, patience: Duration, noise:
         if running.is_some() {
             continue;
         }
-        let poll = batcher.poll(us(now), usize::MAX);
+        let poll = batcher.poll(us(now), Permit::All);
         seen.dropped.extend(poll.dropped.iter().map(|member| now - member.payload));
         match poll.decision {
             Decision::Run { members, padded_rows, .. } => {
@@ -188,7 +188,7 @@ fn near_saturation_it_is_no_worse_than_the_best_window() {
 
 #[test]
 fn bursts_wait_for_themselves_and_not_for_a_window() {
-    for (per_second, seconds) in [(40.0, 150), (300.0, 30)] {
+    for (per_second, seconds) in [(40.0, 80), (300.0, 15)] {
         let of = |limits| over_seeds(limits, |seed| bursts_of_32(seed, per_second, seconds));
         // Without batches, one executor cannot even keep up.
         let others = [ms(0), ms(5), ms(10), ms(200)].map(|window| of(limits(Policy::Window(window))));
