@@ -143,9 +143,9 @@ impl<T> Queue<T> {
         let mut open: Vec<bool> = self.tiers.iter().map(|tier| !tier.entries.is_empty()).collect();
         open[tiers.min(self.tiers.len())..].fill(false);
         let waiting = open.clone();
-        for index in 0..self.tiers.len() {
-            if open[index] && self.tiers[index].passed_over >= PASSED_OVER_MAX {
-                open[index] = self.take_first(index, &mut fits, &mut taken);
+        for (index, open) in open.iter_mut().enumerate() {
+            if *open && self.tiers[index].passed_over >= PASSED_OVER_MAX {
+                *open = self.take_first(index, &mut fits, &mut taken);
             }
         }
         loop {
@@ -155,12 +155,11 @@ impl<T> Queue<T> {
         }
         // The latest arrival that ran, tier by tier downwards: whoever came before it below was overtaken.
         let mut latest = None;
-        for index in 0..self.tiers.len() {
+        for (index, waited) in waiting.into_iter().enumerate() {
             let tier = &mut self.tiers[index];
             let ran = taken.iter().filter(|taken| taken.tier == index).map(|taken| taken.entry.number).max();
             if !tier.entries.is_empty() {
-                tier.passed_over =
-                    if ran.is_none() && waiting[index] && !taken.is_empty() { tier.passed_over + 1 } else { 0 };
+                tier.passed_over = if ran.is_none() && waited && !taken.is_empty() { tier.passed_over + 1 } else { 0 };
                 if let Some(latest) = latest {
                     let since = tier.overtaken.map_or(now, |(_, since)| since);
                     let before = tier.overtaken.map_or(latest, |(before, _)| before.max(latest));
