@@ -428,15 +428,17 @@ impl Follower {
         placement::check_threads(plan.executors as usize, plan.threads as usize, cores)?;
         let bytes = self.registry.artifacts().get(&record.model.artifact).await?;
         let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
-        let others = self.served().models.values().filter(|other| *other.name != *name).cloned().collect::<Vec<_>>();
-        let taken = others.iter().filter_map(|other| Some(other.server.footprint()?.bytes())).sum();
+        let served = self.served();
+        // The version that it replaces runs until it is there, so that both are in memory for a while.
+        let taken = served.models.values().filter_map(|other| Some(other.server.footprint()?.bytes())).sum();
         let memory = MemoryLimits { capacity: inference::memory::capacity(), others: taken };
         let options = ServerOptions { memory, ..options(&plan) };
         let version = record.version.0;
         let server =
             ModelServer::start(&format!("{name}/{version}"), runtime, artefact, spec_of(&plan), options).await?;
         let model = ServedModel { name: name.into(), version, plan, server: Arc::new(server) };
-        let others: Vec<Placed> = others.iter().map(|other| placed(other)).collect();
+        let others = served.models.values().filter(|other| *other.name != *name);
+        let others: Vec<Placed> = others.map(|other| placed(other)).collect();
         placement::check(&placed(&model), &others, cores)?;
         tracing::info!(model = name, version, "a model is loaded and warm");
         Ok(Arc::new(model))
