@@ -161,7 +161,7 @@ fn what_weights_and_forwards_take_is_counted_on_their_own_thread() {
     };
     let (one, many) = (of(1), of(100_000));
     // Inputs of 12 and 8 bytes a row, and the output of 4, at least.
-    assert!(many >= 100_000 * 24 && many < 100_000 * 200, "{many}");
+    assert!((100_000 * 24..100_000 * 200).contains(&many), "{many}");
     assert!(one < many / 100, "{one}");
     // malloc rounds as it likes, from one time to the next.
     assert!(of(100_000).abs_diff(many) < many / 20, "something is left behind, or was at first");
