@@ -633,3 +633,53 @@ fn one_cell_is_explained_without_a_server() {
     usage(&row[2..], "write `--at 2024-03-10T12:00:00Z`");
     usage(&["--dataset", "first"], "--row");
 }
+
+const MODEL: &str = "\
+requests:
+  - {name: trip, fields: [{name: a, type: float64}, {name: b, type: float64}, {name: c, type: float64}, {name: carrier, type: int64}]}
+feature_services:
+  - {name: trips, features: [\"trip:a\", \"trip:b\", \"trip:c\", \"trip:carrier\"]}
+models:
+  - name: delay
+    features: trips
+    runtime: torchscript
+    inputs:
+      - {name: dense, dtype: float32, features: [\"trip:a\", \"trip:b\", \"trip:c\"]}
+      - {name: carrier, dtype: int64, features: [\"trip:carrier\"]}
+    outputs: [{name: score, dtype: float32}]
+    batching: {max_rows: 8}
+";
+
+#[test]
+fn a_model_file_is_measured_in_a_process_of_its_own() {
+    let project = Project::new();
+    std::fs::write(project.path("features/model.yaml"), MODEL).unwrap();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../inference/tests/data/delay.pt");
+    let file = file.to_str().unwrap();
+    let said = project.run(&["model", "certify", "dela", file]);
+    assert_eq!(said.status, 1);
+    assert!(said.err.contains("there is no model `dela`; did you mean `delay`?"), "{}", said.err);
+    let said = project.run(&["model", "certify", "delay", file]);
+    if !cfg!(feature = "torch") {
+        assert!(said.err.contains("this build has no torch, so it cannot run models"), "{}", said.err);
+        return;
+    }
+    assert_eq!(said.status, 0, "{}", said.err);
+    assert!(said.out.contains("delay: a file of ") && said.out.contains("80 % of this machine"), "{}", said.out);
+    let certified = project.json(&["--json", "model", "certify", "delay", file]);
+    let rows: Vec<u64> =
+        certified["sizes"].as_array().unwrap().iter().map(|size| size["rows"].as_u64().unwrap()).collect();
+    assert_eq!(rows, [1, 2, 4, 8]);
+    assert!(certified["weight_bytes"].as_u64().unwrap() > 0, "{certified}");
+    assert!(certified["sizes"][3]["bytes"].as_u64().unwrap() >= 8 * 24, "{certified}");
+
+    let broken = project.path("broken.pt");
+    std::fs::write(&broken, "not a model").unwrap();
+    let said = project.run(&["model", "certify", "delay", broken.to_str().unwrap()]);
+    assert_eq!(said.status, 1);
+    assert!(said.err.contains("could not be measured: ") && said.err.contains("not a model"), "{}", said.err);
+    // Trained with another width than the definitions have.
+    project.edit("features/model.yaml", "features: [\"trip:a\", \"trip:b\", \"trip:c\"]}", "features: [\"trip:a\"]}");
+    let said = project.run(&["model", "certify", "delay", file]);
+    assert!(said.err.contains("mat1 and mat2 shapes cannot be multiplied"), "{}", said.err);
+}

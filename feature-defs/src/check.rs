@@ -14,6 +14,9 @@ use crate::catalog::*;
 use crate::diagnose::{Diagnostic, Span, Spanned, article, nearest, shown};
 use crate::value::Type;
 
+/// Each tier gets a quarter of the rows of the one above, and the batcher's shares stay small numbers.
+const TIERS_MAX: usize = 8;
+
 /// Checks a parsed catalog. Warnings may be among the diagnostics.
 pub fn check(catalog: &Catalog) -> Vec<Diagnostic> {
     let mut checker = Checker { catalog, diagnostics: Vec::new() };
@@ -805,6 +808,11 @@ impl<'a> Checker<'a> {
             }
         }
         self.unique_in("tier", &of, &model.slo.tiers);
+        if let Some(tier) = model.slo.tiers.get(TIERS_MAX) {
+            let message = format!("{of} has {} tiers", model.slo.tiers.len());
+            let help = format!("use at most {TIERS_MAX}: each gets a quarter of the rows of the one above");
+            self.report(Diagnostic::error(message, tier.span).help(help));
+        }
         if let Some(label) = &model.label {
             self.identifier("label", &label.name);
         }

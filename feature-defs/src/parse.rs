@@ -58,6 +58,8 @@ macro_rules! keys {
 const FEATURE_KEYS: &[&str] = keys!["name", "type", "expr", "default", "sensitive"];
 const TIERS_DEFAULT: [&str; 2] = ["interactive", "batch"];
 const MAX_ROWS_DEFAULT: i64 = 256;
+/// The longest window: far beyond what anybody waits for a prediction.
+const WINDOW_MAX: Duration = Duration::from_secs(10);
 const MAX_QUEUE_ROWS_DEFAULT: i64 = 4096;
 const CANARY_MIN_UNITS_DEFAULT: i64 = 100;
 /// Numbers of rows, units and elements beyond this are typing errors.
@@ -630,15 +632,34 @@ impl Reader<'_> {
     }
 
     fn batching(&mut self, node: &Node) -> Option<Batching> {
-        let object = self.object(node, "batching policy", &["policy", "max_rows", "max_queue_rows"])?;
-        let policy = self.optional(&object, "policy", |reader, node| match &node.kind {
-            Kind::Mapping(_) => {
-                let object = reader.object(node, "batching policy", &["window"])?;
-                reader.required(&object, "window", Self::duration).map(BatchingPolicy::Window)
+        let object = self.object(node, "batching policy", &["policy", "window", "max_rows", "max_queue_rows"])?;
+        let fixed = self
+            .optional(&object, "policy", |reader, node| reader.one_of(node, &[("adaptive", false), ("window", true)]));
+        let fixed = fixed.is_some_and(|fixed| fixed.value);
+        // A window of zero never waits.
+        let window = self.optional(&object, "window", Self::duration_or_zero);
+        if let Some(window) = window.filter(|window| *window > WINDOW_MAX) {
+            let span = object.key_span("window").unwrap_or(object.span);
+            let message = format!("a window of {window:?} holds requests back for too long");
+            self.report(Diagnostic::error(message, span).help("use at most 10s"));
+        }
+        let policy = match (fixed, window) {
+            (true, Some(window)) => BatchingPolicy::Window(window),
+            (true, None) => {
+                if object.get("window").is_none() {
+                    let message = "the policy `window` needs its length";
+                    self.report(Diagnostic::error(message, object.span).help("add `window: 10ms`"));
+                }
+                BatchingPolicy::Adaptive
             }
-            Kind::String(text) if text == "adaptive" => Some(BatchingPolicy::Adaptive),
-            _ => reader.mismatch(node, "`adaptive` or a fixed window such as `{window: 5ms}`"),
-        });
+            (false, Some(_)) => {
+                let span = object.key_span("window").unwrap_or(object.span);
+                let diagnostic = Diagnostic::error("`window` belongs to the policy `window`", span);
+                self.report(diagnostic.help("add `policy: window`, or remove `window`: the adaptive policy has none"));
+                BatchingPolicy::Adaptive
+            }
+            (false, None) => BatchingPolicy::Adaptive,
+        };
         let max_rows = self.optional(&object, "max_rows", |r, node| r.integer(node, 1..=1_000_000));
         let max_queue_rows = self.optional(&object, "max_queue_rows", |r, node| r.integer(node, 1..=100_000_000));
         let rows = max_rows.unwrap_or(MAX_ROWS_DEFAULT);
@@ -648,7 +669,7 @@ impl Reader<'_> {
             self.report(Diagnostic::error(message, span).help("a queue holds at least one full batch"));
         }
         Some(Batching {
-            policy: policy.unwrap_or(BatchingPolicy::Adaptive),
+            policy,
             max_rows: rows as u32,
             max_queue_rows: max_queue_rows.unwrap_or(MAX_QUEUE_ROWS_DEFAULT.max(rows)) as u32,
         })

@@ -240,6 +240,8 @@ pub struct ModelPlan {
     pub max_queue_rows: u32,
     pub batching: catalog::BatchingPolicy,
     pub deadline: Option<Micros>,
+    /// The most important first; at least one.
+    pub tiers: Vec<String>,
     pub semantic_digest: Digest,
 }
 

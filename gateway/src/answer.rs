@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::RequestTime;
-use feature_defs::plan::{Plan, ServicePlan};
+use feature_defs::plan::{ModelPlan, Plan, ServicePlan};
 use feature_defs::time::Micros;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
@@ -23,9 +23,9 @@ use uuid::Uuid;
 use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
-use crate::follow::{Follower, Served};
+use crate::follow::{Follower, Served, declared_deadline};
 use crate::metrics::Metrics;
-use crate::predict;
+use crate::predict::Ask;
 use crate::request::{self, Rows};
 use crate::status::{Failure, Kind};
 
@@ -181,7 +181,7 @@ impl Gateway {
             Some(What::Features(list)) => self.listed(plan, &list.names)?,
             None => return Err(Failure::invalid("the request names neither a service nor features")),
         };
-        let ready = &*of.insert(self.services.of(&service, self.project.as_str(), &self.metrics));
+        let ready = &*of.insert(self.prepared(&service));
         let rows = request::read_rows(&service, &request.rows, request.at.len())?;
         request::refuse_incomplete(&rows)?;
         let deadline = deadline(started, request.deadline_ms, None);
@@ -215,14 +215,12 @@ impl Gateway {
         *of = model.name.to_string();
         let plan = &model.plan;
         let service = &plan.service;
+        let tier = tier(plan, &request.tier)?;
         let rows = request::read_rows(service, &request.rows, request.at.len())?;
-        let declared = plan.deadline.and_then(|micros| u64::try_from(micros).ok()).map(Duration::from_micros);
-        let deadline = deadline(started, request.deadline_ms, declared);
-        // The model needs the last quarter; what the store has not said by then goes on as UNAVAILABLE.
-        let fetch_by = started + (deadline - started) / 4 * 3;
-        let ready = self.services.of(service, self.project.as_str(), &self.metrics);
-        let features = self.features(&ready, &rows, &request.at, fetch_by).await?;
-        let predicted = predict::predict(plan, &model.server, &rows, &features, deadline).await?;
+        let deadline = deadline(started, request.deadline_ms, declared_deadline(plan));
+        let (gateway, served, rows) = (self, &*served, &rows);
+        let ask = Ask { gateway, served, model, request: &request, rows, started, deadline, tier };
+        let (features, predicted) = ask.answer().await?;
         self.metrics.predicted(&model.name, model.version, &predicted);
         let request_id = if request.request_id.is_empty() { Uuid::now_v7().to_string() } else { request.request_id };
         Ok(v1::PredictResponse {
@@ -244,7 +242,12 @@ impl Gateway {
         })
     }
 
-    async fn features(
+    /// What is worked out of a service once.
+    pub(crate) fn prepared(&self, service: &Arc<ServicePlan>) -> Arc<Service> {
+        self.services.of(service, self.project.as_str(), &self.metrics)
+    }
+
+    pub(crate) async fn features(
         &self,
         ready: &Service,
         rows: &Rows,
@@ -277,6 +280,7 @@ impl Gateway {
         } else if !self.started.load(Ordering::Acquire) {
             reasons.push("definitions and models are being loaded".to_owned());
         }
+        reasons.extend(self.stuck());
         for name in &served.missing {
             reasons.push(format!("model `{name}` is deployed, but no version of it could be loaded"));
         }
@@ -297,6 +301,13 @@ impl Gateway {
         }
         let degraded = !reasons.is_empty();
         Readiness { ready, degraded, reasons }
+    }
+
+    /// Why only a new process can help, if that is so.
+    pub fn stuck(&self) -> Option<String> {
+        let served = self.served();
+        let stuck = served.models.values().find_map(|model| Some((model.name.clone(), model.server.stuck()?)));
+        stuck.map(|(name, reason)| format!("model `{name}`: {reason}"))
     }
 
     /// For whoever changed something: what of it is not served yet.
@@ -346,9 +357,24 @@ impl Gateway {
     }
 }
 
+/// The place of a tier among those of the model.
+fn tier(plan: &ModelPlan, name: &str) -> Result<usize, Failure> {
+    if name.is_empty() {
+        return Ok(0);
+    }
+    let found = plan.tiers.iter().position(|tier| tier == name);
+    let what = || format!("tier of model `{}` named", plan.name);
+    found.ok_or_else(|| {
+        let message = crate::status::not_known(&what(), name, plan.tiers.iter().map(String::as_str));
+        Failure::invalid(message)
+    })
+}
+
+/// The sooner of what the caller asks for and what the model declares.
 fn deadline(started: Instant, asked_ms: u32, declared: Option<Duration>) -> Instant {
     let asked = (asked_ms > 0).then(|| Duration::from_millis(u64::from(asked_ms)));
-    started + asked.or(declared).unwrap_or(DEADLINE).min(DEADLINE_MAX)
+    let sooner = [asked, declared].into_iter().flatten().min();
+    started + sooner.unwrap_or(DEADLINE).min(DEADLINE_MAX)
 }
 
 fn micros(duration: Duration) -> u32 {

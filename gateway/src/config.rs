@@ -58,6 +58,8 @@ pub enum ServeError {
     Engine(#[from] offline_store::EngineError),
     #[error("the {what} server failed")]
     Server { what: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("only a new process can help: {why}")]
+    Stuck { why: String },
     #[error("the server ended without closing everything: {what}")]
     Drain { what: String },
 }

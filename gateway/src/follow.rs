@@ -9,13 +9,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use feature_defs::catalog::{Files, Runtime as RuntimeKind, SourceFile};
+use feature_defs::catalog::{BatchingPolicy, Files, Runtime as RuntimeKind, SourceFile};
 use feature_defs::forgotten::Forgotten;
 use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, ViewPlan, compile_definitions};
 use feature_defs::value::Type;
-use inference::batch::BatchLimits;
-use inference::executor::{ModelServer, ServerOptions};
+use inference::batch::{BatchLimits, Policy};
+use inference::executor::{FORWARD_MAX, MemoryLimits, ModelServer, ServerOptions};
 use inference::model::{Artefact, Device, LoadOptions, Runtime};
+use inference::placement::{self, Placed};
 use registry::Registry;
 use registry::id::{EntryNumber, ProjectName};
 use registry::model::{InputColumns, ModelRecord};
@@ -31,6 +32,11 @@ use crate::status::{Failure, Kind, chain};
 const POLL: Duration = Duration::from_millis(250);
 /// How long something that failed is left alone: a model that does not load costs seconds each time.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// A forward that takes so many times the declared deadline is taken not to end at all, and this long at least: machines
+/// stop for a second now and then.
+const FORWARD_DEADLINES_MAX: u32 = 20;
+const FORWARD_BOUND_MIN: Duration = Duration::from_secs(2);
 
 /// What requests are answered by. Never changed, only replaced.
 pub struct Served {
@@ -183,6 +189,9 @@ impl Follower {
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = interval.tick() => {}
+            }
+            if let Some(percent) = inference::memory::used_percent() {
+                self.served().models.values().for_each(|model| model.server.memory_used(percent));
             }
             // A load under way is given up on shutdown; its threads end by themselves.
             tokio::select! {
@@ -385,7 +394,10 @@ impl Follower {
                 return Ok(running.clone());
             }
             // Policy may have changed; the executors stay as long as they would be started the same.
-            if options(&running.plan) == options(&plan) && spec_of(&running.plan) == spec_of(&plan) {
+            if options(&running.plan) == options(&plan)
+                && running.plan.tiers == plan.tiers
+                && spec_of(&running.plan) == spec_of(&plan)
+            {
                 let server = running.server.clone();
                 return Ok(Arc::new(ServedModel {
                     plan,
@@ -412,19 +424,24 @@ impl Follower {
             let text = format!("model `{name}` is placed on `{device}`, but this version runs models on `cpu` only");
             return Err(Failure::new(Kind::Unsupported, text));
         }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        placement::check_threads(plan.executors as usize, plan.threads as usize, cores)?;
         let bytes = self.registry.artifacts().get(&record.model.artifact).await?;
         let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
-        let (executors, threads, max_rows, max_queue_rows) = options(&plan);
-        let options = ServerOptions {
-            executors: executors as usize,
-            limits: BatchLimits::new(max_rows as usize, max_queue_rows as usize),
-            load: LoadOptions { device: Device::Cpu, threads: threads as usize },
-        };
+        let served = self.served();
+        // The version that it replaces runs until it is there, so that both are in memory for a while.
+        let taken = served.models.values().filter_map(|other| Some(other.server.footprint()?.bytes())).sum();
+        let memory = MemoryLimits { capacity: inference::memory::capacity(), others: taken };
+        let options = ServerOptions { memory, ..options(&plan) };
         let version = record.version.0;
         let server =
             ModelServer::start(&format!("{name}/{version}"), runtime, artefact, spec_of(&plan), options).await?;
+        let model = ServedModel { name: name.into(), version, plan, server: Arc::new(server) };
+        let others = served.models.values().filter(|other| *other.name != *name);
+        let others: Vec<Placed> = others.map(|other| placed(other)).collect();
+        placement::check(&placed(&model), &others, cores)?;
         tracing::info!(model = name, version, "a model is loaded and warm");
-        Ok(Arc::new(ServedModel { name: name.into(), version, plan, server: Arc::new(server) }))
+        Ok(Arc::new(model))
     }
 
     /// Loads and warms up a version that is about to be deployed, so that nothing moves if it cannot run. It is kept
@@ -455,8 +472,44 @@ impl Drop for Prepared<'_> {
 }
 
 /// Everything about the executors that a definition can change.
-fn options(plan: &ModelPlan) -> (u32, u32, u32, u32) {
-    (plan.executors, plan.threads, plan.max_rows, plan.max_queue_rows)
+fn options(plan: &ModelPlan) -> ServerOptions {
+    let policy = match plan.batching {
+        BatchingPolicy::Adaptive => Policy::Adaptive,
+        BatchingPolicy::Window(window) => Policy::Window(window),
+    };
+    let limits = BatchLimits::new(plan.max_rows as usize, plan.max_queue_rows as usize)
+        .with_policy(policy)
+        .with_tiers(plan.tiers.len())
+        .with_deadline(declared_deadline(plan));
+    ServerOptions {
+        executors: plan.executors as usize,
+        load: LoadOptions { device: Device::Cpu, threads: plan.threads as usize },
+        forward_max: forward_max(plan),
+        ..ServerOptions::new(limits)
+    }
+}
+
+/// When a forward is taken not to end: long after everybody who waited for it has gone.
+fn forward_max(plan: &ModelPlan) -> Duration {
+    let declared = declared_deadline(plan).map(|deadline| deadline.saturating_mul(FORWARD_DEADLINES_MAX));
+    declared.map_or(FORWARD_MAX, |bound| bound.clamp(FORWARD_BOUND_MIN, FORWARD_MAX))
+}
+
+/// A model as its neighbours on the device feel it.
+fn placed(model: &ServedModel) -> Placed {
+    let plan = &model.plan;
+    Placed {
+        name: model.name.to_string(),
+        executors: plan.executors as usize,
+        threads: plan.threads as usize,
+        batch: model.server.longest_forward(),
+        deadline: declared_deadline(plan),
+    }
+}
+
+/// The deadline that the definitions give the requests of a model.
+pub(crate) fn declared_deadline(plan: &ModelPlan) -> Option<Duration> {
+    plan.deadline.and_then(|micros| u64::try_from(micros).ok()).map(Duration::from_micros)
 }
 
 /// Whether a plan gives a version exactly what it was registered with.

@@ -92,6 +92,8 @@ struct PredictBody {
     version: u32,
     #[serde(default)]
     request_id: String,
+    #[serde(default)]
+    tier: String,
 }
 
 async fn features_twin(State(gateway): State<Arc<Gateway>>, body: Bytes) -> Result<Response, Failure> {
@@ -143,6 +145,7 @@ async fn predict_twin(
         include_provenance: body.provenance,
         version: body.version,
         request_id: body.request_id,
+        tier: body.tier,
     };
     let response = gateway.predict(request).await?;
     Ok(axum::Json(json::predict_response(&response)).into_response())

@@ -16,6 +16,7 @@ pub mod status;
 
 pub mod answer;
 pub mod cache;
+pub mod certify;
 pub mod data;
 pub mod events;
 pub mod features;

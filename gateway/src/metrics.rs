@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use feature_defs::plan::ServicePlan;
 use feature_defs::time::Status;
+use inference::batch::{WaitReason, Waited};
 use online_store::StoreError;
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
@@ -56,10 +57,31 @@ struct ModelRows {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct UnansweredRows {
+    model: String,
+    version: u32,
+    cause: &'static str,
+    status: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ModelCount {
     model: String,
     version: u32,
     what: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelVersion {
+    model: String,
+    version: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelWait {
+    model: String,
+    version: u32,
+    reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -179,8 +201,12 @@ pub struct Metrics {
     default_values: Family<Feature, Counter>,
     view_age: Family<View, Histogram, fn() -> Histogram>,
     rows: Family<ModelRows, Counter>,
+    unanswered_rows: Family<UnansweredRows, Counter>,
     forward_seconds: Family<What, Histogram, fn() -> Histogram>,
     models: Family<ModelCount, Gauge>,
+    queue_rows: Family<ModelVersion, Gauge>,
+    estimated_wait: Family<ModelVersion, Gauge<f64, AtomicU64>>,
+    batch_wait: Family<ModelWait, Gauge<f64, AtomicU64>>,
     store_errors: Family<What, Counter>,
     cache_reads: Family<What, Counter>,
     events: Family<What, Counter>,
@@ -233,8 +259,12 @@ impl Metrics {
             default_values: Family::default(),
             view_age: Family::new_with_constructor(ages),
             rows: Family::default(),
+            unanswered_rows: Family::default(),
             forward_seconds: Family::new_with_constructor(seconds),
             models: Family::default(),
+            queue_rows: Family::default(),
+            estimated_wait: Family::default(),
+            batch_wait: Family::default(),
             store_errors: Family::default(),
             cache_reads: Family::default(),
             events: Family::default(),
@@ -263,8 +293,24 @@ impl Metrics {
             metrics.view_age.clone(),
         );
         registry.register("predicted_rows", "Rows predicted, by outcome", metrics.rows.clone());
+        registry.register(
+            "unanswered_rows",
+            "Rows that the model itself did not answer, by cause and by what became of them",
+            metrics.unanswered_rows.clone(),
+        );
         registry.register("forward_seconds", "Time in the model per request", metrics.forward_seconds.clone());
         registry.register("model", "State and counters of the models served", metrics.models.clone());
+        registry.register("queue_rows", "Rows that wait for a model", metrics.queue_rows.clone());
+        registry.register(
+            "estimated_wait_seconds",
+            "How long a request of the first tier would wait for its model now",
+            metrics.estimated_wait.clone(),
+        );
+        registry.register(
+            "batch_wait_seconds",
+            "What requests waited for in the queue of their model, summed up since it was loaded",
+            metrics.batch_wait.clone(),
+        );
         registry.register(
             "online_store_errors",
             "Reads that the online store did not answer",
@@ -403,6 +449,10 @@ impl Metrics {
         for row in &predicted.rows {
             let labels = ModelRows { model: model.to_owned(), version, status: row.status.name().to_owned() };
             self.rows.get_or_create(&labels).inc();
+            if let Some(cause) = row.cause {
+                let (model, cause, status) = (model.to_owned(), cause.name(), row.status.name());
+                self.unanswered_rows.get_or_create(&UnansweredRows { model, version, cause, status }).inc();
+            }
         }
         let model = What { what: model.to_owned() };
         self.forward_seconds.get_or_create(&model).observe(predicted.forward_time.as_secs_f64());
@@ -424,10 +474,31 @@ impl Metrics {
         self.control_log_head.set(i64::try_from(served.head.0).unwrap_or(i64::MAX));
         self.ready.set(i64::from(ready));
         self.models.clear();
+        self.queue_rows.clear();
+        self.estimated_wait.clear();
+        self.batch_wait.clear();
         for model in served.models.values() {
             let snapshot = model.server.metrics();
+            let labels = ModelVersion { model: model.name.to_string(), version: model.version };
+            self.queue_rows.get_or_create(&labels).set(i64::try_from(snapshot.queue_rows).unwrap_or(i64::MAX));
+            self.estimated_wait.get_or_create(&labels).set(snapshot.estimated_wait.as_secs_f64());
+            let Waited { whole, executor_busy, linger, memory_permit, tier } = snapshot.waited;
+            let woken = whole.saturating_sub(executor_busy + linger + memory_permit + tier);
+            let waits = [
+                (WaitReason::None, woken),
+                (WaitReason::ExecutorBusy, executor_busy),
+                (WaitReason::Linger, linger),
+                (WaitReason::MemoryPermit, memory_permit),
+                (WaitReason::Tier, tier),
+            ];
+            for (reason, waited) in waits {
+                let labels = ModelWait { model: model.name.to_string(), version: model.version, reason: reason.name() };
+                self.batch_wait.get_or_create(&labels).set(waited.as_secs_f64());
+            }
             let counts = [
-                ("queue_rows", snapshot.queue_rows),
+                ("queue_bytes", snapshot.queue_bytes),
+                ("batch_rows_max", snapshot.rows_cap),
+                ("memory_bytes", model.server.footprint().map_or(0, |footprint| footprint.bytes())),
                 ("executors_ready", snapshot.executors_ready),
                 ("requests", snapshot.requests),
                 ("rows", snapshot.rows),
@@ -435,9 +506,14 @@ impl Metrics {
                 ("batches", snapshot.batches),
                 ("rejected", snapshot.rejected),
                 ("expired", snapshot.expired),
+                ("dropped", snapshot.dropped),
                 ("cancelled", snapshot.cancelled),
                 ("failures", snapshot.failures),
                 ("panics", snapshot.panics),
+                ("hangs", snapshot.hangs),
+                ("breaker_open", u64::from(snapshot.breaker_open)),
+                ("breaker_openings", snapshot.breaker_openings),
+                ("out_of_memory", snapshot.out_of_memory),
             ];
             for (what, count) in counts {
                 let labels =

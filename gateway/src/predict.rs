@@ -2,22 +2,26 @@
 //!
 //! One bad row does not fail the others: a row that a model cannot take, or that came too late, gets the declared fallback
 //! or none, and says why. Only rows that can be answered go to the model; when the model fails on several rows at once, they
-//! are halved until the rows it fails on are alone.
+//! are halved until the rows it fails on are alone. A fallback that is a model is asked for the rows left, with what it needs
+//! of the time kept back for it; what it cannot answer either gets its fallback in turn.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use arrow::array::ArrayRef;
 use feature_defs::plan::{EncodedInput, InputValues, ModelPlan, TensorType};
 use feature_defs::value::{Type, Value};
-use inference::batch::WaitReason;
-use inference::executor::{InferError, ModelServer, Outcome};
+use inference::batch::{WaitReason, Waited};
+use inference::executor::{InferError, Outcome};
 use inference::model::{InputSpec, ModelError, ModelSpec, OutputSpec};
 use inference::tensor::{Dtype, Tensor, TensorData};
 use proto::v1;
 
+use crate::answer::Gateway;
 use crate::convert;
 use crate::features::Features;
-use crate::request::Rows;
+use crate::follow::{Served, ServedModel};
+use crate::request::{self, Rows};
 use crate::status::Failure;
 
 /// The answers to the rows of a request.
@@ -36,8 +40,59 @@ pub struct RowOutcome {
     pub status: RowStatus,
     /// Empty when the model answered.
     pub reason: String,
-    pub wait_reason: Option<WaitReason>,
-    pub wait_micros: u64,
+    /// Why the model did not answer, in one word for the metrics.
+    pub cause: Option<Cause>,
+    /// None where the row did not reach the model.
+    pub waited: Option<Waited>,
+}
+
+/// Why a model did not answer a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// The request lacks what the model's service needs.
+    Incomplete,
+    /// A feature is null, and the model refuses that.
+    Missing,
+    /// The queue was full, or the request larger than it.
+    QueueFull,
+    /// There was not enough time left.
+    Deadline,
+    /// The breaker is open.
+    Breaker,
+    /// Memory is short.
+    Memory,
+    /// The model failed on it.
+    Model,
+    /// No executor has a working model.
+    Unavailable,
+}
+
+impl Cause {
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::Incomplete => "incomplete",
+            Cause::Missing => "missing",
+            Cause::QueueFull => "queue_full",
+            Cause::Deadline => "deadline",
+            Cause::Breaker => "breaker",
+            Cause::Memory => "memory",
+            Cause::Model => "model",
+            Cause::Unavailable => "unavailable",
+        }
+    }
+
+    fn of(error: &InferError) -> Cause {
+        match error {
+            InferError::QueueFull { .. } | InferError::QueueBytesFull { .. } | InferError::TooLarge { .. } => {
+                Cause::QueueFull
+            }
+            InferError::Expired | InferError::TooLate { .. } | InferError::Dropped => Cause::Deadline,
+            InferError::BreakerOpen { .. } => Cause::Breaker,
+            InferError::MemoryShort { .. } => Cause::Memory,
+            InferError::Model(_) => Cause::Model,
+            InferError::ShuttingDown | InferError::Unavailable(_) => Cause::Unavailable,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,6 +114,7 @@ impl RowStatus {
 
 impl RowOutcome {
     pub fn to_proto(&self, version: u32) -> v1::RowOutcome {
+        let waited = self.waited.unwrap_or_default();
         v1::RowOutcome {
             version,
             arm: "champion".to_owned(),
@@ -68,14 +124,27 @@ impl RowOutcome {
                 RowStatus::Failed => v1::RowStatus::Failed,
             } as i32,
             reason: self.reason.clone(),
-            wait_reason: match self.wait_reason {
+            wait_reason: match self.waited.map(|waited| waited.reason()) {
                 None => v1::WaitReason::Unspecified,
                 Some(WaitReason::None) => v1::WaitReason::None,
                 Some(WaitReason::ExecutorBusy) => v1::WaitReason::ExecutorBusy,
+                Some(WaitReason::Linger) => v1::WaitReason::Linger,
+                Some(WaitReason::MemoryPermit) => v1::WaitReason::MemoryPermit,
+                Some(WaitReason::Tier) => v1::WaitReason::Tier,
             } as i32,
-            wait_us: u32::try_from(self.wait_micros).unwrap_or(u32::MAX),
+            wait_us: micros(waited.whole),
+            waits: Some(v1::WaitTimes {
+                executor_busy_us: micros(waited.executor_busy),
+                linger_us: micros(waited.linger),
+                memory_permit_us: micros(waited.memory_permit),
+                tier_us: micros(waited.tier),
+            }),
         }
     }
+}
+
+fn micros(duration: Duration) -> u32 {
+    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
 }
 
 /// The signature that a plan declares.
@@ -104,13 +173,139 @@ fn dtype(tensor_type: TensorType) -> Dtype {
     }
 }
 
-pub async fn predict(
-    plan: &ModelPlan,
-    server: &ModelServer,
+/// The most of a request's time that is kept back for models that answer in place of others.
+const RESERVE_SHARE: u32 = 2;
+/// What a model that answers in place of another takes beside two of its forwards: its own features, and its queue.
+const RESERVE_MIN: Duration = Duration::from_millis(2);
+
+/// What a request is answered with.
+pub struct Ask<'a> {
+    pub gateway: &'a Gateway,
+    pub served: &'a Served,
+    pub model: &'a ServedModel,
+    pub request: &'a v1::PredictRequest,
+    pub rows: &'a Rows,
+    pub started: Instant,
+    /// Of the whole answer.
+    pub deadline: Instant,
+    pub tier: usize,
+}
+
+/// A model of the chain of fallbacks, with the end of its time.
+struct Step<'a> {
+    model: &'a ServedModel,
+    deadline: Instant,
+}
+
+impl Ask<'_> {
+    /// The features of the model, and its answers with those of whoever answers in its place.
+    pub async fn answer(&self) -> Result<(Features, Predicted), Failure> {
+        let steps = self.steps();
+        let Ask { model, rows, started, .. } = self;
+        let own = steps.first().map_or(self.deadline, |step| step.deadline);
+        // What the store has not said by then goes on as UNAVAILABLE: the model needs the rest, a quarter at least.
+        let budget = own.saturating_duration_since(*started);
+        let forward = model.server.forward_time(rows.count).clamp(budget / 4, budget / 4 * 3);
+        let ready = self.gateway.prepared(&model.plan.service);
+        let features = self.gateway.features(&ready, rows, &self.request.at, own - forward).await?;
+        let mut answers = ask(model, rows, &features, None, own, self.tier).await?;
+        for step in steps.get(1..).unwrap_or_default() {
+            if answers.unanswered.is_empty() {
+                break;
+            }
+            self.fall_back(step, &features, &mut answers).await;
+        }
+        if let Some(name) = steps.last().and_then(|step| step.model.plan.fallback_model.as_deref()) {
+            let reason = format!("model `{name}`, which answers in its place, has no deployed version");
+            answers.unanswered.values_mut().for_each(|unanswered| unanswered.add(&reason));
+        }
+        Ok((features, answers.finish()?))
+    }
+
+    /// The model, and those that answer in its place as far as they are deployed, each with the end of its time. The
+    /// last one has until the deadline.
+    fn steps(&self) -> Vec<Step<'_>> {
+        let mut models: Vec<&ServedModel> = vec![self.model];
+        // Circles are refused by the check; definitions of several ages could still make one.
+        while let Some(name) = models.last().and_then(|last| last.plan.fallback_model.as_deref())
+            && let Some(next) = self.served.models.get(name)
+            && !models.iter().any(|model| model.name == next.name)
+        {
+            models.push(next);
+        }
+        let reserves = models.iter().skip(1).map(|model| model.server.forward_time(self.rows.count) * 2 + RESERVE_MIN);
+        let reserves: Vec<Duration> = reserves.collect();
+        let budget = self.deadline.saturating_duration_since(self.started);
+        let whole: Duration = reserves.iter().sum();
+        let shrink = if whole > budget / RESERVE_SHARE {
+            (budget / RESERVE_SHARE).as_secs_f64() / whole.as_secs_f64()
+        } else {
+            1.0
+        };
+        let mut deadline = self.deadline;
+        let mut steps = Vec::with_capacity(models.len());
+        for (index, model) in models.into_iter().enumerate().rev() {
+            steps.push(Step { model, deadline });
+            if index > 0 {
+                deadline -= reserves[index - 1].mul_f64(shrink);
+            }
+        }
+        steps.reverse();
+        steps
+    }
+
+    /// Lets another model answer the rows that have no answer. That it cannot is no reason to fail the request.
+    async fn fall_back(&self, step: &Step<'_>, features: &Features, answers: &mut Answers<'_>) {
+        let Step { model, deadline } = *step;
+        let wanted: Vec<usize> = answers.unanswered.keys().copied().collect();
+        let answered = match model.plan.service.semantic_digest == answers.plan.service.semantic_digest {
+            true => ask(model, self.rows, features, Some(&wanted), deadline, self.tier_of(model)).await,
+            false => self.ask_with_its_own(model, &wanted, deadline).await,
+        };
+        match answered {
+            Ok(others) => answers.adopt(model, others),
+            Err(failure) => {
+                let reason = format!("model `{}`: {}", model.name, failure.message);
+                answers.unanswered.values_mut().for_each(|unanswered| unanswered.add(&reason));
+            }
+        }
+    }
+
+    async fn ask_with_its_own<'m>(
+        &self,
+        model: &'m ServedModel,
+        wanted: &[usize],
+        deadline: Instant,
+    ) -> Result<Answers<'m>, Failure> {
+        let service = &model.plan.service;
+        let takes = |column: &&v1::Column| service.columns.iter().any(|wanted| wanted.name == column.name);
+        let sent: Vec<v1::Column> = self.request.rows.iter().filter(takes).cloned().collect();
+        let rows = request::read_rows(service, &sent, self.rows.count)?;
+        let forward = model.server.forward_time(wanted.len());
+        let fetch_by = deadline.checked_sub(forward).unwrap_or(deadline);
+        let ready = self.gateway.prepared(service);
+        let features = self.gateway.features(&ready, &rows, &self.request.at, fetch_by).await?;
+        ask(model, &rows, &features, Some(wanted), deadline, self.tier_of(model)).await
+    }
+
+    /// Another model may declare other tiers; what it does not know is the least important one.
+    fn tier_of(&self, model: &ServedModel) -> usize {
+        let name = self.model.plan.tiers.get(self.tier);
+        let found = name.and_then(|name| model.plan.tiers.iter().position(|tier| tier == name));
+        found.unwrap_or(model.plan.tiers.len().saturating_sub(1))
+    }
+}
+
+/// Asks one model for all rows, or for those wanted.
+async fn ask<'m>(
+    model: &'m ServedModel,
     rows: &Rows,
     features: &Features,
+    wanted: Option<&[usize]>,
     deadline: Instant,
-) -> Result<Predicted, Failure> {
+    tier: usize,
+) -> Result<Answers<'m>, Failure> {
+    let plan = &*model.plan;
     let encoded = plan.encode(&features.assembled, rows.count);
     let mut answers = Answers::new(plan, rows.count);
     for (row, column) in &rows.incomplete {
@@ -119,10 +314,14 @@ pub async fn predict(
     }
     for (row, reason) in encoded.refused {
         if answers.open(row) {
-            answers.fall_back(row, reason);
+            answers.leave(row, Cause::Missing, reason);
         }
     }
-    let mut pending: Vec<Vec<usize>> = vec![(0..rows.count).filter(|row| answers.open(*row)).collect()];
+    let all: Vec<usize> = match wanted {
+        Some(wanted) => wanted.to_vec(),
+        None => (0..rows.count).collect(),
+    };
+    let mut pending: Vec<Vec<usize>> = vec![all.into_iter().filter(|row| answers.open(*row)).collect()];
     while let Some(group) = pending.pop() {
         if group.is_empty() {
             continue;
@@ -131,7 +330,7 @@ pub async fn predict(
         let inputs: Result<Vec<_>, inference::tensor::TensorError> = inputs.collect();
         let inputs =
             inputs.map_err(|error| Failure::internal("the features could not be made into tensors", &error))?;
-        match server.submit(inputs, deadline).await {
+        match model.server.submit_in_tier(inputs, deadline, tier).await {
             Ok(outcome) => answers.take(&group, outcome),
             Err(InferError::Model(ModelError::Runtime(_) | ModelError::OutOfMemory(_))) if group.len() > 1 => {
                 let (first, second) = group.split_at(group.len() / 2);
@@ -140,12 +339,12 @@ pub async fn predict(
                 pending.push(first.to_vec());
             }
             Err(error) => {
-                let reason = error.to_string();
-                group.iter().for_each(|row| answers.fall_back(*row, reason.clone()));
+                let (cause, reason) = (Cause::of(&error), error.to_string());
+                group.iter().for_each(|row| answers.leave(*row, cause, reason.clone()));
             }
         }
     }
-    answers.finish()
+    Ok(answers)
 }
 
 fn tensor(input: &EncodedInput, rows: &[usize]) -> Result<Tensor, inference::tensor::TensorError> {
@@ -165,6 +364,19 @@ fn tensor(input: &EncodedInput, rows: &[usize]) -> Result<Tensor, inference::ten
     Tensor::try_new(vec![rows.len(), width], data)
 }
 
+/// Why a row has no answer of the model.
+struct Unanswered {
+    cause: Cause,
+    /// With what was tried since.
+    reason: String,
+}
+
+impl Unanswered {
+    fn add(&mut self, reason: &str) {
+        self.reason = format!("{}; {reason}", self.reason);
+    }
+}
+
 /// Answers under construction.
 struct Answers<'a> {
     plan: &'a ModelPlan,
@@ -172,9 +384,11 @@ struct Answers<'a> {
     values: Vec<Vec<Value>>,
     /// None until the row is settled.
     rows: Vec<Option<RowOutcome>>,
+    /// Rows that a fallback is to answer, with the reason.
+    unanswered: BTreeMap<usize, Unanswered>,
     /// How many values per row each output has: 1 unless the model gave more.
     widths: Vec<usize>,
-    queue_micros: u64,
+    queue_time: Duration,
     forward_micros: u64,
 }
 
@@ -184,41 +398,78 @@ impl<'a> Answers<'a> {
             plan,
             values: vec![vec![Value::Null; count]; plan.outputs.len()],
             rows: vec![None; count],
+            unanswered: BTreeMap::new(),
             widths: vec![1; plan.outputs.len()],
-            queue_micros: 0,
+            queue_time: Duration::ZERO,
             forward_micros: 0,
         }
     }
 
     fn open(&self, row: usize) -> bool {
-        self.rows[row].is_none()
+        self.rows[row].is_none() && !self.unanswered.contains_key(&row)
     }
 
-    fn settle(&mut self, row: usize, status: RowStatus, reason: String) {
-        self.rows[row] = Some(RowOutcome { status, reason, wait_reason: None, wait_micros: 0 });
+    fn settle(&mut self, row: usize, status: RowStatus, cause: Cause, reason: String) {
+        self.rows[row] = Some(RowOutcome { status, reason, cause: Some(cause), waited: None });
     }
 
     fn fail(&mut self, row: usize, reason: String) {
-        self.settle(row, RowStatus::Failed, reason);
+        self.settle(row, RowStatus::Failed, Cause::Incomplete, reason);
     }
 
-    /// The declared fallback answers, if there is one.
-    fn fall_back(&mut self, row: usize, reason: String) {
-        let Some(fallback) = &self.plan.fallback else {
-            let reason = match &self.plan.fallback_model {
-                Some(model) => format!("{reason}; falling back to model `{model}` is not available in this version"),
-                None => reason,
+    /// Leaves a row to the fallbacks.
+    fn leave(&mut self, row: usize, cause: Cause, reason: String) {
+        self.unanswered.insert(row, Unanswered { cause, reason });
+    }
+
+    /// Takes over what another model answered in place of this one: by itself, or by its declared values.
+    fn adopt(&mut self, model: &ServedModel, mut others: Answers<'_>) {
+        others.declared_values();
+        let place = |name: &str| others.plan.outputs.iter().position(|output| output.name == name);
+        // The check refuses a fallback without one of the outputs.
+        let places: Vec<Option<usize>> = self.plan.outputs.iter().map(|output| place(&output.name)).collect();
+        let mut rest = BTreeMap::new();
+        for (row, mut unanswered) in std::mem::take(&mut self.unanswered) {
+            let Some(outcome) = others.rows[row].take().filter(|outcome| outcome.status != RowStatus::Failed) else {
+                let theirs = others.unanswered.remove(&row).map(|theirs| theirs.reason);
+                unanswered.add(&format!("model `{}`: {}", model.name, theirs.unwrap_or_default()));
+                rest.insert(row, unanswered);
+                continue;
             };
-            return self.fail(row, reason);
-        };
-        for ((output, value), values) in self.plan.outputs.iter().zip(fallback).zip(&mut self.values) {
-            values[row] = number(output.dtype, *value);
+            for (index, place) in places.iter().enumerate() {
+                if let Some(place) = place {
+                    self.values[index][row] = std::mem::replace(&mut others.values[*place][row], Value::Null);
+                    self.widths[index] = self.widths[index].max(others.widths[*place]);
+                }
+            }
+            match outcome.status {
+                RowStatus::Answered => {
+                    unanswered.add(&format!("model `{}` version {} answered", model.name, model.version));
+                }
+                _ => unanswered.add(&format!("model `{}`: {}", model.name, outcome.reason)),
+            }
+            let Unanswered { cause, reason } = unanswered;
+            self.rows[row] =
+                Some(RowOutcome { status: RowStatus::Fallback, reason, cause: Some(cause), waited: outcome.waited });
         }
-        self.settle(row, RowStatus::Fallback, reason);
+        self.unanswered = rest;
+        self.queue_time += others.queue_time;
+        self.forward_micros += others.forward_micros;
+    }
+
+    /// The declared values answer what has no answer, if there are any.
+    fn declared_values(&mut self) {
+        let Some(fallback) = &self.plan.fallback else { return };
+        for (row, Unanswered { cause, reason }) in std::mem::take(&mut self.unanswered) {
+            for ((output, value), values) in self.plan.outputs.iter().zip(fallback).zip(&mut self.values) {
+                values[row] = number(output.dtype, *value);
+            }
+            self.settle(row, RowStatus::Fallback, cause, reason);
+        }
     }
 
     fn take(&mut self, group: &[usize], outcome: Outcome) {
-        self.queue_micros += outcome.wait_micros;
+        self.queue_time += outcome.waited.whole;
         self.forward_micros += outcome.forward_micros;
         for (index, (_, tensor)) in outcome.outputs.iter().enumerate() {
             let width: usize = tensor.row_shape().iter().product();
@@ -234,13 +485,17 @@ impl<'a> Answers<'a> {
             self.rows[*row] = Some(RowOutcome {
                 status: RowStatus::Answered,
                 reason: String::new(),
-                wait_reason: Some(outcome.wait_reason),
-                wait_micros: outcome.wait_micros,
+                cause: None,
+                waited: Some(outcome.waited),
             });
         }
     }
 
     fn finish(mut self) -> Result<Predicted, Failure> {
+        self.declared_values();
+        for (row, Unanswered { cause, reason }) in std::mem::take(&mut self.unanswered) {
+            self.settle(row, RowStatus::Failed, cause, reason);
+        }
         let count = self.rows.len();
         let mut arrays: Vec<(String, ArrayRef, Type)> = Vec::new();
         for (index, output) in self.plan.outputs.iter().enumerate() {
@@ -269,8 +524,8 @@ impl<'a> Answers<'a> {
         let unsettled = || RowOutcome {
             status: RowStatus::Failed,
             reason: "the row was not answered".to_owned(),
-            wait_reason: None,
-            wait_micros: 0,
+            cause: None,
+            waited: None,
         };
         Ok(Predicted {
             outputs: arrays
@@ -278,7 +533,7 @@ impl<'a> Answers<'a> {
                 .map(|(name, array, value_type)| convert::from_array(name, array, value_type))
                 .collect(),
             rows: self.rows.into_iter().map(|row| row.unwrap_or_else(unsettled)).collect(),
-            queue_time: Duration::from_micros(self.queue_micros),
+            queue_time: self.queue_time,
             forward_time: Duration::from_micros(self.forward_micros),
         })
     }

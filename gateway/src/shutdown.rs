@@ -19,6 +19,8 @@ use crate::status::chain;
 const IN_FLIGHT: Duration = Duration::from_secs(30);
 /// How long each of the parts may take to close.
 const CLOSE: Duration = Duration::from_secs(20);
+/// How often to look whether the process is past helping.
+const STUCK_LOOK: Duration = Duration::from_millis(250);
 const HTTP_CLOSE: Duration = Duration::from_secs(2);
 
 /// The running parts of a server.
@@ -44,6 +46,10 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
         ended = &mut parts.http_server => {
             http_ended = true;
             outcome = joined("HTTP", ended);
+        }
+        why = stuck(&parts.gateway) => {
+            tracing::error!(why, "the process ends, for its supervisor to start a new one");
+            outcome = Err(ServeError::Stuck { why });
         }
     }
     let gateway = &parts.gateway;
@@ -90,6 +96,16 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
     tracing::info!("ended");
     outcome?;
     if unclosed.is_empty() { Ok(()) } else { Err(ServeError::Drain { what: unclosed.join("; ") }) }
+}
+
+/// Returns when only a new process can help.
+async fn stuck(gateway: &Gateway) -> String {
+    loop {
+        tokio::time::sleep(STUCK_LOOK).await;
+        if let Some(why) = gateway.stuck() {
+            return why;
+        }
+    }
 }
 
 fn joined(what: &'static str, ended: Result<Result<(), ServeError>, tokio::task::JoinError>) -> Result<(), ServeError> {

@@ -7,6 +7,7 @@
 use std::error::Error;
 
 use inference::executor::StartError;
+use inference::placement::PlacementError;
 use registry::RegistryError;
 use registry::log::LogError;
 use registry::model::ArtifactError;
@@ -191,13 +192,22 @@ impl From<ArtifactError> for Failure {
 impl From<StartError> for Failure {
     fn from(error: StartError) -> Failure {
         match &error {
-            StartError::Load { .. } | StartError::WarmUp { .. } | StartError::Panicked { .. } => {
+            StartError::Load { .. }
+            | StartError::WarmUp { .. }
+            | StartError::Panicked { .. }
+            | StartError::Memory(_) => {
                 // Warm-up explains its cause in its own text.
                 let text = if let StartError::WarmUp { .. } = error { error.to_string() } else { chain(&error) };
                 Failure::new(Kind::Precondition, format!("{text}; nothing was changed"))
             }
             StartError::Thread { .. } => Failure::unavailable("a model could not be started", &error),
         }
+    }
+}
+
+impl From<PlacementError> for Failure {
+    fn from(error: PlacementError) -> Failure {
+        Failure::new(Kind::Precondition, format!("{error}; nothing was changed"))
     }
 }
 

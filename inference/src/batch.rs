@@ -4,61 +4,120 @@
 //!
 //! The policy is work-conserving. An idle executor takes what is there at once; requests wait only while every
 //! executor is busy, and what gathered meanwhile is the next batch. The members of a batch are fixed at the moment
-//! an executor takes it, never earlier.
+//! an executor takes it, never earlier. There is one exception: where requests were seen to come in bursts, and their
+//! deadlines have the room, an idle executor waits for the rest of a burst, 3 ms at most.
+//!
+//! A batch is as large as the learned cost of forwards and its members' deadlines allow. What can no longer be answered
+//! in time is not run; what would force a small batch while a full one waits behind it is not either, because then all
+//! that wait would come late.
 //!
 //! Time is an argument, as the duration since an epoch of the caller's choice; nothing here waits, locks or calls
-//! anything. [`Decision`] has room for a policy that lets an executor wait a little for a burst to complete.
+//! anything.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
-/// The bounds of one model's queue.
+mod burst;
+mod cost;
+mod limits;
+mod queue;
+
+pub use cost::Costs;
+pub use limits::{BatchLimits, Policy};
+
+use burst::{Bursts, Linger};
+use queue::{Entry, Queue, Taken};
+
+/// The wait is estimated from what is queued now. By this part of it, later arrivals of higher tiers and disturbed
+/// forwards may make it longer, and what was let in is still answered in time.
+const WAIT_MARGIN: u32 = 4;
+
+/// Names a queued entry. Never given twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ticket {
+    number: u64,
+    tier: usize,
+    deadline: Duration,
+}
+
+/// What is known of an entry that is to be queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BatchLimits {
-    rows_max: usize,
-    queue_rows_max: usize,
+pub struct Request {
+    pub rows: usize,
+    pub bytes: usize,
+    pub deadline: Duration,
+    /// 0 is the most important one; beyond the last, the last.
+    pub tier: usize,
 }
 
-impl BatchLimits {
-    /// At most `rows_max` rows in a batch and `queue_rows_max` rows waiting. Both are at least 1; a queue shorter
-    /// than one batch could never fill one, so it is made as long.
-    pub fn new(rows_max: usize, queue_rows_max: usize) -> BatchLimits {
-        let rows_max = rows_max.max(1);
-        BatchLimits { rows_max, queue_rows_max: queue_rows_max.max(rows_max) }
-    }
-
-    pub fn rows_max(self) -> usize {
-        self.rows_max
-    }
-
-    pub fn queue_rows_max(self) -> usize {
-        self.queue_rows_max
-    }
-
-    /// The sizes that batches are padded to: 1, 2, 4, 8, ... and the maximum itself. Runtimes specialise on shapes;
-    /// a few sizes can all be warmed up, and bound what the runtime caches per shape.
-    pub fn padded_sizes(self) -> Vec<usize> {
-        let powers = std::iter::successors(Some(1_usize), |size| size.checked_mul(2));
-        powers.take_while(|&size| size < self.rows_max).chain([self.rows_max]).collect()
-    }
-
-    /// The size that a batch of `rows` rows is padded to.
-    pub fn padded_rows(self, rows: usize) -> usize {
-        rows.checked_next_power_of_two().map_or(self.rows_max, |size| size.min(self.rows_max)).max(rows)
-    }
+/// What the memory of the device lets run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permit {
+    All,
+    /// Memory is short: the first tier runs, the others wait.
+    FirstTier,
 }
 
-/// Names a queued entry. Tickets are handed out in order of arrival and never again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Ticket(u64);
+/// While memory is short for what waits, it is looked at again so soon.
+const PERMIT_AGAIN: Duration = Duration::from_millis(50);
+
+/// What became of a push.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pushed {
+    pub ticket: Ticket,
+    /// Whether an idle executor has to poll for it. One that lingers polls when its time is over.
+    pub wake: bool,
+}
 
 /// Why an entry had to wait before its batch ran.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WaitReason {
     /// It did not: an executor was idle, and what passed is the time of waking it up.
     None,
     /// Every executor was busy, or took earlier entries first.
     ExecutorBusy,
+    /// An idle executor waited for company for it.
+    Linger,
+    /// An executor was idle, but there was no memory for a batch.
+    MemoryPermit,
+    /// Later entries of higher tiers ran first.
+    Tier,
+}
+
+impl WaitReason {
+    pub fn name(self) -> &'static str {
+        match self {
+            WaitReason::None => "none",
+            WaitReason::ExecutorBusy => "executor_busy",
+            WaitReason::Linger => "linger",
+            WaitReason::MemoryPermit => "memory_permit",
+            WaitReason::Tier => "tier",
+        }
+    }
+}
+
+/// How long an entry waited, and for what. The parts come to no more than the whole; the rest is the time of waking an
+/// executor up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Waited {
+    pub whole: Duration,
+    pub executor_busy: Duration,
+    pub linger: Duration,
+    pub memory_permit: Duration,
+    pub tier: Duration,
+}
+
+impl Waited {
+    /// What it waited for longest.
+    pub fn reason(&self) -> WaitReason {
+        let parts = [
+            (WaitReason::ExecutorBusy, self.executor_busy),
+            (WaitReason::Linger, self.linger),
+            (WaitReason::MemoryPermit, self.memory_permit),
+            (WaitReason::Tier, self.tier),
+        ];
+        let longest = parts.into_iter().filter(|(_, part)| !part.is_zero()).max_by_key(|(_, part)| *part);
+        longest.map_or(WaitReason::None, |(reason, _)| reason)
+    }
 }
 
 /// Why an entry was not queued.
@@ -67,11 +126,17 @@ pub enum Rejected {
     /// Later it may fit.
     #[error("the queue is full: {queue_rows} of at most {queue_rows_max} rows are waiting")]
     QueueFull { queue_rows: usize, queue_rows_max: usize },
+    /// Later it may fit.
+    #[error("the queue is full: {queue_bytes} of at most {queue_bytes_max} bytes are waiting")]
+    QueueBytesFull { queue_bytes: usize, queue_bytes_max: usize },
     /// It never will.
     #[error("{rows} rows at once are more than the {rows_max} that fit")]
     TooLarge { rows: usize, rows_max: usize },
     #[error("the deadline has passed already")]
     Expired,
+    /// What waits already takes too long.
+    #[error("the deadline is in {left:?}, but what is queued takes about {wait:?}")]
+    TooLate { wait: Duration, left: Duration },
 }
 
 /// An entry that was taken from the queue.
@@ -79,9 +144,9 @@ pub enum Rejected {
 pub struct Member<T> {
     pub ticket: Ticket,
     pub rows: usize,
+    pub tier: usize,
     pub deadline: Duration,
-    pub waited: Duration,
-    pub reason: WaitReason,
+    pub waited: Waited,
     pub payload: T,
 }
 
@@ -91,42 +156,54 @@ pub enum Decision<T> {
     /// Run these now, in one batch, padded to `padded_rows`. The executor counts as busy until
     /// [`Batcher::executor_idle`].
     Run { members: Vec<Member<T>>, rows: usize, padded_rows: usize },
-    /// Nothing is queued: ask again after the next push.
-    Wait,
+    /// Ask again at `until`, or after the next push that says so. Without a time, nothing is queued.
+    Wait { until: Option<Duration> },
 }
 
 /// What one poll came to.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Poll<T> {
     pub decision: Decision<T>,
-    /// Entries whose deadline passed while they waited; they left the queue and will not run.
-    pub expired: Vec<Member<T>>,
+    /// Entries that could not be answered by their deadline any more; they left the queue and will not run.
+    pub dropped: Vec<Member<T>>,
 }
 
-struct Entry<T> {
-    ticket: Ticket,
-    rows: usize,
-    arrived: Duration,
-    deadline: Duration,
-    /// No executor was idle when it arrived.
-    found_all_busy: bool,
-    payload: T,
+/// Why idle executors leave entries waiting, and since when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Lingering(Duration),
+    Blocked(Duration),
 }
 
-/// The queue of one model and the state of its executors. Invariants: `queue_rows` is the sum of the entries' rows
-/// and at most `queue_rows_max`; entries are ordered by ticket; `busy <= executors`; no entry has more than
-/// `rows_max` rows.
+/// A linger under way.
+#[derive(Debug, Clone, Copy)]
+struct Lingering {
+    gap_max: Duration,
+    /// It ends when nothing came for a gap, and at the latest at `ends`.
+    quiet: Duration,
+    ends: Duration,
+}
+
+/// The queue of one model and the state of its executors. Invariants: what waits is within the limits; `busy <=
+/// executors`, and `ends` has one time for each busy one; no entry has more than `rows_max` rows.
 pub struct Batcher<T> {
     limits: BatchLimits,
-    queue: VecDeque<Entry<T>>,
-    queue_rows: usize,
-    /// A lower bound of all deadlines in the queue: the queue is searched for expired entries only past it.
-    deadline_min: Duration,
-    next_ticket: u64,
+    queue: Queue<T>,
+    costs: Costs,
+    bursts: Bursts,
+    next_number: u64,
     executors: usize,
     busy: usize,
-    /// Entries with smaller tickets were passed over by a batch that took the last idle executor.
-    passed_over: Ticket,
+    /// When the batches under way are expected to end, the earliest first.
+    ends: Vec<Duration>,
+    /// Entries with smaller numbers were passed over by a batch that took the last idle executor.
+    passed_over: u64,
+    lingering: Option<Lingering>,
+    held: Option<Held>,
+    /// How long idle executors have left entries waiting in all, until `held` began.
+    lingered: Duration,
+    blocked: Duration,
+    closing: bool,
 }
 
 impl<T> Batcher<T> {
@@ -134,13 +211,19 @@ impl<T> Batcher<T> {
     pub fn new(limits: BatchLimits, executors: usize) -> Batcher<T> {
         Batcher {
             limits,
-            queue: VecDeque::new(),
-            queue_rows: 0,
-            deadline_min: Duration::MAX,
-            next_ticket: 0,
+            queue: Queue::new(limits.tiers()),
+            costs: Costs::new(limits),
+            bursts: Bursts::default(),
+            next_number: 0,
             executors,
             busy: executors,
-            passed_over: Ticket(0),
+            ends: vec![Duration::ZERO; executors],
+            passed_over: 0,
+            lingering: None,
+            held: None,
+            lingered: Duration::ZERO,
+            blocked: Duration::ZERO,
+            closing: false,
         }
     }
 
@@ -149,101 +232,313 @@ impl<T> Batcher<T> {
     }
 
     pub fn queue_rows(&self) -> usize {
-        self.queue_rows
+        self.queue.rows()
     }
 
-    /// Whether a request of `rows` rows in all can be queued. A request larger than a batch is pushed in pieces, and
-    /// asking first keeps it all or nothing.
-    pub fn admit(&self, now: Duration, rows: usize, deadline: Duration) -> Result<(), Rejected> {
-        let BatchLimits { queue_rows_max, .. } = self.limits;
+    pub fn queue_bytes(&self) -> usize {
+        self.queue.bytes()
+    }
+
+    pub fn costs(&self) -> &Costs {
+        &self.costs
+    }
+
+    /// For what warm-up measured.
+    pub fn costs_mut(&mut self) -> &mut Costs {
+        &mut self.costs
+    }
+
+    /// From now on nobody lingers: no more will come.
+    pub fn close(&mut self) {
+        self.closing = true;
+        self.lingering = None;
+    }
+
+    /// How long one more request of a tier would wait, as far as costs and shares can tell.
+    pub fn estimated_wait(&self, now: Duration, tier: usize) -> Duration {
+        let tier = tier.min(self.limits.tiers() - 1);
+        let cap = self.costs.rows_cap();
+        let batches = self.queue.rows_ahead(tier) as f64 / cap as f64 / self.executors as f64;
+        let next_idle = match self.ends.first() {
+            Some(end) if self.busy == self.executors => end.saturating_sub(now),
+            _ => Duration::ZERO,
+        };
+        next_idle + self.costs.typical(cap).mul_f64(batches)
+    }
+
+    /// Whether a request can be queued. One of more rows than a batch is pushed in pieces, and asking first keeps it
+    /// all or nothing.
+    pub fn admit(&self, now: Duration, request: Request) -> Result<(), Rejected> {
+        let Request { rows, bytes, deadline, tier } = request;
+        let queue_rows_max = self.limits.tier_rows_max(tier);
+        let queue_bytes_max = self.limits.queue_bytes_max();
         if rows > queue_rows_max {
             return Err(Rejected::TooLarge { rows, rows_max: queue_rows_max });
         }
         if deadline <= now {
             return Err(Rejected::Expired);
         }
-        if rows > queue_rows_max - self.queue_rows {
-            return Err(Rejected::QueueFull { queue_rows: self.queue_rows, queue_rows_max });
+        let (queue_rows, queue_bytes) = (self.queue.rows(), self.queue.bytes());
+        if rows > queue_rows_max.saturating_sub(queue_rows) {
+            return Err(Rejected::QueueFull { queue_rows, queue_rows_max });
+        }
+        // An empty queue takes a request of any size: it has to be held somewhere, and is held once.
+        if queue_bytes > 0 && bytes > queue_bytes_max.saturating_sub(queue_bytes) {
+            return Err(Rejected::QueueBytesFull { queue_bytes, queue_bytes_max });
+        }
+        // Only behind a batch of others: while nobody waits, a wrong estimate must not refuse what would correct it.
+        if self.queue.rows() >= self.costs.rows_cap() {
+            let (wait, left) = (self.estimated_wait(now, tier), deadline - now);
+            if wait + wait / WAIT_MARGIN + self.costs.high(self.costs.rows_cap().max(rows)) > left {
+                return Err(Rejected::TooLate { wait, left });
+            }
         }
         Ok(())
     }
 
     /// Queues one entry of at most `rows_max` rows.
-    pub fn push(&mut self, now: Duration, rows: usize, deadline: Duration, payload: T) -> Result<Ticket, Rejected> {
-        if rows > self.limits.rows_max {
-            return Err(Rejected::TooLarge { rows, rows_max: self.limits.rows_max });
+    pub fn push(&mut self, now: Duration, request: Request, payload: T) -> Result<Pushed, Rejected> {
+        if request.rows > self.limits.rows_max() {
+            return Err(Rejected::TooLarge { rows: request.rows, rows_max: self.limits.rows_max() });
         }
-        self.admit(now, rows, deadline)?;
-        let ticket = Ticket(self.next_ticket);
-        self.next_ticket += 1;
-        self.queue_rows += rows;
-        self.deadline_min = self.deadline_min.min(deadline);
-        let found_all_busy = self.busy == self.executors;
-        self.queue.push_back(Entry { ticket, rows, arrived: now, deadline, found_all_busy, payload });
-        Ok(ticket)
+        self.admit(now, request)?;
+        Ok(self.push_admitted(now, request, payload))
     }
 
-    /// Takes an entry out whose caller has gone away. `None` if it was taken or expired before.
+    /// Queues a piece of a request that was admitted as a whole.
+    pub fn push_admitted(&mut self, now: Duration, request: Request, payload: T) -> Pushed {
+        let Request { rows, bytes, deadline, tier } = request;
+        let number = self.next_number;
+        self.next_number += 1;
+        let idle = self.busy < self.executors;
+        let first = idle && self.queue.is_empty();
+        self.bursts.arrived(now, first, &self.costs);
+        let mut wake = idle;
+        if first {
+            self.lingering = self.start_linger(now);
+        } else if let Some(lingering) = &mut self.lingering {
+            lingering.quiet = now + lingering.gap_max;
+            wake = false;
+        }
+        if let Some(lingering) = self.lingering {
+            wake |= self.latest_start(deadline) < lingering.quiet.min(lingering.ends);
+        }
+        let entry = Entry {
+            number,
+            rows,
+            bytes,
+            arrived: now,
+            deadline,
+            found_all_busy: !idle,
+            lingered_before: self.lingered(now),
+            blocked_before: self.blocked(now),
+            payload,
+        };
+        let ticket = self.queue.push(tier, entry);
+        Pushed { ticket, wake: wake || (idle && self.queue.rows() >= self.costs.rows_cap()) }
+    }
+
+    /// Takes an entry out whose caller has gone away. `None` if it was taken or dropped before.
     pub fn cancel(&mut self, ticket: Ticket) -> Option<T> {
-        let position = self.queue.binary_search_by_key(&ticket, |entry| entry.ticket).ok()?;
-        let entry = self.queue.remove(position)?;
-        self.queue_rows -= entry.rows;
-        Some(entry.payload)
+        self.queue.remove(ticket).map(|taken| taken.entry.payload)
     }
 
     /// An executor has nothing to do any more. It must poll next.
     pub fn executor_idle(&mut self) {
-        self.busy = self.busy.saturating_sub(1);
+        if self.busy > 0 {
+            self.busy -= 1;
+            self.ends.remove(0);
+        }
+    }
+
+    /// A batch ran in so much time.
+    pub fn ran(&mut self, padded_rows: usize, took: Duration) {
+        self.costs.ran(padded_rows, took);
     }
 
     /// Asks on behalf of an idle executor what to run.
-    pub fn poll(&mut self, now: Duration) -> Poll<T> {
-        let expired = self.take_expired(now);
-        let mut members = Vec::new();
-        let mut rows = 0;
-        while let Some(entry) = self.queue.pop_front_if(|entry| rows + entry.rows <= self.limits.rows_max) {
-            rows += entry.rows;
-            self.queue_rows -= entry.rows;
-            members.push(self.member(entry, now));
+    pub fn poll(&mut self, now: Duration, permit: Permit) -> Poll<T> {
+        let dropped = self.drop_late(now);
+        if self.queue.is_empty() {
+            self.hold(now, None);
+            self.lingering = None;
+            return Poll { decision: Decision::Wait { until: None }, dropped };
         }
-        if members.is_empty() {
-            return Poll { decision: Decision::Wait, expired };
+        let cap = self.costs.rows_cap();
+        let tiers = match permit {
+            Permit::All => self.limits.tiers(),
+            Permit::FirstTier => 1,
+        };
+        if self.queue.first_of(tiers).is_none() {
+            self.hold(now, Some(Held::Blocked(now)));
+            let again = now + PERMIT_AGAIN;
+            return Poll { decision: Decision::Wait { until: Some(again) }, dropped };
         }
-        self.busy = (self.busy + 1).min(self.executors);
-        if self.busy == self.executors {
-            self.passed_over = Ticket(self.next_ticket);
+        if let Some(until) = self.wait_for_company(cap).filter(|until| *until > now) {
+            self.hold(now, Some(Held::Lingering(now)));
+            return Poll { decision: Decision::Wait { until: Some(until) }, dropped };
         }
+        self.hold(now, None);
+        self.lingering = None;
+        let taken = self.take_batch(now, cap, tiers);
+        let rows: usize = taken.iter().map(|taken| taken.entry.rows).sum();
         let padded_rows = self.limits.padded_rows(rows);
-        Poll { decision: Decision::Run { members, rows, padded_rows }, expired }
+        let members = taken.into_iter().map(|taken| self.member(taken, now)).collect();
+        self.busy = (self.busy + 1).min(self.executors);
+        let end = now + self.costs.typical(padded_rows);
+        self.ends.insert(self.ends.partition_point(|other| *other <= end), end);
+        self.ends.truncate(self.busy);
+        if self.busy == self.executors {
+            self.passed_over = self.next_number;
+        }
+        Poll { decision: Decision::Run { members, rows, padded_rows }, dropped }
     }
 
     /// Empties the queue, for the end: nobody is left to run it.
     pub fn drain(&mut self, now: Duration) -> Vec<Member<T>> {
-        self.queue_rows = 0;
-        let entries = std::mem::take(&mut self.queue);
-        entries.into_iter().map(|entry| self.member(entry, now)).collect()
+        let tickets: Vec<Ticket> = self.queue.all().map(|(ticket, _)| ticket).collect();
+        self.remove(tickets, now)
     }
 
-    fn take_expired(&mut self, now: Duration) -> Vec<Member<T>> {
-        if now < self.deadline_min {
+    fn remove(&mut self, mut tickets: Vec<Ticket>, now: Duration) -> Vec<Member<T>> {
+        tickets.sort_by_key(|ticket| ticket.number);
+        let taken: Vec<Taken<T>> = tickets.into_iter().filter_map(|ticket| self.queue.remove(ticket)).collect();
+        taken.into_iter().map(|taken| self.member(taken, now)).collect()
+    }
+
+    fn start_linger(&self, now: Duration) -> Option<Lingering> {
+        if self.limits.policy() != Policy::Adaptive || self.closing {
+            return None;
+        }
+        let Linger { gap_max, whole_max } = self.bursts.linger(&self.costs)?;
+        Some(Lingering { gap_max, quiet: now + gap_max, ends: now + whole_max })
+    }
+
+    /// Until when an idle executor leaves what is queued to gather more.
+    fn wait_for_company(&self, cap: usize) -> Option<Duration> {
+        if self.closing || self.queue.rows() >= cap {
+            return None;
+        }
+        match self.limits.policy() {
+            Policy::Adaptive => {
+                let latest = self.latest_start(self.queue.first_of(self.limits.tiers())?);
+                self.lingering.map(|lingering| lingering.quiet.min(lingering.ends).min(latest))
+            }
+            Policy::Window(window) if window.is_zero() => None,
+            Policy::Window(window) => {
+                let oldest = self.queue.all().map(|(_, entry)| entry.arrived).min()?;
+                oldest.checked_add(window)
+            }
+        }
+    }
+
+    /// When a batch must start at the latest, however large it gets, to meet a deadline.
+    fn latest_start(&self, deadline: Duration) -> Duration {
+        deadline.saturating_sub(self.costs.high(self.costs.rows_cap()))
+    }
+
+    /// Notes why entries wait beside an idle executor from now on.
+    fn hold(&mut self, now: Duration, held: Option<Held>) {
+        let same = matches!(
+            (self.held, held),
+            (Some(Held::Lingering(_)), Some(Held::Lingering(_))) | (Some(Held::Blocked(_)), Some(Held::Blocked(_)))
+        );
+        if !same {
+            (self.lingered, self.blocked) = (self.lingered(now), self.blocked(now));
+            self.held = held;
+        }
+    }
+
+    fn lingered(&self, now: Duration) -> Duration {
+        match self.held {
+            Some(Held::Lingering(since)) => self.lingered + now.saturating_sub(since),
+            _ => self.lingered,
+        }
+    }
+
+    fn blocked(&self, now: Duration) -> Duration {
+        match self.held {
+            Some(Held::Blocked(since)) => self.blocked + now.saturating_sub(since),
+            _ => self.blocked,
+        }
+    }
+
+    /// Takes out what a forward begun now could not answer in time, and what load has made so late that it would force
+    /// a small batch while a full one waits. If that would be everything and only by estimate, the last one is left:
+    /// it is run, and shows whether the estimate still holds.
+    fn drop_late(&mut self, now: Duration) -> Vec<Member<T>> {
+        let mut dropped = self.drop_hopeless(now);
+        let cap = self.costs.rows_cap();
+        if self.queue.rows() > cap && self.busy + 1 >= self.executors {
+            let full = self.costs.high(cap);
+            // Who asked for so little time is not late by load, and gets its small batch.
+            let late = |entry: &Entry<T>| entry.deadline.saturating_sub(entry.arrived) >= full * 2;
+            let due = self.queue.due((now + full).saturating_sub(Duration::from_nanos(1)));
+            let late: Vec<(Ticket, usize)> =
+                due.filter(|(_, entry)| late(entry)).map(|(ticket, entry)| (ticket, entry.rows)).collect();
+            let rows: usize = late.iter().map(|(_, rows)| rows).sum();
+            if rows > 0 && self.queue.rows() - rows >= cap {
+                dropped.extend(self.remove(late.into_iter().map(|(ticket, _)| ticket).collect(), now));
+            }
+        }
+        dropped
+    }
+
+    fn drop_hopeless(&mut self, now: Duration) -> Vec<Member<T>> {
+        let horizon = now.saturating_add(self.costs.high(self.limits.rows_max()));
+        let late = |entry: &Entry<T>| entry.deadline < now.saturating_add(self.costs.high(entry.rows));
+        let due = self.queue.due(horizon).filter(|(_, entry)| entry.deadline <= now || late(entry));
+        let mut tickets: Vec<(Ticket, usize)> = due.map(|(ticket, entry)| (ticket, entry.rows)).collect();
+        if tickets.is_empty() {
             return Vec::new();
         }
-        let (expired, kept): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut self.queue).into_iter().partition(|entry| entry.deadline <= now);
-        self.queue = kept;
-        self.queue_rows = self.queue.iter().map(|entry| entry.rows).sum();
-        self.deadline_min = self.queue.iter().map(|entry| entry.deadline).min().unwrap_or(Duration::MAX);
-        expired.into_iter().map(|entry| self.member(entry, now)).collect()
+        let rows: usize = tickets.iter().map(|(_, rows)| rows).sum();
+        if rows == self.queue.rows() {
+            let last = tickets.iter().map(|(ticket, _)| *ticket).max_by_key(|ticket| (ticket.deadline, ticket.number));
+            if let Some(last) = last.filter(|last| last.deadline > now) {
+                tickets.retain(|(ticket, _)| *ticket != last);
+            }
+        }
+        self.remove(tickets.into_iter().map(|(ticket, _)| ticket).collect(), now)
     }
 
-    fn member(&self, entry: Entry<T>, now: Duration) -> Member<T> {
-        let waited_for_others = entry.found_all_busy || entry.ticket < self.passed_over;
+    /// The members of the next batch: not empty, of at most `cap` rows unless a single entry has more.
+    fn take_batch(&mut self, now: Duration, cap: usize, tiers: usize) -> Vec<Taken<T>> {
+        let Batcher { queue, costs, .. } = self;
+        let (mut rows, mut tightest) = (0, Duration::MAX);
+        queue.take(now, tiers, |entry| {
+            let with = rows + entry.rows;
+            let strictest = tightest.min(entry.deadline);
+            let in_time = now.saturating_add(costs.high(with)) <= strictest;
+            let fits = rows == 0 || (with <= cap && in_time);
+            if fits {
+                (rows, tightest) = (with, strictest);
+            }
+            fits
+        })
+    }
+
+    fn member(&self, taken: Taken<T>, now: Duration) -> Member<T> {
+        let Taken { tier, entry, overtaken } = taken;
+        let whole = now.saturating_sub(entry.arrived);
+        let linger = (self.lingered(now) - entry.lingered_before).min(whole);
+        let memory_permit = (self.blocked(now) - entry.blocked_before).min(whole - linger);
+        let mut rest = whole - linger - memory_permit;
+        let tier_wait = overtaken.map_or(Duration::ZERO, |since| now.saturating_sub(since).min(rest));
+        rest -= tier_wait;
+        let waited_for_others = entry.found_all_busy || entry.number < self.passed_over;
         Member {
-            ticket: entry.ticket,
+            ticket: Ticket { number: entry.number, tier, deadline: entry.deadline },
             rows: entry.rows,
+            tier,
             deadline: entry.deadline,
-            waited: now.saturating_sub(entry.arrived),
-            reason: if waited_for_others { WaitReason::ExecutorBusy } else { WaitReason::None },
+            waited: Waited {
+                whole,
+                executor_busy: if waited_for_others { rest } else { Duration::ZERO },
+                linger,
+                memory_permit,
+                tier: tier_wait,
+            },
             payload: entry.payload,
         }
     }

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::model::{Artefact, LoadError, LoadOptions, Model, ModelError, ModelSpec, Runtime};
+use crate::model::{Artefact, LoadError, LoadOptions, Model, ModelError, ModelMemory, ModelSpec, Runtime};
 use crate::tensor::{Dtype, Tensor, TensorData};
 
 /// Called before every forward, warm-up included, with the padded inputs. It may block, fail or panic, like a model.
@@ -15,6 +15,8 @@ pub type Hook = Arc<dyn Fn(&[Tensor]) -> Result<(), ModelError> + Send + Sync>;
 pub struct EchoRuntime {
     delay: Duration,
     hook: Option<Hook>,
+    /// Of the weights, and of a row.
+    memory: Option<(u64, u64)>,
 }
 
 impl EchoRuntime {
@@ -36,6 +38,12 @@ impl EchoRuntime {
         self
     }
 
+    /// It says that it takes so much memory.
+    pub fn with_memory(mut self, weight_bytes: u64, row_bytes: u64) -> EchoRuntime {
+        self.memory = Some((weight_bytes, row_bytes));
+        self
+    }
+
     /// Every forward passes through the gate.
     pub fn with_gate(self, gate: Arc<Gate>) -> EchoRuntime {
         self.with_hook(move |_| {
@@ -53,13 +61,14 @@ impl Runtime for EchoRuntime {
                 reason: "it says it is broken".to_owned(),
             });
         }
-        Ok(Box::new(Echo { runtime: self.clone(), spec: spec.clone() }))
+        Ok(Box::new(Echo { runtime: self.clone(), spec: spec.clone(), last_rows: 0 }))
     }
 }
 
 struct Echo {
     runtime: EchoRuntime,
     spec: ModelSpec,
+    last_rows: usize,
 }
 
 impl Model for Echo {
@@ -69,6 +78,7 @@ impl Model for Echo {
 
     fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ModelError> {
         let rows = self.spec.check_inputs(inputs)?;
+        self.last_rows = rows;
         if let Some(hook) = &self.runtime.hook {
             hook(inputs)?;
         }
@@ -85,6 +95,11 @@ impl Model for Echo {
         };
         let outputs = self.spec.outputs.iter().map(|declared| Tensor::try_new(vec![rows], output(declared.dtype)));
         outputs.collect::<Result<_, _>>().map_err(|error| ModelError::Runtime(error.to_string()))
+    }
+
+    fn memory(&self) -> Option<ModelMemory> {
+        let (weights, row) = self.runtime.memory?;
+        Some(ModelMemory { weights, forward: row * self.last_rows as u64 })
     }
 }
 

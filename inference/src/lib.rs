@@ -14,6 +14,12 @@ pub mod model;
 
 pub mod batch;
 
+pub mod breaker;
+
+pub mod placement;
+
+pub mod memory;
+
 pub mod executor;
 
 pub mod echo;

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::tensor::{self, Dtype, Tensor, TensorBatch};
 
@@ -206,6 +207,19 @@ pub trait Model: Send {
     /// [`ModelSpec::check_outputs`]. Row i of every output depends on row i of the inputs only: rows of different
     /// requests are mixed and padded.
     fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ModelError>;
+
+    /// What it takes, where the runtime can tell.
+    fn memory(&self) -> Option<ModelMemory> {
+        None
+    }
+}
+
+/// Bytes of one copy of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ModelMemory {
+    pub weights: u64,
+    /// The most that the last forward held beside them.
+    pub forward: u64,
 }
 
 /// Something that can load models. `load` is called on the thread that will run the model.
@@ -231,6 +245,9 @@ pub enum ModelError {
     /// The model's code panicked. It is not to be used again.
     #[error("the model panicked: {0}")]
     Panicked(String),
+    /// The forward did not end; nobody knows what it is doing.
+    #[error("the model did not answer within {0:.1?}")]
+    Hung(Duration),
 }
 
 /// Why a model could not be loaded.

@@ -167,6 +167,11 @@ impl Tensor {
         self.data
     }
 
+    /// The memory that the elements take.
+    pub fn bytes(&self) -> usize {
+        for_each_type!(&self.data, values => size_of_val(values.as_slice()))
+    }
+
     /// The dtype and row shape in messages: `float32 [_, 31]`.
     pub fn kind(&self) -> String {
         kind(self.dtype(), self.row_shape())

@@ -6,11 +6,11 @@
 //! one tensor, or a tuple or list of them in the declared order, each `[rows]` or `[rows, k]`.
 //!
 //! This talks to libtorch through torch-sys, the bindings inside tch, rather than through tch itself; the reasons
-//! are in `docs/design/2026-11-22-libtorch-bindings.md`.
+//! are in `docs/design/2026-11-22-libtorch-bindings.md`. What those bindings lack is in `torch/memory.cc`.
 
 use std::sync::{Mutex, Once, PoisonError};
 
-use crate::model::{Artefact, Device, LoadError, LoadOptions, Model, ModelError, ModelSpec, Runtime};
+use crate::model::{Artefact, Device, LoadError, LoadOptions, Model, ModelError, ModelMemory, ModelSpec, Runtime};
 use crate::tensor::Tensor;
 
 mod ffi;
@@ -21,15 +21,19 @@ pub struct TorchRuntime;
 
 /// Loading touches process-wide tables of types in libtorch; one at a time is fast enough and never races.
 static LOADING: Mutex<()> = Mutex::new(());
-static INTEROP_THREADS: Once = Once::new();
+static ONCE: Once = Once::new();
 
 impl Runtime for TorchRuntime {
     fn load(&self, artefact: &Artefact, spec: &ModelSpec, options: &LoadOptions) -> Result<Box<dyn Model>, LoadError> {
         let Device::Cpu = options.device;
         // We never fork inside a forward, and the setting is refused once libtorch has run something in parallel.
-        INTEROP_THREADS.call_once(|| ffi::set_interop_threads(1));
+        ONCE.call_once(|| {
+            ffi::set_interop_threads(1);
+            ffi::count_memory();
+        });
         ffi::set_threads(options.threads.max(1));
         let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = ffi::memory_held();
         let module = ffi::Module::load(&artefact.bytes).map_err(|text| {
             let (origin, reason) = (artefact.origin.clone(), clean(&text));
             if is_out_of_memory(&text) {
@@ -38,13 +42,20 @@ impl Runtime for TorchRuntime {
                 LoadError::Invalid { origin, reason }
             }
         })?;
-        Ok(Box::new(TorchModel { module, spec: spec.clone() }))
+        let weights = bytes(ffi::memory_held() - before);
+        Ok(Box::new(TorchModel { module, spec: spec.clone(), memory: ModelMemory { weights, forward: 0 } }))
     }
 }
 
 struct TorchModel {
     module: ffi::Module,
     spec: ModelSpec,
+    memory: ModelMemory,
+}
+
+/// A difference of counters. Not below zero, unless tensors of other threads were freed here.
+fn bytes(difference: i64) -> u64 {
+    u64::try_from(difference).unwrap_or(0)
 }
 
 impl Model for TorchModel {
@@ -54,7 +65,11 @@ impl Model for TorchModel {
 
     fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ModelError> {
         let rows = self.spec.check_inputs(inputs)?;
-        let outputs = self.module.forward(inputs).map_err(|text| {
+        let before = ffi::memory_held();
+        ffi::take_memory_peak();
+        let outputs = self.module.forward(inputs);
+        self.memory.forward = bytes(ffi::take_memory_peak() - before);
+        let outputs = outputs.map_err(|text| {
             if is_out_of_memory(&text) {
                 ModelError::OutOfMemory(clean(&text))
             } else {
@@ -63,6 +78,10 @@ impl Model for TorchModel {
         })?;
         self.spec.check_outputs(&outputs, rows)?;
         Ok(outputs)
+    }
+
+    fn memory(&self) -> Option<ModelMemory> {
+        Some(self.memory)
     }
 }
 

@@ -99,7 +99,17 @@ class Server(gateway_pb2_grpc.GatewayServicer, ingest_pb2_grpc.IngestServicer, c
             given = [gateway_pb2.FeatureColumn(name="weather:temp", values=values, statuses=[2] * rows)]
         return gateway_pb2.PredictResponse(
             outputs=[columns.to_column("p_late", pa.array([0.25] * (rows - 1) + [None], type=pa.float32()))],
-            outcomes=[{"version": 3, "arm": "champion", "status": 1, "wait_reason": 1}] * (rows - 1)
+            outcomes=[
+                {
+                    "version": 3,
+                    "arm": "champion",
+                    "status": 1,
+                    "wait_reason": 2,
+                    "wait_us": 70,
+                    "waits": {"executor_busy_us": 50, "tier_us": 20},
+                }
+            ]
+            * (rows - 1)
             + [{"version": 3, "arm": "champion", "status": 3, "reason": "`dense` has a null", "wait_reason": 1}],
             at=[NOON_US] * rows,
             features=given,
@@ -341,6 +351,9 @@ def test_predict(client, server):
     assert answer["p_late"][0] == 0.25 and np.isnan(answer["p_late"][1])
     assert [outcome.status for outcome in answer.outcomes] == [coeval.RowStatus.OK, coeval.RowStatus.FAILED]
     assert answer.outcomes[1].reason == "`dense` has a null"
+    first = answer.outcomes[0]
+    assert (first.wait_reason, first.wait_us) == ("EXECUTOR_BUSY", 70)
+    assert first.waits == {"executor_busy": 50, "tier": 20}
     assert answer.features["weather:temp"].type == pa.float64()
     assert answer.timings.total_us == 10
     assert answer.request_id == "r"

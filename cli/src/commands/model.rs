@@ -7,6 +7,7 @@ use proto::v1::register_model_request::Part;
 use proto::v1::{DeployModelRequest, ListModelsRequest, ModelHeader, ModelInfo, RegisterModelRequest};
 use serde_json::{Value as Json, json};
 
+use crate::commands::certify;
 use crate::error::CliError;
 use crate::output::Output;
 use crate::project::{Place, who};
@@ -19,6 +20,17 @@ const CHUNK_BYTES: usize = 1 << 20;
 pub enum ModelCommand {
     /// Make a file the next version of a model; traffic does not move
     Register(Box<RegisterArguments>),
+    /// Measure in a process of its own what a file takes in time and memory as a model of this project, and say whether it
+    /// fits this machine
+    Certify {
+        /// A model of the project's definitions
+        model: String,
+        /// The model file: TorchScript
+        file: PathBuf,
+    },
+    /// What `certify` runs in its own process: a job on standard input, steps on standard output
+    #[command(hide = true)]
+    CertifyHere,
     /// Send traffic to a version
     Deploy {
         model: String,
@@ -95,6 +107,8 @@ fn metric(text: &str) -> Result<(String, f64), String> {
 pub async fn run(place: &Place, command: &ModelCommand, output: &Output) -> Result<(), CliError> {
     match command {
         ModelCommand::Register(arguments) => register(place, arguments, output).await,
+        ModelCommand::Certify { model, file } => certify::run(place, model, file, output).await,
+        ModelCommand::CertifyHere => certify::here(),
         ModelCommand::Deploy { model, version, why, who: given, server } => {
             let server = Server::of(place, server, output).await?;
             let request = DeployModelRequest {

@@ -21,6 +21,9 @@ pub struct PredictArguments {
     /// A deployed version; without it, the one that traffic goes to
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     version: u32,
+    /// One of the tiers that the model declares; without it, the first
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    tier: String,
     /// Show the feature values that the model was given
     #[arg(long)]
     features: bool,
@@ -48,6 +51,7 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
         deadline_ms: ask.deadline_ms,
         include_features: arguments.features,
         version: arguments.version,
+        tier: arguments.tier.clone(),
         ..PredictRequest::default()
     };
     let answer = server.gateway().predict(request).await.map_err(|status| server.failed(status))?.into_inner();
@@ -69,6 +73,14 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
         line.push_str(&format!("  ({}, version {}, at {})", status(row).as_str_name(), outcome.version, at(row)));
         if !outcome.reason.is_empty() {
             line.push_str(&format!(": {}", outcome.reason));
+        }
+        if output.verbosity() > 0
+            && let Some(waits) = &outcome.waits
+        {
+            line.push_str(&format!(
+                "; waited {} µs: executor busy {}, linger {}, memory permit {}, tier {}",
+                outcome.wait_us, waits.executor_busy_us, waits.linger_us, waits.memory_permit_us, waits.tier_us
+            ));
         }
         output.line(line);
         show(&answer.features, &features, row, output);
@@ -93,6 +105,8 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
                 "version": outcome.version,
                 "arm": outcome.arm,
                 "reason": outcome.reason,
+                "wait_reason": outcome.wait_reason().as_str_name(),
+                "wait_us": outcome.wait_us,
                 "features": object(&answer.features, &features, row),
             })
         };

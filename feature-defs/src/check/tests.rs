@@ -190,6 +190,11 @@ fn references_lead_somewhere() {
         &["83:11 `max_shape` of model `delay` names an input `dens` that it does not have; did you mean `dense`?"],
     );
     check_edit(
+        "tiers: [interactive, batch]",
+        "tiers: [a, b, c, d, e, f, g, h, i]",
+        &["94:59 model `delay` has 9 tiers; use at most 8: each gets a quarter of the rows of the one above"],
+    );
+    check_edit(
         "devices: [cpu]",
         "devices: [gpu]",
         &["93:27 `gpu` is not a device; use `cpu`, `cuda` or `cuda:<number>`"],

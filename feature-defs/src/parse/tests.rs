@@ -283,12 +283,23 @@ fn models_are_checked_key_by_key() {
         "fallback: 3",
         &["15:15 expected `{output: value}`, `{model: name}` or `none`, got the integer 3"],
     );
-    model("policy: adaptive", "policy: {window: 5ms}", &[]);
+    model("policy: adaptive", "policy: window, window: 5ms", &[]);
+    model("policy: adaptive", "policy: window, window: 0ms", &[]);
+    model("policy: adaptive", "policy: window", &["14:16 the policy `window` needs its length; add `window: 10ms`"]);
     model(
         "policy: adaptive",
-        "policy: window",
-        &["14:24 expected `adaptive` or a fixed window such as `{window: 5ms}`, got the string `window`"],
+        "window: 5ms",
+        &[
+            "14:16 `window` belongs to the policy `window`; add `policy: window`, or remove `window`: the adaptive policy \
+           has none",
+        ],
     );
+    model(
+        "policy: adaptive",
+        "policy: window, window: 1m",
+        &["14:32 a window of 60s holds requests back for too long; use at most 10s"],
+    );
+    model("policy: adaptive", "policy: fixed", &["14:24 expected `adaptive` or `window`, got the string `fixed`"]);
     model(
         "max_queue_rows: 4096",
         "max_queue_rows: 10",

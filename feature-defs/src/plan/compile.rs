@@ -63,6 +63,7 @@ pub fn compile(catalog: &Catalog, files: &Files, schemas: &SourceSchemas) -> Res
                 plan.models.push(Arc::new(model));
             }
         }
+        compiler.fallbacks(&plan.models);
     }
     if compiler.diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error) {
         return Err(compiler.diagnostics);
@@ -740,6 +741,7 @@ impl Compiler<'_> {
                 (Some(fallback), None)
             }
         };
+        let max_rows = self.rows_of_largest_shape(model, &inputs);
         if self.diagnostics[before..].iter().any(|diagnostic| diagnostic.severity == Severity::Error) {
             return None;
         }
@@ -774,12 +776,68 @@ impl Compiler<'_> {
             executors: model.placement.executors,
             threads: model.placement.threads,
             devices: model.placement.devices.iter().map(|device| device.value.clone()).collect(),
-            max_rows: model.batching.max_rows,
+            max_rows,
             max_queue_rows: model.batching.max_queue_rows,
             batching: model.batching.policy,
             deadline: model.slo.deadline.map(micros),
+            tiers: model.slo.tiers.iter().map(|tier| tier.value.clone()).collect(),
             semantic_digest: digest.digest(),
         })
+    }
+
+    /// A model that answers in place of another is asked with the rows of that request, and its outputs are taken for the
+    /// other's.
+    fn fallbacks(&mut self, models: &[Arc<ModelPlan>]) {
+        for model in models {
+            let of = self.catalog.model(&model.name);
+            let Some(catalog::Fallback::Model(named)) = of.and_then(|of| of.fallback.as_ref()) else { continue };
+            let Some(other) = models.iter().find(|other| *other.name == **named) else { continue };
+            for column in &other.service.columns {
+                let has = |own: &&RequestColumn| own.name == column.name && own.column_type == column.column_type;
+                if model.service.columns.iter().any(|own| has(&own)) || (column.nullable && !column.is_key) {
+                    continue;
+                }
+                let message = format!(
+                    "the fallback `{}` needs `{}` ({}), which requests for model `{}` do not carry",
+                    other.name, column.name, column.column_type, model.name
+                );
+                let help = format!("let `{}` read features of the same keys and request fields", other.name);
+                self.report::<()>(Diagnostic::error(message, named.span).help(help));
+            }
+            for output in &model.outputs {
+                let theirs = other.outputs.iter().find(|theirs| theirs.name == output.name);
+                if let Some(theirs) = theirs.filter(|theirs| theirs.dtype != output.dtype) {
+                    let (own, theirs) = (output.dtype.value_type(), theirs.dtype.value_type());
+                    let message =
+                        format!("output `{}` is {own}, but {theirs} in the fallback `{}`", output.name, other.name);
+                    self.report::<()>(
+                        Diagnostic::error(message, named.span).help("a fallback answers with the same outputs"),
+                    );
+                }
+            }
+        }
+    }
+
+    /// The rows of the largest batch: those of `batching`, and no more than the declared largest shapes have. No batch is
+    /// larger than what memory is reserved for.
+    fn rows_of_largest_shape(&mut self, model: &catalog::Model, inputs: &[TensorPlan]) -> u32 {
+        let mut max_rows = model.batching.max_rows;
+        for (name, shape) in &model.placement.max_shape {
+            let Some(input) = inputs.iter().find(|input| input.name == *name) else { continue };
+            let mistake = match shape[..] {
+                [rows, width] => {
+                    max_rows = max_rows.min(u32::try_from(rows).unwrap_or(u32::MAX));
+                    (input.width as u64 > width)
+                        .then(|| format!("input `{name}` is {} wide, but its `max_shape` says {width}", input.width))
+                }
+                _ => Some(format!("the `max_shape` of input `{name}` has {} numbers", shape.len())),
+            };
+            if let Some(mistake) = mistake {
+                let help = format!("write rows and width: `{name}: [{max_rows}, {}]`", input.width);
+                self.report::<()>(Diagnostic::error(mistake, model.name.span).help(help));
+            }
+        }
+        max_rows.max(1)
     }
 
     fn tensor(&mut self, input: &catalog::ModelInput, service: &ServicePlan) -> Option<TensorPlan> {

@@ -137,6 +137,60 @@ fn errors_point_at_the_place_and_name_the_nearest() {
         "fallback: {p: 0.1}\n    label: {name: y, type: bool, wthin: 1h}",
         &["wthin", "within"],
     );
+    check_error(
+        "fallback: {p: 0.1}",
+        "placement: {max_shape: {dense: [64, 2], kind: [64]}}",
+        &[
+            "input `dense` is 6 wide, but its `max_shape` says 2",
+            "write rows and width: `dense: [64, 6]`",
+            "the `max_shape` of input `kind` has 1 numbers",
+        ],
+    );
+}
+
+#[test]
+fn batches_are_no_larger_than_the_declared_shapes() {
+    let rows = |placement: &str| {
+        let text = BASE.replace("fallback: {p: 0.1}", placement);
+        let file = SourceFile { path: "all.yaml".into(), text };
+        compile_definitions("p", &Files::new(vec![file]), &schemas()).unwrap().models[0].max_rows
+    };
+    assert_eq!(rows("fallback: {p: 0.1}"), 256);
+    assert_eq!(rows("placement: {max_shape: {dense: [64, 6], kind: [32, 1]}}"), 32);
+    assert_eq!(rows("placement: {max_shape: {dense: [1000, 40]}}"), 256);
+}
+
+#[test]
+fn a_fallback_is_asked_with_the_rows_of_the_other_and_answers_with_its_outputs() {
+    let with = |service: &str, dtype: &str| {
+        format!(
+            "fallback: {{model: small}}\n  - name: small\n    features: {service}\n    runtime: torchscript\n    inputs: \
+             [{{name: x, dtype: float32, features: [\"*\"], missing: 0.0}}]\n    outputs: [{{name: p, dtype: {dtype}}}]"
+        )
+    };
+    let services =
+        "feature_services:\n  - {name: asked, features: [\"ask:price\"]}\n  - {name: other, features: [load]}\n";
+    let compiled = |service: &str, dtype: &str| {
+        let text = BASE.replace("fallback: {p: 0.1}", &with(service, dtype)).replace("feature_services:\n", services);
+        let file = SourceFile { path: "all.yaml".into(), text };
+        let compiled = compile_definitions("p", &Files::new(vec![file]), &schemas());
+        compiled.map(|_| ()).map_err(|diagnostics| diagnostics.into_iter().map(|d| d.message).collect::<Vec<_>>())
+    };
+    assert_eq!(compiled("asked", "float32"), Ok(()));
+    assert_eq!(
+        compiled("asked", "float64"),
+        Err(vec!["output `p` is float32, but float64 in the fallback `small`".to_owned()])
+    );
+    // `load` is read by the key `shop`, and requests for `m` carry `my_shop` as well.
+    assert_eq!(compiled("other", "float32"), Ok(()));
+    let text = BASE.replace("fallback: {p: 0.1}", &with("other", "float32")).replace("feature_services:\n", services);
+    let text = text.replace("\"load:n_1h\", ", "");
+    let file = SourceFile { path: "all.yaml".into(), text };
+    let diagnostics = compile_definitions("p", &Files::new(vec![file]), &schemas()).unwrap_err();
+    assert_eq!(
+        diagnostics[0].message,
+        "the fallback `small` needs `shop` (string), which requests for model `m` do not carry"
+    );
 }
 
 #[test]

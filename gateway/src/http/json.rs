@@ -134,6 +134,7 @@ pub fn features_response(response: &v1::GetFeaturesResponse) -> Json {
 
 pub fn predict_response(response: &v1::PredictResponse) -> Json {
     let outcome = |outcome: &v1::RowOutcome| {
+        let waits = outcome.waits.unwrap_or_default();
         json!({
             "version": outcome.version,
             "arm": outcome.arm,
@@ -141,6 +142,12 @@ pub fn predict_response(response: &v1::PredictResponse) -> Json {
             "reason": outcome.reason,
             "wait_reason": outcome.wait_reason().as_str_name(),
             "wait_us": outcome.wait_us,
+            "waits": {
+                "executor_busy_us": waits.executor_busy_us,
+                "linger_us": waits.linger_us,
+                "memory_permit_us": waits.memory_permit_us,
+                "tier_us": waits.tier_us,
+            },
         })
     };
     let outputs: Map<String, Json> =

@@ -59,6 +59,7 @@ transforms:
     features: [{name: both, expr: \"last_sale.amount + basket.total\"}]
 feature_services:
   - {name: buying, features: [last_sale, \"context:*\", \"basket:total\", \"basket:coupon\"]}
+  - {name: totals, features: [\"basket:total\"]}
 models:
   - name: buys
     features: buying
@@ -73,6 +74,26 @@ models:
     runtime: torchscript
     inputs: [{name: dense, dtype: float32, features: [\"last_sale:amount\"]}]
     outputs: [{name: score, dtype: float32}]
+  - name: careful
+    features: buying
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"last_sale:amount\", \"basket:total\"], missing: 0.0}]
+    outputs: [{name: score, dtype: float32}]
+    slo: {deadline: 100ms, tiers: [shop, office]}
+    batching: {max_rows: 4, max_queue_rows: 8}
+    fallback: {model: small}
+  - name: wide
+    features: totals
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
+    outputs: [{name: score, dtype: float32}]
+    placement: {executors: 250, threads: 250}
+  - name: small
+    features: totals
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
+    outputs: [{name: score, dtype: float32}]
+    fallback: {score: 0.25}
 ";
 
 const NOW: Micros = 20_000 * DAY;
@@ -847,5 +868,186 @@ async fn a_drain_finishes_what_is_in_flight() {
     let answer = in_flight.await.unwrap().unwrap().into_inner();
     assert_eq!(floats(&answer.outputs[0]), [6.0]);
     assert_eq!(answer.outcomes[0].status(), v1::RowStatus::Ok);
+    server.stop().await;
+}
+
+/// Fails `careful` on 13, and `small` on 14.
+fn picky() -> EchoRuntime {
+    EchoRuntime::new().with_hook(|inputs| {
+        let TensorData::Float32(values) = inputs[0].data() else { return Ok(()) };
+        let refused = if inputs[0].row_shape() == [2] {
+            values.contains(&13.0) || values.contains(&14.0)
+        } else {
+            values.contains(&14.0)
+        };
+        if refused { Err(ModelError::Runtime("it is unlucky".into())) } else { Ok(()) }
+    })
+}
+
+#[tokio::test]
+async fn a_smaller_model_answers_what_the_model_cannot() {
+    let mut server = start_with(RequestTime::Refused, Some(Arc::new(picky()))).await;
+    server.register("careful", b"a model").await.unwrap();
+    server.deploy("careful", 1).await.unwrap();
+    let rows = || vec![texts("shop", &[Some("a"); 4]), numbers("total", &[Some(1.0), Some(13.0), None, Some(14.0)])];
+    let reasons = |answer: &v1::PredictResponse| -> Vec<String> {
+        answer.outcomes.iter().map(|outcome| outcome.reason.clone()).collect()
+    };
+    let statuses =
+        |answer: &v1::PredictResponse| -> Vec<v1::RowStatus> { answer.outcomes.iter().map(|o| o.status()).collect() };
+    use v1::RowStatus::{Failed, Fallback, Ok};
+
+    let answer = server.predict(asked_to_predict("careful", rows())).await.unwrap();
+    assert_eq!(statuses(&answer), [Ok, Failed, Failed, Failed]);
+    assert_eq!(
+        reasons(&answer)[1],
+        "it is unlucky; model `small`, which answers in its place, has no deployed version"
+    );
+
+    server.register("small", b"a model").await.unwrap();
+    server.deploy("small", 1).await.unwrap();
+    let answer = server.predict(asked_to_predict("careful", rows())).await.unwrap();
+    // The echo adds up: amount and total, and for the smaller one total alone, or its declared value.
+    assert_eq!(floats(&answer.outputs[0]), [3.0, 13.0, 0.0, 0.25]);
+    assert_eq!(statuses(&answer), [Ok, Fallback, Failed, Fallback]);
+    assert_eq!(
+        reasons(&answer),
+        [
+            "",
+            "it is unlucky; model `small` version 1 answered",
+            "request field `total` must not be null",
+            "it is unlucky; model `small`: it is unlucky",
+        ]
+    );
+    let (_, metrics) = server.http("GET", "/metrics", "").await;
+    for line in [
+        "coeval_unanswered_rows_total{model=\"careful\",version=\"1\",cause=\"model\",status=\"fallback\"} 2",
+        "coeval_unanswered_rows_total{model=\"careful\",version=\"1\",cause=\"model\",status=\"failed\"} 2",
+        "coeval_queue_rows{model=\"careful\",version=\"1\"} 0",
+        "coeval_batch_wait_seconds{model=\"careful\",version=\"1\",reason=\"linger\"} 0",
+    ] {
+        assert!(metrics.contains(line), "{line} is missing in:\n{metrics}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_sooner_deadline_counts_and_whoever_leaves_frees_the_queue() {
+    let gate = Gate::new();
+    let mut server = start_with(RequestTime::Refused, Some(Arc::new(EchoRuntime::new().with_gate(gate.clone())))).await;
+    for model in ["careful", "buys"] {
+        server.register(model, b"a model").await.unwrap();
+        server.deploy(model, 1).await.unwrap();
+    }
+    let rows = |total: f64| vec![texts("shop", &[Some("a")]), numbers("total", &[Some(total)])];
+    let wrong = v1::PredictRequest { tier: "shp".into(), ..asked_to_predict("careful", rows(1.0)) };
+    let status = server.predict(wrong).await.unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::InvalidArgument, "there is no tier of model `careful` named `shp`; did you mean `shop`?")
+    );
+    let named = v1::PredictRequest { tier: "shop".into(), ..asked_to_predict("careful", rows(1.0)) };
+    let answer = server.predict(named).await.unwrap();
+    let (outcome, waits) = (&answer.outcomes[0], answer.outcomes[0].waits.unwrap());
+    assert_eq!((waits.executor_busy_us, waits.linger_us, waits.memory_permit_us, waits.tier_us), (0, 0, 0, 0));
+    assert_eq!(outcome.wait_reason(), v1::WaitReason::None);
+
+    gate.close();
+    let started = std::time::Instant::now();
+    let patient = v1::PredictRequest { deadline_ms: 60_000, ..asked_to_predict("careful", rows(1.0)) };
+    let answer = server.predict(patient).await.unwrap();
+    assert!(answer.outcomes[0].reason.starts_with("the deadline passed before the model answered"));
+    assert!(started.elapsed() < Duration::from_secs(30), "the deadline of the definitions did not count");
+
+    // One runs, one waits; the caller of the one that waits goes away.
+    let running = tokio::spawn({
+        let mut gateway = server.gateway.clone();
+        async move { gateway.predict(asked_to_predict("buys", rows(2.0))).await }
+    });
+    let held = async |rows: u64| {
+        let served = server.running.gateway().served();
+        let model = served.models["buys"].server.clone();
+        while model.metrics().queue_rows != rows {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    while gate.held() < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let waiting = tokio::spawn({
+        let mut gateway = server.gateway.clone();
+        async move { gateway.predict(asked_to_predict("buys", rows(3.0))).await }
+    });
+    held(1).await;
+    waiting.abort();
+    held(0).await;
+    gate.open();
+    assert_eq!(floats(&running.await.unwrap().unwrap().into_inner().outputs[0]), [8.0]);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn forwards_that_never_end_make_the_process_unready_and_end_it() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let hanging = EchoRuntime::new().with_hook(move |inputs| {
+        if matches!(inputs[0].data(), TensorData::Float32(values) if values.contains(&666.0)) {
+            held.pass();
+        }
+        Ok(())
+    });
+    let mut server = start_with(RequestTime::Refused, Some(Arc::new(hanging))).await;
+    server.register("careful", b"a model").await.unwrap();
+    server.deploy("careful", 1).await.unwrap();
+    gate.close();
+    let rows = || vec![texts("shop", &[Some("a")]), numbers("total", &[Some(666.0)])];
+    let good = vec![texts("shop", &[Some("a")]), numbers("total", &[Some(1.0)])];
+    let model = server.running.gateway().served().models["careful"].server.clone();
+    let hung = async |times: u64| {
+        while model.metrics().hangs < times {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    // The caller has its answer by its own deadline, and the executor is given up a little later.
+    assert_ne!(
+        server.predict(asked_to_predict("careful", rows())).await.unwrap().outcomes[0].status(),
+        v1::RowStatus::Ok
+    );
+    hung(1).await;
+    while model.metrics().executors_ready < 1 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let answer = server.predict(asked_to_predict("careful", good)).await.unwrap();
+    assert_eq!(answer.outcomes[0].status(), v1::RowStatus::Ok, "{}", answer.outcomes[0].reason);
+    assert_eq!(server.http("GET", "/ready", "").await.0, 200);
+
+    assert_ne!(
+        server.predict(asked_to_predict("careful", rows())).await.unwrap().outcomes[0].status(),
+        v1::RowStatus::Ok
+    );
+    hung(2).await;
+    assert!(!server.running.gateway().readiness().ready);
+    let ended = server.running.wait().await.unwrap_err().to_string();
+    assert!(ended.starts_with("only a new process can help: model `careful`: "), "{ended}");
+    gate.open();
+}
+
+#[tokio::test]
+async fn what_does_not_fit_the_machine_is_not_deployed() {
+    let mut server = start_with(RequestTime::Refused, Some(Arc::new(EchoRuntime::new().with_memory(1 << 50, 8)))).await;
+    server.register("wide", b"a model").await.unwrap();
+    let status = server.deploy("wide", 1).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let text = "250 executors of 250 threads each need 62500 cores, but there are ";
+    assert!(status.message().starts_with(text), "{}", status.message());
+
+    server.register("buys", b"a model").await.unwrap();
+    let status = server.deploy("buys", 1).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    let text =
+        "model `buys/1` needs 1048576.0 GiB of memory (the file of 7 bytes + 1 executors x (1048576.0 GiB of weights";
+    assert!(status.message().starts_with(text), "{}", status.message());
+    assert!(status.message().ends_with("; nothing was changed"), "{}", status.message());
+    assert!(server.running.gateway().served().models.is_empty());
     server.stop().await;
 }

@@ -1,9 +1,10 @@
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::*;
+use crate::batch::{Policy, WaitReason};
 use crate::echo::{EchoRuntime, Gate};
 use crate::model::{InputSpec, OutputSpec};
-use crate::tensor::{Dtype, TensorData};
+use crate::tensor::{Dtype, Tensor, TensorData};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -30,8 +31,11 @@ fn answer(values: &[f32]) -> TensorBatch {
 }
 
 async fn start(runtime: EchoRuntime, executors: usize, rows_max: usize, queue_rows_max: usize) -> Arc<ModelServer> {
-    let options =
-        ServerOptions { executors, limits: BatchLimits::new(rows_max, queue_rows_max), load: LoadOptions::default() };
+    let limits = BatchLimits::new(rows_max, queue_rows_max);
+    start_with(runtime, ServerOptions { executors, ..ServerOptions::new(limits) }).await
+}
+
+async fn start_with(runtime: EchoRuntime, options: ServerOptions) -> Arc<ModelServer> {
     let artefact = Artefact::new("echo", *b"echo");
     let server = ModelServer::start("echo", Arc::new(runtime), artefact, spec(), options).await;
     Arc::new(server.expect("echo starts"))
@@ -69,7 +73,7 @@ async fn a_lone_request_runs_at_once() {
     let server = start(EchoRuntime::new(), 1, 8, 64).await;
     let outcome = server.submit(request(&[4.0, 5.0, 6.0]), Instant::now() + LONG).await.unwrap();
     assert_eq!(outcome.outputs, answer(&[4.0, 5.0, 6.0]));
-    assert_eq!((outcome.batch_rows, outcome.wait_reason), (3, WaitReason::None));
+    assert_eq!((outcome.batch_rows, outcome.waited.reason()), (3, WaitReason::None));
     let metrics = server.metrics();
     assert_eq!((metrics.requests, metrics.batches, metrics.rows, metrics.padding_rows), (1, 1, 3, 1));
     assert_eq!((metrics.queue_rows, metrics.executors_ready), (0, 1));
@@ -87,12 +91,12 @@ async fn requests_that_gather_share_a_batch() {
     until_queued(&server, 3).await;
     gate.open();
     let first = first.await.unwrap().unwrap();
-    assert_eq!((first.outputs, first.batch_rows, first.wait_reason), (answer(&[1.0]), 1, WaitReason::None));
+    assert_eq!((first.outputs, first.batch_rows, first.waited.reason()), (answer(&[1.0]), 1, WaitReason::None));
     for (value, call) in (2..5_u8).zip(later) {
         let outcome = call.await.unwrap().unwrap();
         assert_eq!(outcome.outputs, answer(&[f32::from(value)]));
-        assert_eq!((outcome.batch_rows, outcome.wait_reason), (3, WaitReason::ExecutorBusy));
-        assert!(outcome.wait_micros > 0);
+        assert_eq!((outcome.batch_rows, outcome.waited.reason()), (3, WaitReason::ExecutorBusy));
+        assert_eq!(outcome.waited.executor_busy, outcome.waited.whole);
     }
     assert_eq!(server.metrics().batches, 2);
 }
@@ -264,7 +268,7 @@ async fn shutdown_finishes_the_queue_and_refuses_the_rest() {
 #[tokio::test]
 async fn a_start_that_fails_says_why() {
     let check = |runtime: EchoRuntime, bytes: &'static [u8], expected: &'static str| async move {
-        let options = ServerOptions { executors: 2, limits: BatchLimits::new(4, 8), load: LoadOptions::default() };
+        let options = ServerOptions { executors: 2, ..ServerOptions::new(BatchLimits::new(4, 8)) };
         let artefact = Artefact::new("models/echo", bytes);
         let started = ModelServer::start("echo", Arc::new(runtime), artefact, spec(), options).await;
         assert_eq!(chain(&started.err().expect("it must fail")), expected);
@@ -304,4 +308,185 @@ async fn every_request_of_a_storm_gets_its_own_rows() {
     let metrics = server.metrics();
     assert_eq!(metrics.rows, 400 / 20 * (1..=20).sum::<u64>());
     assert!(metrics.batches < 400, "nothing was batched: {metrics:?}");
+}
+
+#[tokio::test]
+async fn a_fixed_window_is_waited_for_and_told() {
+    let limits = BatchLimits::new(4, 64).with_policy(Policy::Window(Duration::from_millis(30)));
+    let server = start_with(EchoRuntime::new(), ServerOptions::new(limits)).await;
+    let calls = [spawn(&server, &[1.0], LONG), spawn(&server, &[2.0], LONG)];
+    for call in calls {
+        let outcome = call.await.unwrap().unwrap();
+        assert_eq!((outcome.batch_rows, outcome.waited.reason()), (2, WaitReason::Linger));
+        assert!(outcome.waited.whole >= Duration::from_millis(20), "{:?}", outcome.waited);
+    }
+    // A full batch does not wait.
+    let full = server.submit(request(&[1.0; 4]), Instant::now() + LONG).await.unwrap();
+    assert_eq!(full.waited.linger, Duration::ZERO);
+    assert!(server.metrics().waited.linger > Duration::from_millis(40));
+}
+
+#[tokio::test]
+async fn what_cannot_be_answered_in_time_is_refused_before_its_deadline() {
+    let server = start(EchoRuntime::new().with_delay(Duration::from_millis(40)), 1, 1, 64).await;
+    let running: Vec<_> = (0..4).map(|_| spawn(&server, &[1.0], LONG)).collect();
+    until_queued(&server, 3).await;
+    // Three forwards of 40 ms wait.
+    let start = Instant::now();
+    let late = server.submit(request(&[2.0]), start + Duration::from_millis(90)).await;
+    assert!(matches!(late, Err(InferError::TooLate { .. })), "{late:?}");
+    assert!(start.elapsed() < Duration::from_millis(20), "it was not told at once");
+    for call in running {
+        assert!(call.await.unwrap().is_ok());
+    }
+    assert_eq!(server.metrics().rejected, 1);
+}
+
+#[tokio::test]
+async fn higher_tiers_go_first_and_the_lower_one_says_it_was_overtaken() {
+    let gate = Gate::new();
+    let limits = BatchLimits::new(1, 64).with_tiers(2);
+    let server = start_with(EchoRuntime::new().with_gate(gate.clone()), ServerOptions::new(limits)).await;
+    gate.close();
+    let running = spawn(&server, &[0.0], LONG);
+    until_held(&gate).await;
+    let low = tokio::spawn({
+        let server = server.clone();
+        async move { server.submit_in_tier(request(&[1.0]), Instant::now() + LONG, 1).await }
+    });
+    until_queued(&server, 1).await;
+    let high = spawn(&server, &[2.0], LONG);
+    until_queued(&server, 2).await;
+    gate.open();
+    assert!(running.await.unwrap().is_ok());
+    assert_eq!(high.await.unwrap().unwrap().waited.tier, Duration::ZERO);
+    assert!(low.await.unwrap().unwrap().waited.tier > Duration::ZERO);
+}
+
+#[tokio::test]
+async fn a_batch_that_memory_is_short_for_is_run_in_halves_and_batches_shrink() {
+    let gate = Gate::new();
+    let (held, small) = (gate.clone(), Arc::new(AtomicBool::new(false)));
+    let switch = small.clone();
+    let runtime = EchoRuntime::new().with_hook(move |inputs| {
+        held.pass();
+        let too_large = switch.load(Ordering::SeqCst) && inputs[0].rows() > 4;
+        if too_large { Err(ModelError::OutOfMemory("8 rows".to_owned())) } else { Ok(()) }
+    });
+    let server = start(runtime, 1, 8, 64).await;
+    small.store(true, Ordering::SeqCst);
+    gate.close();
+    let running = spawn(&server, &[0.0], LONG);
+    until_held(&gate).await;
+    let calls: Vec<_> = (0..8_u8).map(|value| spawn(&server, &[f32::from(value)], LONG)).collect();
+    until_queued(&server, 8).await;
+    gate.open();
+    assert!(running.await.unwrap().is_ok());
+    for (value, call) in (0..8_u8).zip(calls) {
+        assert_eq!(call.await.unwrap().unwrap().outputs, answer(&[f32::from(value)]));
+    }
+    let metrics = server.metrics();
+    assert_eq!((metrics.out_of_memory, metrics.rows_cap), (1, 4));
+}
+
+/// A model that hangs on 666 until it is let go.
+async fn hanging(gate: &Arc<Gate>, executors: usize) -> Arc<ModelServer> {
+    let held = gate.clone();
+    let runtime = EchoRuntime::new().with_hook(move |inputs| {
+        if matches!(inputs[0].data(), TensorData::Float32(values) if values.contains(&666.0)) {
+            held.pass();
+        }
+        Ok(())
+    });
+    let forward_max = Duration::from_millis(60);
+    let options = ServerOptions { executors, forward_max, ..ServerOptions::new(BatchLimits::new(4, 64)) };
+    start_with(runtime, options).await
+}
+
+#[tokio::test]
+async fn a_forward_that_does_not_end_is_given_up_and_its_executor_replaced_once() {
+    let gate = Gate::new();
+    let server = hanging(&gate, 1).await;
+    gate.close();
+    let hung = server.submit(request(&[666.0]), Instant::now() + LONG).await;
+    assert_eq!(hung, Err(InferError::Model(ModelError::Hung(Duration::from_millis(60)))));
+    let after = server.submit(request(&[1.0]), Instant::now() + LONG).await.unwrap();
+    assert_eq!(after.outputs, answer(&[1.0]));
+    assert_eq!((server.metrics().hangs, server.metrics().executors_ready, server.stuck()), (1, 1, None));
+
+    // What was given up may end late, and changes nothing by it.
+    gate.open();
+    while gate.held() > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let after = server.submit(request(&[2.0]), Instant::now() + LONG).await.unwrap();
+    assert_eq!(after.outputs, answer(&[2.0]));
+
+    gate.close();
+    let hung = spawn(&server, &[666.0], LONG);
+    until_held(&gate).await;
+    let queued = spawn(&server, &[3.0], LONG);
+    until_queued(&server, 1).await;
+    assert!(matches!(hung.await.unwrap(), Err(InferError::Model(ModelError::Hung(_)))));
+    let stuck = "the model did not answer within 60.0ms, again after its executor was replaced; restart the process";
+    let unavailable = InferError::Unavailable(stuck.to_owned());
+    assert_eq!(queued.await.unwrap(), Err(unavailable.clone()));
+    assert_eq!(server.submit(request(&[1.0]), Instant::now() + LONG).await, Err(unavailable.clone()));
+    assert_eq!((server.ready(), server.stuck()), (Err(unavailable), Some(stuck.to_owned())));
+    // The end does not wait for what does not end.
+    server.shutdown().await;
+    gate.open();
+}
+
+#[tokio::test]
+async fn a_model_that_does_not_fit_into_memory_is_refused_while_it_is_warmed_up() {
+    let start = async |capacity: u64, others: u64| {
+        // An executor may still be measuring when the other one has found that the model does not fit.
+        let rows_run = Arc::new(AtomicUsize::new(0));
+        let most = rows_run.clone();
+        let runtime = EchoRuntime::new().with_memory(1_000, 100).with_hook(move |inputs| {
+            most.fetch_max(inputs[0].rows(), Ordering::SeqCst);
+            Ok(())
+        });
+        let memory = MemoryLimits { capacity: Some(capacity), others };
+        let options = ServerOptions { executors: 2, memory, ..ServerOptions::new(BatchLimits::new(64, 64)) };
+        let artefact = Artefact::new("echo", *b"echo");
+        let started = ModelServer::start("echo", Arc::new(runtime), artefact, spec(), options).await;
+        (started, rows_run.load(Ordering::SeqCst))
+    };
+    // The file of 4 bytes and twice 1,000 and 64 times 100 are 14,804.
+    let (server, _) = start(18_600, 0).await;
+    let footprint = server.unwrap().footprint().unwrap();
+    assert_eq!((footprint.bytes(), footprint.sizes.len()), (14_804, 7));
+    let (refused, ran) = start(18_400, 0).await;
+    let error = refused.err().expect("it does not fit").to_string();
+    assert!(error.starts_with("model `echo` needs 14.5 KiB of memory (the file of 4 bytes + 2 executors x"), "{error}");
+    assert!(error.ends_with("with `batching.max_rows: 32` it would fit"), "{error}");
+    assert_eq!(ran, 64, "it was measured");
+    // What cannot fit at all is not tried.
+    let (refused, ran) = start(18_400, 9_000).await;
+    let error = refused.err().expect("it does not fit").to_string();
+    assert!(error.ends_with("with `batching.max_rows: 16` it would fit"), "{error}");
+    assert_eq!(ran, 32);
+}
+
+#[tokio::test]
+async fn while_memory_is_short_lower_tiers_wait_and_are_refused() {
+    let limits = BatchLimits::new(4, 64).with_tiers(2);
+    let server = start_with(EchoRuntime::new(), ServerOptions::new(limits)).await;
+    server.memory_used(91);
+    let refused = server.submit_in_tier(request(&[1.0]), Instant::now() + LONG, 1).await;
+    assert_eq!(refused, Err(InferError::MemoryShort { percent: 91 }));
+    assert!(server.submit(request(&[1.0]), Instant::now() + LONG).await.is_ok());
+    server.memory_used(81);
+    let waiting = tokio::spawn({
+        let server = server.clone();
+        async move { server.submit_in_tier(request(&[2.0]), Instant::now() + LONG, 1).await }
+    });
+    until_queued(&server, 1).await;
+    assert!(server.submit(request(&[1.0]), Instant::now() + LONG).await.is_ok());
+    assert_eq!(server.metrics().queue_rows, 1);
+    server.memory_used(50);
+    let waited = waiting.await.unwrap().unwrap().waited;
+    assert_eq!(waited.reason(), WaitReason::MemoryPermit, "{waited:?}");
 }

@@ -22,6 +22,31 @@ unsafe extern "C" {
     fn free(pointer: *mut c_void);
 }
 
+unsafe extern "C" {
+    // Those of memory.cc.
+    fn coeval_count_memory();
+    fn coeval_memory_held() -> i64;
+    fn coeval_memory_take_peak() -> i64;
+}
+
+/// Counts from now on what tensors take, by thread.
+pub fn count_memory() {
+    // SAFETY: installs an allocator that lives as long as the process; what others allocated, they free.
+    unsafe { coeval_count_memory() }
+}
+
+/// Bytes of tensors that this thread holds.
+pub fn memory_held() -> i64 {
+    // SAFETY: reads a thread-local number.
+    unsafe { coeval_memory_held() }
+}
+
+/// The most that it held since the last call.
+pub fn take_memory_peak() -> i64 {
+    // SAFETY: as above.
+    unsafe { coeval_memory_take_peak() }
+}
+
 /// The error that the last call left on this thread, if any.
 fn take_error() -> Result<(), String> {
     // SAFETY: returns null or a string that is ours to free; the slot is thread-local and cleared by this.

@@ -36,7 +36,7 @@ fn ints(values: &[i64]) -> Tensor {
 }
 
 async fn start(name: &str, spec: ModelSpec, executors: usize) -> Result<ModelServer, StartError> {
-    let options = ServerOptions { executors, limits: BatchLimits::new(16, 256), load: LoadOptions::default() };
+    let options = ServerOptions { executors, ..ServerOptions::new(BatchLimits::new(16, 256)) };
     ModelServer::start("delay", Arc::new(TorchRuntime), artefact(name), spec, options).await
 }
 
@@ -146,4 +146,25 @@ fn backtraces_and_listings_are_cut() {
     assert!(is_out_of_memory(
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
     ));
+}
+
+#[test]
+fn what_weights_and_forwards_take_is_counted_on_their_own_thread() {
+    let mut model = load("delay.pt", &delay_spec(3));
+    let weights = model.memory().expect("it counts").weights;
+    // A few numbers, each tensor aligned to 64 bytes.
+    assert!((64..100_000).contains(&weights), "{weights}");
+    let mut of = |rows: usize| {
+        let dense = Tensor::zeros(Dtype::Float32, rows, &[3]);
+        model.forward(&[dense, ints(&vec![0; rows])]).unwrap();
+        model.memory().expect("it counts").forward
+    };
+    let (one, many) = (of(1), of(100_000));
+    // Inputs of 12 and 8 bytes a row, and the output of 4, at least.
+    assert!((100_000 * 24..100_000 * 200).contains(&many), "{many}");
+    assert!(one < many / 100, "{one}");
+    // malloc rounds as it likes, from one time to the next.
+    assert!(of(100_000).abs_diff(many) < many / 20, "something is left behind, or was at first");
+    let elsewhere = std::thread::spawn(ffi::memory_held).join().unwrap();
+    assert_eq!(elsewhere, 0);
 }

@@ -343,6 +343,9 @@ pub struct PredictRequest {
     /// Echoed, and logged; the server makes one up when empty.
     #[prost(string, tag = "9")]
     pub request_id: ::prost::alloc::string::String,
+    /// One of the tiers that the model declares; empty for the first of them.
+    #[prost(string, tag = "10")]
+    pub tier: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PredictResponse {
@@ -379,11 +382,29 @@ pub struct RowOutcome {
     /// Why a fallback answered or the row failed; empty when the model answered.
     #[prost(string, tag = "4")]
     pub reason: ::prost::alloc::string::String,
-    /// Why the row waited before the model ran.
+    /// What the row waited for longest before the model ran, and how long it waited in all.
     #[prost(enumeration = "WaitReason", tag = "5")]
     pub wait_reason: i32,
     #[prost(uint32, tag = "6")]
     pub wait_us: u32,
+    #[prost(message, optional, tag = "7")]
+    pub waits: ::core::option::Option<WaitTimes>,
+}
+/// What a row waited for, in microseconds. The rest of its wait is the time of waking an executor up.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WaitTimes {
+    /// Every executor was busy, or took earlier rows first.
+    #[prost(uint32, tag = "1")]
+    pub executor_busy_us: u32,
+    /// An idle executor waited for the rest of a burst, or for its fixed window.
+    #[prost(uint32, tag = "2")]
+    pub linger_us: u32,
+    /// An executor was idle, but there was no memory for a batch.
+    #[prost(uint32, tag = "3")]
+    pub memory_permit_us: u32,
+    /// Later rows of higher tiers ran first.
+    #[prost(uint32, tag = "4")]
+    pub tier_us: u32,
 }
 /// Microseconds spent in each stage of the request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -271,8 +271,10 @@ class Client:
         version: int = 0,
         deadline_ms: int = 0,
         request_id: str = "",
+        tier: str = "",
     ) -> Predictions:
-        """What `model` says about rows of keys and request fields. `version` 0 is the one traffic goes to."""
+        """What `model` says about rows of keys and request fields. `version` 0 is the one traffic goes to; without a
+        `tier`, the rows are of the first that the model declares."""
         service = self._service_of_model(model)
         table = self._request_rows(service, rows) if service else tables.to_table(rows)
         request = gateway_pb2.PredictRequest(
@@ -284,6 +286,7 @@ class Client:
             include_provenance=provenance,
             version=version,
             request_id=request_id,
+            tier=tier,
         )
         if at is not None:
             request.at.extend(tables.to_microseconds(at, table.num_rows))

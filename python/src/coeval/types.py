@@ -326,7 +326,10 @@ class Outcome:
     status: RowStatus
     reason: str
     wait_reason: str
+    """What the row waited for longest before the model ran."""
     wait_us: int
+    waits: Mapping[str, int] = field(default_factory=dict)
+    """What it waited for, in microseconds: `executor_busy`, `linger`, `memory_permit`, `tier`; only what is not 0."""
 
 
 @dataclass(frozen=True)
@@ -362,7 +365,13 @@ class Predictions:
 
         return [
             Outcome(
-                o.version, o.arm, RowStatus(o.status), o.reason, gateway_pb2.WaitReason.Name(o.wait_reason), o.wait_us
+                o.version,
+                o.arm,
+                RowStatus(o.status),
+                o.reason,
+                gateway_pb2.WaitReason.Name(o.wait_reason),
+                o.wait_us,
+                {part.name.removesuffix("_us"): micros for part, micros in o.waits.ListFields()},
             )
             for o in self._response.outcomes
         ]

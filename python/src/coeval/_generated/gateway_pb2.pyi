@@ -101,7 +101,7 @@ class ViewProvenance(_message.Message):
     def __init__(self, view: _Optional[str] = ..., alias: _Optional[str] = ..., event_times: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[_Union[_types_pb2.Position, _Mapping]]] = ..., storage_digest: _Optional[str] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
-    __slots__ = ("project", "model", "rows", "at", "deadline_ms", "include_features", "include_provenance", "version", "request_id")
+    __slots__ = ("project", "model", "rows", "at", "deadline_ms", "include_features", "include_provenance", "version", "request_id", "tier")
     PROJECT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class PredictRequest(_message.Message):
     INCLUDE_PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     project: str
     model: str
     rows: _containers.RepeatedCompositeFieldContainer[_types_pb2.Column]
@@ -120,7 +121,8 @@ class PredictRequest(_message.Message):
     include_provenance: bool
     version: int
     request_id: str
-    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[_types_pb2.Column, _Mapping]]] = ..., at: _Optional[_Iterable[int]] = ..., deadline_ms: _Optional[int] = ..., include_features: _Optional[bool] = ..., include_provenance: _Optional[bool] = ..., version: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    tier: str
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[_types_pb2.Column, _Mapping]]] = ..., at: _Optional[_Iterable[int]] = ..., deadline_ms: _Optional[int] = ..., include_features: _Optional[bool] = ..., include_provenance: _Optional[bool] = ..., version: _Optional[int] = ..., request_id: _Optional[str] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class PredictResponse(_message.Message):
     __slots__ = ("outputs", "outcomes", "at", "features", "views", "request_id", "semantic_digest", "stale", "timings")
@@ -145,20 +147,34 @@ class PredictResponse(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[_types_pb2.Column, _Mapping]]] = ..., outcomes: _Optional[_Iterable[_Union[RowOutcome, _Mapping]]] = ..., at: _Optional[_Iterable[int]] = ..., features: _Optional[_Iterable[_Union[FeatureColumn, _Mapping]]] = ..., views: _Optional[_Iterable[_Union[ViewProvenance, _Mapping]]] = ..., request_id: _Optional[str] = ..., semantic_digest: _Optional[str] = ..., stale: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class RowOutcome(_message.Message):
-    __slots__ = ("version", "arm", "status", "reason", "wait_reason", "wait_us")
+    __slots__ = ("version", "arm", "status", "reason", "wait_reason", "wait_us", "waits")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ARM_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     WAIT_REASON_FIELD_NUMBER: _ClassVar[int]
     WAIT_US_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
     version: int
     arm: str
     status: RowStatus
     reason: str
     wait_reason: WaitReason
     wait_us: int
-    def __init__(self, version: _Optional[int] = ..., arm: _Optional[str] = ..., status: _Optional[_Union[RowStatus, str]] = ..., reason: _Optional[str] = ..., wait_reason: _Optional[_Union[WaitReason, str]] = ..., wait_us: _Optional[int] = ...) -> None: ...
+    waits: WaitTimes
+    def __init__(self, version: _Optional[int] = ..., arm: _Optional[str] = ..., status: _Optional[_Union[RowStatus, str]] = ..., reason: _Optional[str] = ..., wait_reason: _Optional[_Union[WaitReason, str]] = ..., wait_us: _Optional[int] = ..., waits: _Optional[_Union[WaitTimes, _Mapping]] = ...) -> None: ...
+
+class WaitTimes(_message.Message):
+    __slots__ = ("executor_busy_us", "linger_us", "memory_permit_us", "tier_us")
+    EXECUTOR_BUSY_US_FIELD_NUMBER: _ClassVar[int]
+    LINGER_US_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_PERMIT_US_FIELD_NUMBER: _ClassVar[int]
+    TIER_US_FIELD_NUMBER: _ClassVar[int]
+    executor_busy_us: int
+    linger_us: int
+    memory_permit_us: int
+    tier_us: int
+    def __init__(self, executor_busy_us: _Optional[int] = ..., linger_us: _Optional[int] = ..., memory_permit_us: _Optional[int] = ..., tier_us: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("features_us", "transforms_us", "queue_us", "forward_us", "total_us")
