@@ -173,7 +173,7 @@ async fn what_is_kept_is_forgotten_with_the_entity() {
     written.store.write(vec![Write::Remove(key.clone())]).await.unwrap();
     written.removals += 1;
     written.apply(&[work(&writer, 1, &[(T0, 3.0)], at(9))], T0).await.unwrap();
-    assert_eq!(written.tiles(&[key.clone()]).await, alone.tiles(&[key]).await);
+    assert_eq!(written.tiles(std::slice::from_ref(&key)).await, alone.tiles(&[key]).await);
 }
 
 #[tokio::test]
@@ -193,7 +193,7 @@ async fn what_was_lost_or_left_unclear_is_not_kept() {
     assert_eq!((done.applied, done.stale), (0, 1), "it was there");
     let mut plain = Written::new().await;
     plain.apply(&[work(&writer, 1, &[(T0 - MINUTE, 1.0), (T0 - 2, 2.0)], at(1))], T0).await.unwrap();
-    assert_eq!(written.tiles(&[key.clone()]).await, plain.tiles(&[key]).await);
+    assert_eq!(written.tiles(std::slice::from_ref(&key)).await, plain.tiles(&[key]).await);
     written.store.lose(2).await;
     let error = written.apply(&[work(&writer, 1, &[(T0 - 1, 4.0)], at(3))], T0).await.unwrap_err();
     assert!(matches!(error, WriteError::Lost), "{error}");
