@@ -27,6 +27,7 @@ use crate::value::Type;
 
 mod arithmetic;
 mod call;
+mod choose;
 mod compare;
 mod convert;
 mod function;

@@ -11,7 +11,7 @@ use datafusion_common::ScalarValue;
 use datafusion_expr::type_coercion::binary::{BinaryTypeCoercer, binary_numeric_coercion};
 use datafusion_expr::{ColumnarValue, Operator};
 use datafusion_physical_expr::PhysicalExpr;
-use datafusion_physical_expr::expressions::{BinaryExpr, Column, Literal, case, in_list, is_not_null, is_null, not};
+use datafusion_physical_expr::expressions::{BinaryExpr, Column, Literal, in_list, is_not_null, is_null, not};
 use datafusion_sql::sqlparser::ast::{
     AccessExpr, BinaryOperator, CaseWhen, CeilFloorKind, DataType as SqlType, DateTimeField, Expr, Ident, Subscript,
     TrimWhereField, UnaryOperator, Value as SqlValue, ValueWithSpan,
@@ -22,6 +22,7 @@ use datafusion_sql::sqlparser::tokenizer::{Location, Span, Token, Tokenizer};
 
 use super::arithmetic::{self, Operation};
 use super::call::{Argument, Body, Call, run};
+use super::choose::Choose;
 use super::{ColumnRef, Compiled, Environment, ErrorKind, ExpressionError, compare, convert, text, time, vector};
 use crate::value::Type;
 
@@ -1175,8 +1176,13 @@ impl<'a> Lowering<'a> {
             return Ok(self.literal(ScalarValue::Null, span, text));
         }
         let mut results = results.into_iter().map(|result| result.expr);
-        let pairs = conditions.into_iter().map(|condition| condition.expr).zip(results.by_ref()).collect();
-        let expr = case(None, pairs, results.next()).map_err(|e| self.internal(&e, span))?;
+        let mut parts = Vec::with_capacity(2 * conditions.len() + 1);
+        for (condition, result) in conditions.into_iter().zip(results.by_ref()) {
+            parts.extend([condition.expr, result]);
+        }
+        parts.extend(results);
+        let expr = Choose::new(parts, data_type.clone()).map_err(|e| self.internal(&e, span))?;
+        let expr: Arc<dyn PhysicalExpr> = Arc::new(expr);
         Ok(Typed { expr, data_type, span, text, literal: None })
     }
 
