@@ -207,8 +207,10 @@ async fn segments_are_deleted_when_their_events_are_in_history() {
         }
         fixture.comes_to_segments(&log, 1).await;
         drop(log);
+        let newest = records.iter().map(|record| record.place().0).max();
         let Opened { log, records, .. } = fixture.open().unwrap();
-        assert!(records.is_empty());
+        // The newest segment stays until another is begun, which may not have happened yet.
+        assert!(records.iter().all(|left| Some(left.record.place().0) == newest), "of {newest:?} at most");
         assert_eq!(append_durably(&log, &["next"]).await, FIRST_PUSHED + 10, "sequences never repeat");
     }
 }
