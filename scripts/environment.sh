@@ -5,6 +5,8 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
+# Supervisors and containers start programs without it; cargo and pip would each guess for themselves.
+export HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/coeval
 venv=$cache/venv
 python=$venv/bin/python
