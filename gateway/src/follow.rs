@@ -14,7 +14,8 @@ use feature_defs::forgotten::Forgotten;
 use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, ViewPlan, compile_definitions};
 use feature_defs::value::Type;
 use inference::batch::{BatchLimits, Policy};
-use inference::executor::{FORWARD_MAX, MemoryLimits, ModelServer, ServerOptions};
+use inference::device::SharedDevice;
+use inference::executor::{FORWARD_MAX, ModelServer, ServerOptions};
 use inference::model::{Artefact, Device, LoadOptions, Runtime};
 use inference::placement::{self, Placed};
 use registry::Registry;
@@ -82,6 +83,8 @@ pub struct Follower {
     project: ProjectName,
     events: Option<Arc<dyn Events>>,
     runtime: Option<Arc<dyn Runtime>>,
+    /// What the models share.
+    pub device: Arc<SharedDevice>,
     metrics: Arc<Metrics>,
     served: watch::Sender<Arc<Served>>,
     /// One follows at a time.
@@ -162,6 +165,7 @@ impl Follower {
             project,
             events,
             runtime,
+            device: Arc::new(SharedDevice::cpu()),
             metrics,
             served: watch::Sender::new(Arc::new(Served::empty())),
             working: AsyncMutex::default(),
@@ -424,18 +428,15 @@ impl Follower {
             let text = format!("model `{name}` is placed on `{device}`, but this version runs models on `cpu` only");
             return Err(Failure::new(Kind::Unsupported, text));
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = self.device.slots();
         placement::check_threads(plan.executors as usize, plan.threads as usize, cores)?;
         let bytes = self.registry.artifacts().get(&record.model.artifact).await?;
         let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
         let served = self.served();
-        // The version that it replaces runs until it is there, so that both are in memory for a while.
-        let taken = served.models.values().filter_map(|other| Some(other.server.footprint()?.bytes())).sum();
-        let memory = MemoryLimits { capacity: inference::memory::capacity(), others: taken };
-        let options = ServerOptions { memory, ..options(&plan) };
         let version = record.version.0;
-        let server =
-            ModelServer::start(&format!("{name}/{version}"), runtime, artefact, spec_of(&plan), options).await?;
+        let (device, options) = (self.device.clone(), options(&plan));
+        let label = format!("{name}/{version}");
+        let server = ModelServer::start_on(device, &label, runtime, artefact, spec_of(&plan), options).await?;
         let model = ServedModel { name: name.into(), version, plan, server: Arc::new(server) };
         let others = served.models.values().filter(|other| *other.name != *name);
         let others: Vec<Placed> = others.map(|other| placed(other)).collect();

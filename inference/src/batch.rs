@@ -49,16 +49,21 @@ pub struct Request {
     pub tier: usize,
 }
 
-/// What the memory of the device lets run.
+/// What the device lets run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permit {
     All,
     /// Memory is short: the first tier runs, the others wait.
     FirstTier,
+    /// Forwards of other models take all of the device.
+    NoTurn,
 }
 
 /// While memory is short for what waits, it is looked at again so soon.
 const PERMIT_AGAIN: Duration = Duration::from_millis(50);
+/// Who was refused a turn is told when that may have changed. It may just be about to sleep then and miss it, so it looks
+/// again after so long at the latest.
+pub const TURN_AGAIN: Duration = Duration::from_millis(1);
 
 /// What became of a push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +78,7 @@ pub struct Pushed {
 pub enum WaitReason {
     /// It did not: an executor was idle, and what passed is the time of waking it up.
     None,
-    /// Every executor was busy, or took earlier entries first.
+    /// Every executor was busy, with others of this model or, where models share a device, of another.
     ExecutorBusy,
     /// An idle executor waited for company for it.
     Linger,
@@ -156,7 +161,7 @@ pub enum Decision<T> {
     /// Run these now, in one batch, padded to `padded_rows`. The executor counts as busy until
     /// [`Batcher::executor_idle`].
     Run { members: Vec<Member<T>>, rows: usize, padded_rows: usize },
-    /// Ask again at `until`, or after the next push that says so. Without a time, nothing is queued.
+    /// Ask again at `until`, or after the next push that says so. Without a time, and only then, nothing is queued.
     Wait { until: Option<Duration> },
 }
 
@@ -368,6 +373,11 @@ impl<T> Batcher<T> {
         let tiers = match permit {
             Permit::All => self.limits.tiers(),
             Permit::FirstTier => 1,
+            Permit::NoTurn => {
+                self.hold(now, None);
+                self.passed_over = self.next_number;
+                return Poll { decision: Decision::Wait { until: Some(now + TURN_AGAIN) }, dropped };
+            }
         };
         if self.queue.first_of(tiers).is_none() {
             self.hold(now, Some(Held::Blocked(now)));

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::batch::{BatchLimits, Rejected, Waited};
 use crate::breaker::Open;
+use crate::device::SharedDevice;
 use crate::memory::{Footprint, MemoryError};
 use crate::model::{Artefact, LoadError, LoadOptions, ModelError, ModelMemory, ModelSpec, Runtime};
 use crate::tensor::TensorBatch;
@@ -44,28 +45,12 @@ pub struct ServerOptions {
     pub load: LoadOptions,
     /// A forward that takes longer, and longer than twenty of its usual ones, is given up.
     pub forward_max: Duration,
-    pub memory: MemoryLimits,
-}
-
-/// How much memory there is for the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryLimits {
-    /// Of the device; without it, nothing is refused.
-    pub capacity: Option<u64>,
-    /// What other models take of it.
-    pub others: u64,
 }
 
 impl ServerOptions {
     /// One executor with one thread.
     pub fn new(limits: BatchLimits) -> ServerOptions {
-        ServerOptions {
-            executors: 1,
-            limits,
-            load: LoadOptions::default(),
-            forward_max: FORWARD_MAX,
-            memory: MemoryLimits { capacity: None, others: 0 },
-        }
+        ServerOptions { executors: 1, limits, load: LoadOptions::default(), forward_max: FORWARD_MAX }
     }
 }
 
@@ -170,9 +155,23 @@ pub struct ModelServer {
 }
 
 impl ModelServer {
+    /// Starts a model on a device of its own, with as much memory as it likes, see [`ModelServer::start_on`].
+    pub async fn start(
+        name: &str,
+        runtime: Arc<dyn Runtime>,
+        artefact: Artefact,
+        spec: ModelSpec,
+        options: ServerOptions,
+    ) -> Result<ModelServer, StartError> {
+        let slots = options.executors.max(1).saturating_mul(options.load.threads.max(1));
+        let device = Arc::new(SharedDevice::new(slots, None));
+        ModelServer::start_on(device, name, runtime, artefact, spec, options).await
+    }
+
     /// Loads the model on every executor, runs every padded batch size there until it is steady, and only then
     /// returns. Nothing is left running if that fails.
-    pub async fn start(
+    pub async fn start_on(
+        device: Arc<SharedDevice>,
         name: &str,
         runtime: Arc<dyn Runtime>,
         artefact: Artefact,
@@ -181,9 +180,9 @@ impl ModelServer {
     ) -> Result<ModelServer, StartError> {
         let executors = options.executors.max(1);
         let (alive, ended) = mpsc::channel(1);
-        let ServerOptions { limits, load, forward_max, memory, .. } = options;
-        let recipe = Recipe { runtime, artefact, load, forward_max, memory, executors };
-        let shared = Arc::new(Shared::new(name, spec, limits, executors, recipe));
+        let ServerOptions { limits, load, forward_max, .. } = options;
+        let recipe = Recipe { runtime, artefact, load, forward_max, executors };
+        let shared = Arc::new(Shared::new(name, spec, limits, recipe, device));
         // Whatever goes wrong below, dropping the server tells the threads that did start to end.
         let mut server = ModelServer { shared, warm_up: Vec::new(), ended: tokio::sync::Mutex::new(ended) };
         let mut reports = Vec::new();
@@ -201,7 +200,9 @@ impl ModelServer {
             };
             server.warm_up.extend(reported.await.map_err(|_| silent())??);
         }
+        server.shared.reserve(&server.warm_up)?;
         server.shared.learn(&server.warm_up);
+        server.shared.seat.open();
         tokio::spawn(shared::watch(Arc::downgrade(&server.shared)));
         Ok(server)
     }

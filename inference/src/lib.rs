@@ -20,6 +20,12 @@ pub mod placement;
 
 pub mod memory;
 
+pub mod ledger;
+
+pub mod turns;
+
+pub mod device;
+
 pub mod executor;
 
 pub mod echo;

@@ -9,10 +9,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{Metrics, MetricsSnapshot, count, micros};
 use super::thread::Executor;
-use super::{InferError, MemoryLimits, Outcome, WarmUp};
+use super::{InferError, Outcome, WarmUp};
 use crate::batch::{BatchLimits, Batcher, Member, Permit, Rejected, Request, Ticket, Waited};
 use crate::breaker::{Breaker, Open};
-use crate::memory::{self, Footprint, Size};
+use crate::device::{Seat, SharedDevice, Turn};
+use crate::memory::{self, Footprint, MemoryError, Size};
 use crate::model::{Artefact, LoadOptions, ModelError, ModelSpec, Runtime};
 use crate::tensor::{Tensor, TensorBatch};
 
@@ -27,7 +28,6 @@ pub(super) struct Recipe {
     pub artefact: Artefact,
     pub load: LoadOptions,
     pub forward_max: Duration,
-    pub memory: MemoryLimits,
     pub executors: usize,
 }
 
@@ -39,8 +39,9 @@ pub(super) struct Shared {
     /// The zero of the batcher's time.
     epoch: Instant,
     state: Mutex<State>,
-    /// Notified when an entry is queued, and when the stage changes.
-    pub wake: Condvar,
+    /// Notified when an entry is queued, when the stage changes, and when there is room on the device.
+    pub wake: Arc<Condvar>,
+    pub seat: Arc<Seat>,
     pub metrics: Metrics,
 }
 
@@ -78,6 +79,8 @@ pub(super) struct Running {
     pub since: Duration,
     pub bound: Duration,
     pub callers: Vec<Arc<Caller>>,
+    /// Given back when it is over or given up.
+    pub _turn: Option<Turn>,
 }
 
 /// One entry of the queue: at most a batch full of rows, and whom to tell. The bytes are its own.
@@ -164,7 +167,10 @@ impl State {
 }
 
 impl Shared {
-    pub fn new(name: &str, spec: ModelSpec, limits: BatchLimits, executors: usize, recipe: Recipe) -> Shared {
+    pub fn new(name: &str, spec: ModelSpec, limits: BatchLimits, recipe: Recipe, device: Arc<SharedDevice>) -> Shared {
+        let executors = recipe.executors;
+        let wake = Arc::new(Condvar::new());
+        let seat = Seat::new(device, recipe.load.threads, wake.clone());
         Shared {
             name: name.to_owned(),
             spec,
@@ -183,7 +189,8 @@ impl Shared {
                 memory_percent: 0,
                 stuck: None,
             }),
-            wake: Condvar::new(),
+            wake,
+            seat,
             metrics: Metrics::default(),
         }
     }
@@ -209,6 +216,11 @@ impl Shared {
         for WarmUp { rows, forward_micros, .. } in warm_up {
             state.batcher.costs_mut().warmed_up(*rows, Duration::from_micros(*forward_micros));
         }
+    }
+
+    /// Enters what was measured into the ledger, if it fits.
+    pub fn reserve(&self, warm_up: &[WarmUp]) -> Result<(), MemoryError> {
+        self.footprint(warm_up).map_or(Ok(()), |footprint| self.seat.reserve(footprint))
     }
 
     /// What the model takes, by what was measured. Of several executors, the most counts.

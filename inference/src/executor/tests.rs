@@ -2,7 +2,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::*;
 use crate::batch::{Policy, WaitReason};
+use crate::device::{Seat, SharedDevice};
 use crate::echo::{EchoRuntime, Gate};
+use crate::memory::Footprint;
 use crate::model::{InputSpec, OutputSpec};
 use crate::tensor::{Dtype, Tensor, TensorData};
 
@@ -55,6 +57,14 @@ async fn until_queued(server: &ModelServer, rows: u64) {
     let start = Instant::now();
     while server.metrics().queue_rows != rows {
         assert!(start.elapsed() < Duration::from_secs(10), "{:?} never had {rows} rows queued", server.metrics());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+async fn until(mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(10), "it never came to hold");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
@@ -448,10 +458,18 @@ async fn a_model_that_does_not_fit_into_memory_is_refused_while_it_is_warmed_up(
             most.fetch_max(inputs[0].rows(), Ordering::SeqCst);
             Ok(())
         });
-        let memory = MemoryLimits { capacity: Some(capacity), others };
-        let options = ServerOptions { executors: 2, memory, ..ServerOptions::new(BatchLimits::new(64, 64)) };
+        let device = Arc::new(SharedDevice::new(2, Some(capacity)));
+        let other = Seat::new(device.clone(), 1, Arc::default());
+        let taken =
+            Footprint { name: "other".to_owned(), file_bytes: others, executors: 0, weight_bytes: 0, sizes: vec![] };
+        other.reserve(taken).unwrap();
+        let options = ServerOptions { executors: 2, ..ServerOptions::new(BatchLimits::new(64, 64)) };
         let artefact = Artefact::new("echo", *b"echo");
-        let started = ModelServer::start("echo", Arc::new(runtime), artefact, spec(), options).await;
+        let started = ModelServer::start_on(device.clone(), "echo", Arc::new(runtime), artefact, spec(), options).await;
+        if started.is_err() {
+            // The other executor may still be about to end.
+            until(|| device.footprints().len() == 1).await;
+        }
         (started, rows_run.load(Ordering::SeqCst))
     };
     // The file of 4 bytes and twice 1,000 and 64 times 100 are 14,804.
@@ -489,4 +507,65 @@ async fn while_memory_is_short_lower_tiers_wait_and_are_refused() {
     server.memory_used(50);
     let waited = waiting.await.unwrap().unwrap().waited;
     assert_eq!(waited.reason(), WaitReason::MemoryPermit, "{waited:?}");
+}
+
+async fn start_on(device: &Arc<SharedDevice>, runtime: EchoRuntime, executors: usize) -> Arc<ModelServer> {
+    let options = ServerOptions { executors, ..ServerOptions::new(BatchLimits::new(1, 64)) };
+    let artefact = Artefact::new("echo", *b"echo");
+    let started = ModelServer::start_on(device.clone(), "echo", Arc::new(runtime), artefact, spec(), options).await;
+    Arc::new(started.unwrap())
+}
+
+fn submit(server: &Arc<ModelServer>) -> tokio::task::JoinHandle<Result<Outcome, InferError>> {
+    let server = server.clone();
+    tokio::spawn(async move { server.submit(request(&[1.0]), Instant::now() + LONG).await })
+}
+
+#[tokio::test]
+async fn no_model_holds_the_last_executor_of_a_device() {
+    let device = Arc::new(SharedDevice::new(2, None));
+    let gate = Gate::new();
+    let greedy = start_on(&device, EchoRuntime::new().with_gate(gate.clone()), 2).await;
+    let other = start_on(&device, EchoRuntime::new(), 1).await;
+    gate.close();
+    let requests: Vec<_> = (0..4).map(|_| submit(&greedy)).collect();
+    until_held(&gate).await;
+    // Its second executor does not begin, whatever is queued, and so the other model answers at once.
+    for _ in 0..20 {
+        assert_eq!(submit(&other).await.unwrap().unwrap().waited.reason(), WaitReason::None);
+    }
+    assert_eq!((gate.held(), greedy.metrics().queue_rows), (1, 3));
+    gate.open();
+    for request in requests {
+        request.await.unwrap().unwrap();
+    }
+    // Alone it takes both.
+    drop(other);
+    gate.close();
+    let requests: Vec<_> = (0..2).map(|_| submit(&greedy)).collect();
+    until(|| gate.held() == 2).await;
+    gate.open();
+    for request in requests {
+        request.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn who_waits_for_another_model_on_the_device_is_told_so() {
+    let device = Arc::new(SharedDevice::new(1, None));
+    let gate = Gate::new();
+    let slow = start_on(&device, EchoRuntime::new().with_gate(gate.clone()), 1).await;
+    let other = start_on(&device, EchoRuntime::new(), 1).await;
+    gate.close();
+    let held = submit(&slow);
+    until_held(&gate).await;
+    let waiting = submit(&other);
+    until_queued(&other, 1).await;
+    let expired = other.submit(request(&[1.0]), Instant::now() + Duration::from_millis(20)).await;
+    assert_eq!(expired, Err(InferError::Expired));
+    gate.open();
+    held.await.unwrap().unwrap();
+    let waited = waiting.await.unwrap().unwrap().waited;
+    assert_eq!(waited.reason(), WaitReason::ExecutorBusy, "{waited:?}");
+    assert!(waited.executor_busy >= Duration::from_millis(20), "{waited:?}");
 }

@@ -8,9 +8,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{count, micros};
 use super::shared::{Answer, Caller, Job, Reply, Running, Shared, Stage, State, refuse};
-use super::{InferError, MemoryLimits, StartError, WarmUp, chain};
+use super::{InferError, StartError, WarmUp, chain};
 use crate::batch::{Decision, Member, Permit};
-use crate::memory;
+use crate::memory::Footprint;
 use crate::model::{Model, ModelError, ModelSpec};
 use crate::tensor::Tensor;
 
@@ -141,11 +141,22 @@ impl Executor {
         let name = || shared.name.clone();
         let prepared = catch_unwind(AssertUnwindSafe(|| {
             let (spec, recipe) = (&shared.spec, &shared.recipe);
+            // A file is little more than its weights.
+            let file_bytes = recipe.artefact.bytes.len() as u64;
+            shared.seat.reserve(Footprint {
+                name: name(),
+                file_bytes,
+                executors: recipe.executors,
+                weight_bytes: file_bytes,
+                sizes: Vec::new(),
+            })?;
             let loaded = recipe.runtime.load(&recipe.artefact, spec, &recipe.load);
             let mut model = loaded.map_err(|source| StartError::Load { model: name(), source })?;
             let mut warm_up = Vec::new();
             for rows in shared.limits.padded_sizes() {
-                self.check_memory(&warm_up, Some(rows))?;
+                if let Some(known) = shared.footprint(&warm_up) {
+                    shared.seat.may_try(&known.with_next(rows))?;
+                }
                 let (forward, rounds) = self.warm_up(model.as_mut(), rows).map_err(|cause| {
                     let explanation = spec.explain_failure(rows, &cause);
                     StartError::WarmUp { model: name(), explanation, cause }
@@ -153,34 +164,18 @@ impl Executor {
                 let (executor, forward_micros, memory) = (self.index, micros(forward), model.memory());
                 warm_up.push(WarmUp { executor, rows, forward_micros, rounds, memory });
             }
-            self.check_memory(&warm_up, None)?;
+            shared.reserve(&warm_up)?;
             Ok((model, warm_up))
         }));
         prepared
             .unwrap_or_else(|panic| Err(StartError::Panicked { model: name(), message: panic_message(panic.as_ref()) }))
     }
 
-    /// Refuses a model that does not fit, as soon as that is known: a size that is expected to take more than all the
-    /// memory there is, is not even run.
-    fn check_memory(&self, warm_up: &[WarmUp], next: Option<usize>) -> Result<(), StartError> {
-        let MemoryLimits { capacity, others } = self.shared.recipe.memory;
-        let Some((capacity, footprint)) = capacity.zip(self.shared.footprint(warm_up)) else { return Ok(()) };
-        match next {
-            None => memory::check(&footprint, others, capacity)?,
-            Some(rows) => {
-                let expected = footprint.with_next(rows);
-                if expected.bytes().saturating_add(others) > capacity {
-                    memory::check(&expected, others, capacity)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     fn warm_up(&self, model: &mut dyn Model, rows: usize) -> Result<(Duration, usize), ModelError> {
         let inputs = self.shared.spec.zeros(rows);
         let mut last = Duration::MAX;
         for round in 1.. {
+            let _turn = self.shared.seat.warm_up_turn();
             let start = Instant::now();
             let outputs = model.forward(&inputs)?;
             let forward = start.elapsed();
@@ -200,7 +195,16 @@ impl Executor {
         let mut state = self.shared.lock();
         loop {
             let now = self.shared.now();
-            let permit = if state.stage == Stage::Closing { Permit::All } else { state.permit() };
+            let waits = state.batcher.queue_rows() > 0;
+            if !waits {
+                self.shared.seat.forgo();
+            }
+            let turn = if waits { self.shared.seat.turn() } else { None };
+            let permit = match &turn {
+                None => Permit::NoTurn,
+                Some(_) if state.stage == Stage::Closing => Permit::All,
+                Some(_) => state.permit(),
+            };
             let poll = state.batcher.poll(now, permit);
             let (expired, dropped): (Vec<_>, Vec<_>) =
                 poll.dropped.into_iter().partition(|member| member.deadline <= now);
@@ -215,6 +219,7 @@ impl Executor {
                         since: now,
                         bound: self.shared.bound(&state, padded_rows),
                         callers: members.iter().map(|member| member.payload.caller.clone()).collect(),
+                        _turn: turn,
                     };
                     state.running.insert(self.thread, running);
                     if state.batcher.queue_rows() > 0 {
@@ -223,11 +228,13 @@ impl Executor {
                     }
                     return Some(Batch { members, padded_rows });
                 }
-                Decision::Wait { .. } if state.stage == Stage::Closing => return None,
+                Decision::Wait { until: None } if state.stage == Stage::Closing => return None,
                 Decision::Wait { until: None } => {
                     state = self.shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 Decision::Wait { until: Some(until) } => {
+                    // Others may run meanwhile.
+                    drop(turn);
                     let waited = self.shared.wake.wait_timeout(state, until.saturating_sub(self.shared.now()));
                     (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
                 }

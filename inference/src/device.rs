@@ -1,0 +1,226 @@
+//! What models share: the cores of a device and its memory. The shell around [`Turns`] and [`Ledger`], one per device and
+//! process.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::batch::TURN_AGAIN;
+use crate::ledger::{EntryId, Ledger};
+use crate::memory::{Footprint, MemoryError};
+use crate::turns::{SeatId, Turns};
+
+/// A model that warms up gives way for so long to those that are served, and then waits for its turn like them: under a load
+/// that never pauses it would never be ready.
+const GIVE_WAY_MAX: Duration = Duration::from_millis(100);
+
+/// A device with its models.
+#[derive(Debug)]
+pub struct SharedDevice {
+    turns: Mutex<Taking>,
+    ledger: Mutex<Ledger>,
+}
+
+#[derive(Debug)]
+struct Taking {
+    turns: Turns,
+    /// What the executors of each model sleep on.
+    wakes: BTreeMap<SeatId, Arc<Condvar>>,
+}
+
+impl SharedDevice {
+    /// A device on which so many slots (cores, where it is the CPU) run forwards, with so many bytes of memory.
+    pub fn new(slots: usize, memory: Option<u64>) -> SharedDevice {
+        let turns = Taking { turns: Turns::new(slots), wakes: BTreeMap::new() };
+        SharedDevice { turns: Mutex::new(turns), ledger: Mutex::new(Ledger::new(memory)) }
+    }
+
+    /// This machine's cores and memory.
+    pub fn cpu() -> SharedDevice {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        SharedDevice::new(cores, crate::memory::capacity())
+    }
+
+    pub fn slots(&self) -> usize {
+        self.taking().turns.slots()
+    }
+
+    /// What every model takes that is loaded or being loaded.
+    pub fn footprints(&self) -> Vec<Footprint> {
+        self.ledger().known().cloned().collect()
+    }
+
+    /// Its memory; None where nobody says.
+    pub fn capacity(&self) -> Option<u64> {
+        self.ledger().capacity()
+    }
+
+    /// The sum of all footprints.
+    pub fn reserved(&self) -> u64 {
+        self.ledger().bytes()
+    }
+
+    // Neither is held while anything else is locked, and both are whole between any two calls: a panic leaves them in order.
+
+    fn taking(&self) -> MutexGuard<'_, Taking> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Taking {
+    fn tell(&self, seats: Vec<SeatId>) {
+        for seat in seats {
+            if let Some(wake) = self.wakes.get(&seat) {
+                wake.notify_one();
+            }
+        }
+    }
+}
+
+/// The place of a model at a device: its turns and its entry of the ledger. Dropping it gives both back.
+#[derive(Debug)]
+pub struct Seat {
+    device: Arc<SharedDevice>,
+    id: SeatId,
+    entry: EntryId,
+}
+
+impl Seat {
+    /// For a model whose forwards take `threads` slots each, and whose executors sleep on `wake`.
+    pub fn new(device: Arc<SharedDevice>, threads: usize, wake: Arc<Condvar>) -> Arc<Seat> {
+        let id = {
+            let mut taking = device.taking();
+            let id = taking.turns.join(threads);
+            taking.wakes.insert(id, wake);
+            id
+        };
+        let entry = device.ledger().enter();
+        Arc::new(Seat { device, id, entry })
+    }
+
+    /// The model is warm and served from now on.
+    pub fn open(&self) {
+        self.device.taking().turns.open(self.id);
+    }
+
+    /// The right to run one forward now, if there is room.
+    pub fn turn(self: &Arc<Seat>) -> Option<Turn> {
+        self.device.taking().turns.take(self.id).then(|| Turn(self.clone()))
+    }
+
+    /// There is nothing to run.
+    pub fn forgo(&self) {
+        let mut taking = self.device.taking();
+        let told = taking.turns.forgo(self.id);
+        taking.tell(told);
+    }
+
+    /// Waits for the right to run one forward of warm-up.
+    pub fn warm_up_turn(self: &Arc<Seat>) -> Turn {
+        let begun = Instant::now();
+        loop {
+            let granted = {
+                let turns = &mut self.device.taking().turns;
+                if begun.elapsed() < GIVE_WAY_MAX { turns.take_spare(self.id) } else { turns.take(self.id) }
+            };
+            if granted {
+                return Turn(self.clone());
+            }
+            std::thread::sleep(TURN_AGAIN);
+        }
+    }
+
+    /// Enters what is known of the model by now, if that fits.
+    pub fn reserve(&self, footprint: Footprint) -> Result<(), MemoryError> {
+        self.device.ledger().reserve(self.entry, footprint)
+    }
+
+    pub fn may_try(&self, expected: &Footprint) -> Result<(), MemoryError> {
+        self.device.ledger().may_try(self.entry, expected)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut taking = self.device.taking();
+        let told = taking.turns.leave(self.id);
+        taking.wakes.remove(&self.id);
+        taking.tell(told);
+        drop(taking);
+        self.device.ledger().remove(self.entry);
+    }
+}
+
+/// The right to run one forward. Dropping it gives it back.
+#[derive(Debug)]
+pub struct Turn(Arc<Seat>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let Seat { device, id, .. } = &*self.0;
+        let mut taking = device.taking();
+        let told = taking.turns.give(*id);
+        taking.tell(told);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_dropped_is_given_back() {
+        let device = Arc::new(SharedDevice::new(1, Some(1_000)));
+        let seat = || Seat::new(device.clone(), 1, Arc::default());
+        let footprint = |bytes| Footprint {
+            name: "m".to_owned(),
+            file_bytes: bytes,
+            executors: 1,
+            weight_bytes: 0,
+            sizes: Vec::new(),
+        };
+        let (a, b) = (seat(), seat());
+        let turn = a.turn().unwrap();
+        assert!(b.turn().is_none());
+        drop(turn);
+        assert!(b.turn().is_some());
+        a.reserve(footprint(800)).unwrap();
+        assert!(b.reserve(footprint(1)).is_err());
+        let turn = a.turn().unwrap();
+        drop(a);
+        assert_eq!(device.reserved(), 800, "a forward under way keeps the seat");
+        drop(turn);
+        assert_eq!(device.reserved(), 0);
+        b.reserve(footprint(800)).unwrap();
+    }
+
+    #[test]
+    fn warming_up_gives_way_but_not_for_ever() {
+        let device = Arc::new(SharedDevice::new(1, None));
+        let seat = || Seat::new(device.clone(), 1, Arc::default());
+        let (served, new) = (seat(), seat());
+        served.open();
+        let turn = served.turn().unwrap();
+        assert!(served.turn().is_none(), "so that it waits");
+        std::thread::scope(|scope| {
+            let warming = scope.spawn(|| drop(new.warm_up_turn()));
+            // It is served without a pause.
+            std::thread::sleep(GIVE_WAY_MAX / 4);
+            drop(turn);
+            let mut turns = 0;
+            while !warming.is_finished() {
+                if let Some(turn) = served.turn() {
+                    turns += 1;
+                    std::thread::sleep(TURN_AGAIN);
+                    assert!(served.turn().is_none());
+                    drop(turn);
+                }
+            }
+            assert!(turns > 0);
+        });
+    }
+}
