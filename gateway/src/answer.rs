@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use feature_defs::catalog::RequestTime;
 use feature_defs::plan::{ModelPlan, Plan, ServicePlan};
 use feature_defs::time::Micros;
+use inference::breaker::Open;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
 use proto::v1;
@@ -24,6 +25,7 @@ use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served, declared_deadline};
+use crate::memory::MemoryWatch;
 use crate::metrics::Metrics;
 use crate::predict::Ask;
 use crate::request::{self, Rows};
@@ -59,6 +61,7 @@ pub struct Gateway {
     pub store_problem: Mutex<Option<String>>,
     /// One act of forgetting at a time, from its entry in the log to its end.
     pub forgetting: tokio::sync::Mutex<()>,
+    pub memory: MemoryWatch,
     services: Services,
     requests: Semaphore,
 }
@@ -101,6 +104,7 @@ impl Gateway {
             started: AtomicBool::new(false),
             store_problem: Mutex::new(None),
             forgetting: tokio::sync::Mutex::default(),
+            memory: MemoryWatch::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
         }
@@ -291,10 +295,16 @@ impl Gateway {
                 reasons.push(format!("model `{}`: {error}", model.name));
             }
         }
+        if let Some(Open { left, failures }) = self.follower.device.open() {
+            reasons.push(format!(
+                "the last {failures} forwards were short of memory or did not end; models answer again in {left:.1?}"
+            ));
+        }
         if let (age, Some(_)) = self.follower.log_health() {
             reasons
                 .push(format!("the control log could not be read for {} s; the last state is served", age.as_secs()));
         }
+        reasons.extend(self.memory.alarms());
         reasons.extend(self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         if served.definitions.is_none() && served.problems.is_empty() {
             reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::answer::Gateway;
 use crate::config::{Listener, ServeError};
+use crate::edge::{Limit, LimitedListener};
 use crate::status::{Failure, not_known};
 
 /// JSON is several times as large as the columns it stands for.
@@ -25,10 +26,11 @@ const BODY_BYTES_MAX: usize = 32 << 20;
 
 pub(crate) async fn serve(
     listener: Listener,
+    limit: Limit,
     gateway: Arc<Gateway>,
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
-    axum::serve(listener.listener, router(gateway))
+    axum::serve(LimitedListener { listener: listener.listener, limit }, router(gateway))
         .with_graceful_shutdown(stop.cancelled_owned())
         .await
         .map_err(|error| ServeError::Server { what: "HTTP", source: Box::new(error) })
@@ -53,6 +55,7 @@ async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
 
 async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
     let (age, _) = gateway.follower.log_health();
+    gateway.metrics.remembered(&gateway.memory);
     let text = gateway.metrics.encode(&gateway.served(), age, gateway.readiness().ready);
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
 }

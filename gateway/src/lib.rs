@@ -11,6 +11,8 @@ pub mod shutdown;
 pub mod grpc;
 pub mod http;
 
+mod edge;
+
 pub mod convert;
 pub mod status;
 
@@ -23,6 +25,8 @@ pub mod features;
 pub mod fetch;
 pub mod follow;
 pub mod forget;
+pub mod guard;
+pub mod memory;
 pub mod metrics;
 pub mod predict;
 pub mod request;

@@ -20,6 +20,7 @@ use prometheus_client::registry::Registry;
 
 use crate::features::{Features, inputs_of};
 use crate::follow::Served;
+use crate::memory::MemoryWatch;
 use crate::predict::Predicted;
 
 /// From 100 microseconds, a store in the process, to 13 seconds, beyond every deadline; each bucket twice the last.
@@ -87,6 +88,18 @@ struct ModelWait {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct What {
     what: String,
+}
+
+/// Both empty for the process as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Growth {
+    model: String,
+    version: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Port {
+    port: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -207,6 +220,10 @@ pub struct Metrics {
     queue_rows: Family<ModelVersion, Gauge>,
     estimated_wait: Family<ModelVersion, Gauge<f64, AtomicU64>>,
     batch_wait: Family<ModelWait, Gauge<f64, AtomicU64>>,
+    batch_wait_reason: Family<ModelWait, Gauge>,
+    memory: Family<What, Gauge>,
+    memory_growth: Family<Growth, Gauge>,
+    connections_refused: Family<Port, Counter>,
     store_errors: Family<What, Counter>,
     cache_reads: Family<What, Counter>,
     events: Family<What, Counter>,
@@ -265,6 +282,10 @@ impl Metrics {
             queue_rows: Family::default(),
             estimated_wait: Family::default(),
             batch_wait: Family::default(),
+            batch_wait_reason: Family::default(),
+            memory: Family::default(),
+            memory_growth: Family::default(),
+            connections_refused: Family::default(),
             store_errors: Family::default(),
             cache_reads: Family::default(),
             events: Family::default(),
@@ -310,6 +331,27 @@ impl Metrics {
             "batch_wait_seconds",
             "What requests waited for in the queue of their model, summed up since it was loaded",
             metrics.batch_wait.clone(),
+        );
+        registry.register(
+            "batch_wait_reason",
+            "Requests that ran, by what they waited for longest in the queue of their model, since it was loaded",
+            metrics.batch_wait_reason.clone(),
+        );
+        registry.register(
+            "memory_bytes",
+            "Memory: what there is, what the ledger has entered for models, what of the process is resident, and by how much \
+             that is more than the ledger's",
+            metrics.memory.clone(),
+        );
+        registry.register(
+            "memory_growth_bytes",
+            "By how much memory that nobody accounts for grew within ten minutes, while it grows: a leak",
+            metrics.memory_growth.clone(),
+        );
+        registry.register(
+            "connections_refused",
+            "Connections closed at once because the port held as many as it may",
+            metrics.connections_refused.clone(),
         );
         registry.register(
             "online_store_errors",
@@ -367,6 +409,31 @@ impl Metrics {
     /// Reads that the cache in memory answered, or did not.
     pub fn cache_reads(&self, what: &str) -> Counter {
         self.cache_reads.get_or_create(&What { what: what.to_owned() }).clone()
+    }
+
+    /// Connections that a port refused.
+    pub fn connections_refused(&self, port: &'static str) -> Counter {
+        self.connections_refused.get_or_create(&Port { port }).clone()
+    }
+
+    /// Brings what is known of the memory up to date.
+    pub fn remembered(&self, memory: &MemoryWatch) {
+        let state = memory.state();
+        let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let bytes = [
+            ("capacity", signed(state.capacity)),
+            ("reserved", signed(state.reserved)),
+            ("resident", signed(state.resident)),
+            ("unaccounted", state.unaccounted()),
+        ];
+        for (what, bytes) in bytes {
+            self.memory.get_or_create(&What { what: what.to_owned() }).set(bytes);
+        }
+        self.memory_growth.clear();
+        for (of, growing) in memory.growing() {
+            let (model, version) = of.unwrap_or_default();
+            self.memory_growth.get_or_create(&Growth { model, version }).set(signed(growing.by));
+        }
     }
 
     /// The series of one service.
@@ -477,6 +544,7 @@ impl Metrics {
         self.queue_rows.clear();
         self.estimated_wait.clear();
         self.batch_wait.clear();
+        self.batch_wait_reason.clear();
         for model in served.models.values() {
             let snapshot = model.server.metrics();
             let labels = ModelVersion { model: model.name.to_string(), version: model.version };
@@ -494,6 +562,10 @@ impl Metrics {
             for (reason, waited) in waits {
                 let labels = ModelWait { model: model.name.to_string(), version: model.version, reason: reason.name() };
                 self.batch_wait.get_or_create(&labels).set(waited.as_secs_f64());
+            }
+            for (reason, requests) in snapshot.wait_reasons {
+                let labels = ModelWait { model: model.name.to_string(), version: model.version, reason: reason.name() };
+                self.batch_wait_reason.get_or_create(&labels).set(i64::try_from(requests).unwrap_or(i64::MAX));
             }
             let counts = [
                 ("queue_bytes", snapshot.queue_bytes),

@@ -87,7 +87,7 @@ impl Cause {
                 Cause::QueueFull
             }
             InferError::Expired | InferError::TooLate { .. } | InferError::Dropped => Cause::Deadline,
-            InferError::BreakerOpen { .. } => Cause::Breaker,
+            InferError::BreakerOpen { .. } | InferError::DeviceBreakerOpen { .. } => Cause::Breaker,
             InferError::MemoryShort { .. } => Cause::Memory,
             InferError::Model(_) => Cause::Model,
             InferError::ShuttingDown | InferError::Unavailable(_) => Cause::Unavailable,

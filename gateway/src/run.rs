@@ -25,8 +25,10 @@ use tonic::transport::server::TcpIncoming;
 use crate::answer::{Clock, Gateway, Parts};
 use crate::cache::CachedStore;
 use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runtime, listen, local_folder, place};
+use crate::edge::Limit;
 use crate::events::Events;
 use crate::follow::{Follower, Retry};
+use crate::guard::GuardedStore;
 use crate::metrics::Metrics;
 use crate::shutdown::{Draining, drain};
 use crate::{data, grpc, http};
@@ -34,6 +36,7 @@ use crate::{data, grpc, http};
 /// Longest wait for a round trip to Redis: far beyond a healthy one, and short enough to tell people that it is gone.
 const REDIS_TIMEOUT: Duration = Duration::from_secs(2);
 const STORE_LOOK: Duration = Duration::from_secs(2);
+const MEMORY_LOOK: Duration = Duration::from_secs(1);
 /// HTTP/2 streams of one connection.
 const STREAMS_MAX: u32 = 1_024;
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -161,6 +164,11 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
         ingest.log_redis = Some(url.as_str().into());
     }
     let events = data::open_events(ingest).await?;
+    // Writers have their own way of waiting for a store that is away.
+    let store = match &settings.online.value {
+        OnlineUrl::Redis(_) => Arc::new(GuardedStore::new(store)),
+        OnlineUrl::Embedded | OnlineUrl::RedisCluster(_) => store,
+    };
     Ok(Opened { project, registry, store, events: Some(events), runtime, flight: Some(offline.mount()) })
 }
 
@@ -218,8 +226,9 @@ pub async fn start(
     let (grpc_addr, http_addr) = (grpc.address, http.address);
     let stop = CancellationToken::new();
     let http_stop = CancellationToken::new();
-    let grpc_server = tokio::spawn(serve_grpc(grpc, routes, draining.clone()));
-    let http_server = tokio::spawn(http::serve(http, gateway.clone(), http_stop.clone()));
+    let limit = |port| Limit::new(gateway.metrics.connections_refused(port));
+    let grpc_server = tokio::spawn(serve_grpc(grpc, limit("grpc"), routes, draining.clone()));
+    let http_server = tokio::spawn(http::serve(http, limit("http"), gateway.clone(), http_stop.clone()));
     let background = tokio::spawn(keep_up(gateway.clone(), health.clone(), draining.clone()));
     tracing::info!(%grpc_addr, %http_addr, "listening");
     let parts = Draining { gateway: gateway.clone(), health, grpc_server, http_server, http_stop, background };
@@ -227,7 +236,12 @@ pub async fn start(
     Ok(Running { grpc_addr, http_addr, gateway, stop, supervisor })
 }
 
-async fn serve_grpc(listener: Listener, routes: Routes, stop: CancellationToken) -> Result<(), ServeError> {
+async fn serve_grpc(
+    listener: Listener,
+    limit: Limit,
+    routes: Routes,
+    stop: CancellationToken,
+) -> Result<(), ServeError> {
     let incoming = TcpIncoming::from(listener.listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE));
     tonic::transport::Server::builder()
         .max_concurrent_streams(Some(STREAMS_MAX))
@@ -235,7 +249,7 @@ async fn serve_grpc(listener: Listener, routes: Routes, stop: CancellationToken)
         .initial_stream_window_size(Some(STREAM_WINDOW_BYTES))
         .initial_connection_window_size(Some(CONNECTION_WINDOW_BYTES))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
+        .serve_with_incoming_shutdown(limit.over(incoming), stop.cancelled_owned())
         .await
         .map_err(|error| ServeError::Server { what: "gRPC", source: Box::new(error) })
 }
@@ -260,9 +274,18 @@ async fn keep_up(gateway: Arc<Gateway>, health: tonic_health::server::HealthRepo
             gateway.look_at_store().await;
         }
     };
+    let watch = async {
+        let mut interval = tokio::time::interval(MEMORY_LOOK);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            gateway.memory.look(&gateway.served(), &gateway.follower.device);
+        }
+    };
     tokio::select! {
         () = gateway.follower.run(stop.clone()) => {}
         () = look => {}
+        () = watch => {}
         () = crate::forget::finish(&gateway) => {}
     }
 }

@@ -74,9 +74,10 @@ pub struct Pushed {
 }
 
 /// Why an entry had to wait before its batch ran.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum WaitReason {
     /// It did not: an executor was idle, and what passed is the time of waking it up.
+    #[default]
     None,
     /// Every executor was busy, with others of this model or, where models share a device, of another.
     ExecutorBusy,
@@ -89,6 +90,9 @@ pub enum WaitReason {
 }
 
 impl WaitReason {
+    pub const ALL: [WaitReason; 5] =
+        [WaitReason::None, WaitReason::ExecutorBusy, WaitReason::Linger, WaitReason::MemoryPermit, WaitReason::Tier];
+
     pub fn name(self) -> &'static str {
         match self {
             WaitReason::None => "none",

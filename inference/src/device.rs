@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::batch::TURN_AGAIN;
+use crate::breaker::{Breaker, Open};
 use crate::ledger::{EntryId, Ledger};
 use crate::memory::{Footprint, MemoryError};
 use crate::turns::{SeatId, Turns};
@@ -19,6 +20,10 @@ const GIVE_WAY_MAX: Duration = Duration::from_millis(100);
 pub struct SharedDevice {
     turns: Mutex<Taking>,
     ledger: Mutex<Ledger>,
+    /// Of what any model here failed with for want of memory, or never ended.
+    breaker: Mutex<Breaker>,
+    /// The zero of the breaker's time.
+    epoch: Instant,
 }
 
 #[derive(Debug)]
@@ -32,7 +37,12 @@ impl SharedDevice {
     /// A device on which so many slots (cores, where it is the CPU) run forwards, with so many bytes of memory.
     pub fn new(slots: usize, memory: Option<u64>) -> SharedDevice {
         let turns = Taking { turns: Turns::new(slots), wakes: BTreeMap::new() };
-        SharedDevice { turns: Mutex::new(turns), ledger: Mutex::new(Ledger::new(memory)) }
+        SharedDevice {
+            turns: Mutex::new(turns),
+            ledger: Mutex::new(Ledger::new(memory)),
+            breaker: Mutex::default(),
+            epoch: Instant::now(),
+        }
     }
 
     /// This machine's cores and memory.
@@ -60,7 +70,30 @@ impl SharedDevice {
         self.ledger().bytes()
     }
 
-    // Neither is held while anything else is locked, and both are whole between any two calls: a panic leaves them in order.
+    /// Whether a request may go on, as far as the device is concerned.
+    pub fn admit(&self) -> Result<(), Open> {
+        self.breaker().admit(self.epoch.elapsed())
+    }
+
+    /// Until when and why requests of all its models are refused, if they are.
+    pub fn open(&self) -> Option<Open> {
+        self.breaker().open(self.epoch.elapsed())
+    }
+
+    /// A forward of any model was short of memory, or did not end.
+    pub fn failed(&self) {
+        self.breaker().failed(self.epoch.elapsed());
+    }
+
+    pub fn succeeded(&self) {
+        self.breaker().succeeded();
+    }
+
+    // None is held while another is locked, and all are whole between any two calls: a panic leaves them in order.
+
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     fn taking(&self) -> MutexGuard<'_, Taking> {
         self.turns.lock().unwrap_or_else(PoisonError::into_inner)
@@ -100,6 +133,10 @@ impl Seat {
         };
         let entry = device.ledger().enter();
         Arc::new(Seat { device, id, entry })
+    }
+
+    pub fn device(&self) -> &SharedDevice {
+        &self.device
     }
 
     /// The model is warm and served from now on.

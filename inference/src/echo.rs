@@ -17,6 +17,8 @@ pub struct EchoRuntime {
     hook: Option<Hook>,
     /// Of the weights, and of a row.
     memory: Option<(u64, u64)>,
+    /// Bytes that every forward leaves behind.
+    kept: u64,
 }
 
 impl EchoRuntime {
@@ -44,6 +46,12 @@ impl EchoRuntime {
         self
     }
 
+    /// It says that every forward leaves so many bytes behind.
+    pub fn with_leak(mut self, bytes: u64) -> EchoRuntime {
+        self.kept = bytes;
+        self
+    }
+
     /// Every forward passes through the gate.
     pub fn with_gate(self, gate: Arc<Gate>) -> EchoRuntime {
         self.with_hook(move |_| {
@@ -61,7 +69,7 @@ impl Runtime for EchoRuntime {
                 reason: "it says it is broken".to_owned(),
             });
         }
-        Ok(Box::new(Echo { runtime: self.clone(), spec: spec.clone(), last_rows: 0 }))
+        Ok(Box::new(Echo { runtime: self.clone(), spec: spec.clone(), last_rows: 0, forwards: 0 }))
     }
 }
 
@@ -69,6 +77,7 @@ struct Echo {
     runtime: EchoRuntime,
     spec: ModelSpec,
     last_rows: usize,
+    forwards: u64,
 }
 
 impl Model for Echo {
@@ -79,6 +88,7 @@ impl Model for Echo {
     fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ModelError> {
         let rows = self.spec.check_inputs(inputs)?;
         self.last_rows = rows;
+        self.forwards += 1;
         if let Some(hook) = &self.runtime.hook {
             hook(inputs)?;
         }
@@ -99,7 +109,7 @@ impl Model for Echo {
 
     fn memory(&self) -> Option<ModelMemory> {
         let (weights, row) = self.runtime.memory?;
-        Some(ModelMemory { weights, forward: row * self.last_rows as u64 })
+        Some(ModelMemory { weights, forward: row * self.last_rows as u64, held: self.runtime.kept * self.forwards })
     }
 }
 

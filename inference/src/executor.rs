@@ -91,6 +91,12 @@ pub enum InferError {
     /// Retry after that time, or elsewhere.
     #[error("the last {failures} forwards failed; the model is tried again in {left:.1?}")]
     BreakerOpen { left: Duration, failures: u32 },
+    /// Retry after that time, or elsewhere.
+    #[error(
+        "the last {failures} forwards of the models on its device were short of memory or did not end; one is tried again in \
+         {left:.1?}"
+    )]
+    DeviceBreakerOpen { left: Duration, failures: u32 },
     /// As above: it was queued, and those before it took longer than expected.
     #[error("it waited until the model could not answer by the deadline any more")]
     Dropped,
@@ -275,6 +281,13 @@ impl ModelServer {
     /// Tells how much of the device's memory is in use: above 80 % lower tiers wait, above 90 % they are refused.
     pub fn memory_used(&self, percent: u8) {
         self.shared.lock().memory_percent = percent;
+    }
+
+    /// Bytes that all executors together still hold between forwards, beside the weights: of a model that keeps nothing,
+    /// nothing. None where the runtime cannot tell, or nothing ran yet.
+    pub fn held(&self) -> Option<u64> {
+        let state = self.shared.lock();
+        (!state.held.is_empty()).then(|| state.held.values().sum())
     }
 
     /// What the model takes, as warm-up measured it; None where the runtime cannot tell.

@@ -26,6 +26,8 @@ pub mod turns;
 
 pub mod device;
 
+pub mod growth;
+
 pub mod executor;
 
 pub mod echo;

@@ -129,6 +129,12 @@ pub fn used_percent() -> Option<u8> {
     group().or_else(machine)
 }
 
+/// What of this process is in RAM. None where nobody says.
+pub fn resident() -> Option<u64> {
+    let text = std::fs::read_to_string(Path::new("/proc/self/status")).ok()?;
+    field(&text, "VmRSS:")
+}
+
 fn percent(used: u64, of: u64) -> Option<u8> {
     let percent = u128::from(used) * 100 / u128::from(of.max(1));
     u8::try_from(percent.min(100)).ok()
@@ -218,6 +224,7 @@ mod tests {
         assert_eq!((percent(85, 100), percent(7, 0), percent(0, 9)), (Some(85), Some(100), Some(0)));
         assert!(used_percent().is_none_or(|percent| percent <= 100));
         assert!(capacity().is_none_or(|bytes| bytes > MIB));
+        assert!(resident().is_none_or(|bytes| bytes > MIB / 4));
     }
 
     #[test]

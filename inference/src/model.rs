@@ -220,6 +220,8 @@ pub struct ModelMemory {
     pub weights: u64,
     /// The most that the last forward held beside them.
     pub forward: u64,
+    /// What is still held beside them after it: of a model that keeps nothing, nothing.
+    pub held: u64,
 }
 
 /// Something that can load models. `load` is called on the thread that will run the model.

@@ -42,8 +42,14 @@ impl Runtime for TorchRuntime {
                 LoadError::Invalid { origin, reason }
             }
         })?;
-        let weights = bytes(ffi::memory_held() - before);
-        Ok(Box::new(TorchModel { module, spec: spec.clone(), memory: ModelMemory { weights, forward: 0 } }))
+        let loaded = ffi::memory_held();
+        let weights = bytes(loaded - before);
+        Ok(Box::new(TorchModel {
+            module,
+            loaded,
+            spec: spec.clone(),
+            memory: ModelMemory { weights, ..ModelMemory::default() },
+        }))
     }
 }
 
@@ -51,6 +57,8 @@ struct TorchModel {
     module: ffi::Module,
     spec: ModelSpec,
     memory: ModelMemory,
+    /// What its thread held when it was loaded.
+    loaded: i64,
 }
 
 /// A difference of counters. Not below zero, unless tensors of other threads were freed here.
@@ -69,6 +77,8 @@ impl Model for TorchModel {
         ffi::take_memory_peak();
         let outputs = self.module.forward(inputs);
         self.memory.forward = bytes(ffi::take_memory_peak() - before);
+        // The inputs are ours and freed by now; outputs are copied out.
+        self.memory.held = bytes(ffi::memory_held() - self.loaded);
         let outputs = outputs.map_err(|text| {
             if is_out_of_memory(&text) {
                 ModelError::OutOfMemory(clean(&text))

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::batch::Waited;
+use crate::batch::{WaitReason, Waited};
 
 /// Counters since the start, and the state of the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,6 +41,8 @@ pub struct MetricsSnapshot {
     pub isolated: u64,
     /// What the members of batches waited for, summed up.
     pub waited: Waited,
+    /// How many of them waited longest for what.
+    pub wait_reasons: [(WaitReason, u64); 5],
 }
 
 /// Declares the counters once, as atomics and as their part of a snapshot.
@@ -57,6 +59,9 @@ macro_rules! counters {
                 MetricsSnapshot {
                     $($name: self.$name.load(Ordering::Relaxed),)*
                     waited: self.waited.load(),
+                    wait_reasons: std::array::from_fn(|index| {
+                        (WaitReason::ALL[index], self.waited.reasons[index].load(Ordering::Relaxed))
+                    }),
                     ..MetricsSnapshot::default()
                 }
             }
@@ -87,6 +92,8 @@ struct WaitedMicros {
     linger: AtomicU64,
     memory_permit: AtomicU64,
     tier: AtomicU64,
+    /// In the order of [`WaitReason::ALL`].
+    reasons: [AtomicU64; 5],
 }
 
 impl WaitedMicros {
@@ -114,6 +121,7 @@ impl Metrics {
         add(&self.waited.linger, waited.linger);
         add(&self.waited.memory_permit, waited.memory_permit);
         add(&self.waited.tier, waited.tier);
+        self.waited.reasons[waited.reason() as usize].fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -61,6 +61,8 @@ pub(super) struct State {
     pub breaker: Breaker,
     /// How much of the device's memory is in use, as the server was last told.
     pub memory_percent: u8,
+    /// What each executor's model still held after its last forward, by the executor's place.
+    pub held: BTreeMap<usize, u64>,
     /// Set when a forward did not end for the second time; never cleared.
     pub stuck: Option<String>,
 }
@@ -187,6 +189,7 @@ impl Shared {
                 failure: None,
                 breaker: Breaker::default(),
                 memory_percent: 0,
+                held: BTreeMap::new(),
                 stuck: None,
             }),
             wake,
@@ -280,6 +283,10 @@ impl Shared {
             count(&self.metrics.rejected, 1);
             return Err(InferError::MemoryShort { percent: state.memory_percent });
         }
+        if let Err(Open { left, failures }) = self.seat.device().admit() {
+            count(&self.metrics.rejected, 1);
+            return Err(InferError::DeviceBreakerOpen { left, failures });
+        }
         // Last, so that whoever is let through to try does run.
         if let Err(Open { left, failures }) = state.breaker.admit(now) {
             count(&self.metrics.rejected, 1);
@@ -344,6 +351,7 @@ impl Shared {
             };
             state.ready -= 1;
             state.breaker.failed(now);
+            self.seat.device().failed();
             count(&self.metrics.hangs, 1);
             count(&self.metrics.failures, 1);
             let error = ModelError::Hung(running.bound);

@@ -569,3 +569,41 @@ async fn who_waits_for_another_model_on_the_device_is_told_so() {
     assert_eq!(waited.reason(), WaitReason::ExecutorBusy, "{waited:?}");
     assert!(waited.executor_busy >= Duration::from_millis(20), "{waited:?}");
 }
+
+#[tokio::test]
+async fn what_a_model_keeps_after_its_forwards_is_known() {
+    let runtime = EchoRuntime::new().with_memory(1_000, 1).with_leak(10);
+    let server = start_with(runtime, ServerOptions::new(BatchLimits::new(1, 8))).await;
+    assert_eq!(server.held(), None);
+    let mut last = 0;
+    for _ in 0..3 {
+        server.submit(request(&[1.0]), Instant::now() + LONG).await.unwrap();
+        let held = server.held().unwrap();
+        assert!(held == last + 10 || last == 0, "{last}, then {held}");
+        last = held;
+    }
+}
+
+#[tokio::test]
+async fn want_of_memory_again_and_again_closes_the_device_to_all_its_models() {
+    let device = Arc::new(SharedDevice::new(2, None));
+    let warm = Arc::new(AtomicBool::new(false));
+    let is_warm = warm.clone();
+    let short = EchoRuntime::new().with_hook(move |_| match is_warm.load(Ordering::SeqCst) {
+        true => Err(ModelError::OutOfMemory("no room".to_owned())),
+        false => Ok(()),
+    });
+    let short = start_on(&device, short, 1).await;
+    let other = start_on(&device, EchoRuntime::new(), 1).await;
+    warm.store(true, Ordering::SeqCst);
+    for _ in 0..3 {
+        assert!(matches!(submit(&short).await.unwrap(), Err(InferError::Model(ModelError::OutOfMemory(_)))));
+    }
+    assert!(matches!(submit(&other).await.unwrap(), Err(InferError::DeviceBreakerOpen { failures: 3, .. })));
+    assert!(device.open().is_some());
+    // One is let through after a second, and shows that the device is well.
+    tokio::time::sleep(Duration::from_millis(1_050)).await;
+    submit(&other).await.unwrap().unwrap();
+    submit(&other).await.unwrap().unwrap();
+    assert_eq!(device.open(), None);
+}

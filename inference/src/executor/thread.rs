@@ -120,7 +120,8 @@ impl Executor {
         let Some(mut model) = model else { return };
         while let Some(batch) = self.next_batch() {
             let Ok(done) = self.run_batch(model.as_mut(), batch) else { return };
-            let Ok(()) = self.settle(done.trust, done.learned) else { return };
+            let held = model.memory().map(|memory| memory.held);
+            let Ok(()) = self.settle(done.trust, done.learned, held) else { return };
             // First idle, then the answers: a caller who sends its next request at once must find us so.
             send(done.replies);
             if done.trust == Trust::Broken {
@@ -243,22 +244,31 @@ impl Executor {
     }
 
     /// The batch is over: this executor is idle, unless its model is broken.
-    fn settle(&self, trust: Trust, learned: Learned) -> Result<(), GivenUp> {
+    fn settle(&self, trust: Trust, learned: Learned, held: Option<u64>) -> Result<(), GivenUp> {
         let mut state = self.shared.lock();
         if state.running.remove(&self.thread).is_none() {
             return Err(GivenUp);
         }
+        if let Some(held) = held {
+            state.held.insert(self.index, held);
+        }
+        let device = self.shared.seat.device();
         match learned {
             Learned::Nothing => {}
             Learned::Failed => state.breaker.failed(self.shared.now()),
-            Learned::Worked => state.breaker.succeeded(),
+            Learned::Worked => {
+                state.breaker.succeeded();
+                device.succeeded();
+            }
             Learned::Took { padded_rows, forward } => {
                 state.batcher.ran(padded_rows, forward);
                 state.breaker.succeeded();
+                device.succeeded();
             }
             Learned::TooLarge { padded_rows } => {
                 state.batcher.costs_mut().out_of_memory(padded_rows);
                 state.breaker.failed(self.shared.now());
+                device.failed();
             }
         }
         if trust == Trust::Sound {
