@@ -44,9 +44,9 @@ claim_builds() {
     printf '%s\n' "$root" >"$built_from"
 }
 
-# The libtorch that the `torch` feature links and the programs load.
+# The libtorch that the `torch` feature is built against and the programs open.
 use_libtorch() {
     local lines
-    lines=$(scripts/libtorch.sh "$python" "$cache")
+    lines=$(scripts/libtorch.sh "$python")
     eval "$lines"
 }

@@ -13,7 +13,7 @@ missing=()
 need() {
     have "$1" || missing+=("$2")
 }
-need g++ g++        # libtorch's bindings are C++
+need g++ g++        # our side of libtorch is C++
 need readelf binutils
 need python3 python3
 if ! have python3 || ! python3 -c 'import ensurepip, venv' 2>/dev/null; then

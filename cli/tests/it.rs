@@ -519,6 +519,20 @@ fn from_definitions_to_features_and_a_dataset() {
 }
 
 #[test]
+fn a_server_without_models_does_not_load_libtorch() {
+    let project = Project::new();
+    project.free_ports();
+    let mut server = Server::start(&project);
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", server.process.id())).unwrap();
+    let files = || maps.lines().filter_map(|line| line.split_whitespace().nth(5));
+    assert!(files().any(|file| file.ends_with("/coeval")), "{maps}");
+    let names = files().filter_map(|file| file.rsplit('/').next());
+    let loaded: Vec<&str> = names.filter(|name| name.contains("torch") || name.contains("libc10")).collect();
+    assert!(loaded.is_empty(), "{loaded:?}");
+    assert_eq!(server.terminate(), 0);
+}
+
+#[test]
 fn a_port_in_use() {
     let project = Project::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -6,7 +6,7 @@
 //! idle executor never waits: it takes what is there. What arrives while all are busy becomes the next batch.
 //!
 //! This crate knows tensors and nothing of features; the gateway turns features into tensors. Nothing outside
-//! [`torch`] knows libtorch, and without the `torch` feature nothing links it: [`echo`] stands in for tests.
+//! [`torch`] knows libtorch, and that opens it with the first model: [`echo`] stands in for tests.
 
 pub mod tensor;
 

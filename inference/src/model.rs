@@ -150,10 +150,39 @@ fn multiplied_width(text: &str) -> Option<usize> {
 }
 
 /// Where a model runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub enum Device {
     #[default]
     Cpu,
+    /// By its number among those that the process sees.
+    Cuda(usize),
+}
+
+impl Device {
+    /// From its name in definitions: `cpu`, `cuda:1`, or `cuda` for the first one.
+    pub fn from_name(name: &str) -> Option<Device> {
+        match name {
+            "cpu" => Some(Device::Cpu),
+            "cuda" => Some(Device::Cuda(0)),
+            _ => name.strip_prefix("cuda:")?.parse().ok().map(Device::Cuda),
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+/// Bytes of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    pub total: u64,
+    pub free: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,6 +241,47 @@ pub trait Model: Send {
     fn memory(&self) -> Option<ModelMemory> {
         None
     }
+
+    /// How it is run, where the runtime had a choice.
+    fn tuning(&self) -> Option<&Tuning> {
+        None
+    }
+}
+
+/// In which form a model is run, and what was measured for that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tuning {
+    pub form: &'static str,
+    /// Empty where the model was not fit for trying: too slow, or not the same from one call to the next.
+    pub trials: Vec<Trial>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trial {
+    pub form: &'static str,
+    pub outcome: TrialOutcome,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TrialOutcome {
+    /// One forward of every sample.
+    Took(Duration),
+    /// It returns something else than the model as it was loaded.
+    Differs,
+    Failed(String),
+}
+
+impl std::fmt::Display for Tuning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.form)?;
+        let trials = self.trials.iter().map(|Trial { form, outcome }| match outcome {
+            TrialOutcome::Took(time) => format!("{form}: {time:.1?}"),
+            TrialOutcome::Differs => format!("{form}: other results"),
+            TrialOutcome::Failed(reason) => format!("{form}: {reason}"),
+        });
+        let trials: Vec<String> = trials.collect();
+        if trials.is_empty() { Ok(()) } else { write!(f, " ({})", trials.join("; ")) }
+    }
 }
 
 /// Bytes of one copy of a model.
@@ -226,6 +296,12 @@ pub struct ModelMemory {
 
 /// Something that can load models. `load` is called on the thread that will run the model.
 pub trait Runtime: Send + Sync {
+    /// The memory of a device; None where the runtime cannot tell, or does not know the device.
+    fn device_memory(&self, device: Device) -> Option<DeviceMemory> {
+        let _ = device;
+        None
+    }
+
     fn load(&self, artefact: &Artefact, spec: &ModelSpec, options: &LoadOptions) -> Result<Box<dyn Model>, LoadError>;
 }
 
@@ -244,6 +320,9 @@ pub enum ModelError {
     /// The model itself failed on this input.
     #[error("{0}")]
     Runtime(String),
+    /// The device failed in a way that only a new process gets over: do not retry here.
+    #[error("the device is lost to this process: {0}")]
+    Device(String),
     /// The model's code panicked. It is not to be used again.
     #[error("the model panicked: {0}")]
     Panicked(String),
@@ -261,6 +340,10 @@ pub enum LoadError {
     Invalid { origin: String, reason: String },
     #[error("out of memory while loading {origin}: {reason}")]
     OutOfMemory { origin: String, reason: String },
+    #[error("models cannot run here: {reason}")]
+    NoRuntime { reason: String },
+    #[error("there is no device `{device}` here; there is {}", there.join(" and "))]
+    NoDevice { device: Device, there: Vec<String> },
 }
 
 #[cfg(test)]

@@ -1,19 +1,27 @@
-//! TorchScript models on libtorch. The problems: libtorch's settings are per thread or per process and easy to get
-//! wrong, its errors carry a C++ backtrace, and a module does not say how wide its inputs are, so that a mistake in
-//! the declaration shows only when it runs.
+//! TorchScript models on libtorch. The problems: libtorch is large, its settings are per thread or per process and easy to
+//! get wrong, and a module does not say how wide its inputs are, so that a mistake in the declaration shows only when it
+//! runs.
 //!
 //! A module's `forward` is called with one tensor per declared input, by position, each `[rows, width]`. It returns
 //! one tensor, or a tuple or list of them in the declared order, each `[rows]` or `[rows, k]`.
 //!
-//! This talks to libtorch through torch-sys, the bindings inside tch, rather than through tch itself; the reasons
-//! are in `docs/design/2026-11-22-libtorch-bindings.md`. What those bindings lack is in `torch/memory.cc`.
+//! This talks to libtorch through a C++ shim of our own (`torch/*.cc`) that is opened with the first model; the reasons
+//! are in `docs/design/2026-11-22-libtorch-shim.md`.
 
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use crate::model::{Artefact, Device, LoadError, LoadOptions, Model, ModelError, ModelMemory, ModelSpec, Runtime};
+use crate::memory;
+use crate::model::{
+    Artefact, Device, DeviceMemory, LoadError, LoadOptions, Model, ModelError, ModelMemory, ModelSpec, Runtime, Tuning,
+};
 use crate::tensor::Tensor;
+use ffi::{ErrorKind, Module, Torch};
 
 mod ffi;
+mod library;
+mod tuning;
+
+pub use library::{LibraryError, find};
 
 /// Loads TorchScript modules.
 #[derive(Debug, Clone, Copy, Default)]
@@ -21,49 +29,99 @@ pub struct TorchRuntime;
 
 /// Loading touches process-wide tables of types in libtorch; one at a time is fast enough and never races.
 static LOADING: Mutex<()> = Mutex::new(());
-static ONCE: Once = Once::new();
 
 impl Runtime for TorchRuntime {
+    fn device_memory(&self, device: Device) -> Option<DeviceMemory> {
+        let told = match device {
+            Device::Cpu => return None,
+            Device::Cuda(index) => device_memory(index),
+        };
+        told.inspect_err(|error| tracing::warn!(%device, %error, "the memory of a device is not known")).ok()
+    }
+
     fn load(&self, artefact: &Artefact, spec: &ModelSpec, options: &LoadOptions) -> Result<Box<dyn Model>, LoadError> {
-        let Device::Cpu = options.device;
-        // We never fork inside a forward, and the setting is refused once libtorch has run something in parallel.
-        ONCE.call_once(|| {
-            ffi::set_interop_threads(1);
-            ffi::count_memory();
-        });
-        ffi::set_threads(options.threads.max(1));
+        let torch = open(options.device)?;
+        torch.set_threads(options.threads.max(1));
+        // One forward must not get the process killed; what all take together is the ledger's to keep.
+        torch.set_memory_limit(memory::capacity().map(memory::allowed));
         let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = ffi::memory_held();
-        let module = ffi::Module::load(&artefact.bytes).map_err(|text| {
-            let (origin, reason) = (artefact.origin.clone(), clean(&text));
-            if is_out_of_memory(&text) {
-                LoadError::OutOfMemory { origin, reason }
-            } else {
-                LoadError::Invalid { origin, reason }
+        let device = options.device;
+        let failed = |error: ffi::Error| {
+            let (origin, reason) = (artefact.origin.clone(), clean(&error.text));
+            match error.kind {
+                ErrorKind::OutOfMemory => LoadError::OutOfMemory { origin, reason },
+                ErrorKind::Device => LoadError::NoRuntime { reason },
+                ErrorKind::Other => LoadError::Invalid { origin, reason },
             }
-        })?;
-        let loaded = ffi::memory_held();
+        };
+        let held = || torch.memory(device).map(|memory| memory.allocated).map_err(failed);
+        let before = held()?;
+        let as_written = Module::load(torch, &artefact.bytes, device).map_err(failed)?;
+        let (module, tuning) = tuning::tuned(as_written, &artefact.bytes, spec, device);
+        let loaded = held()?;
         let weights = bytes(loaded - before);
-        Ok(Box::new(TorchModel {
-            module,
-            loaded,
-            spec: spec.clone(),
-            memory: ModelMemory { weights, ..ModelMemory::default() },
-        }))
+        tracing::info!(origin = artefact.origin, %device, %tuning, "a module is loaded");
+        let memory = ModelMemory { weights, ..ModelMemory::default() };
+        Ok(Box::new(TorchModel { module: Some(module), torch, device, spec: spec.clone(), memory, loaded, tuning }))
     }
 }
 
+/// libtorch with that device, or what is missing.
+fn open(device: Device) -> Result<Torch, LoadError> {
+    let missing = |error: LibraryError| LoadError::NoRuntime { reason: error.to_string() };
+    let torch = Torch::get().map_err(missing)?;
+    if let Device::Cuda(index) = device {
+        let count = torch.open_cuda().map_err(missing)?;
+        if index >= count {
+            let there = (0..count).map(|index| Device::Cuda(index).to_string());
+            let there = std::iter::once("cpu".to_owned()).chain(there).collect();
+            return Err(LoadError::NoDevice { device, there });
+        }
+    }
+    Ok(torch)
+}
+
+/// What memory a CUDA device has in all and what of it nobody has taken, or why nobody knows. It opens libtorch.
+pub fn device_memory(index: usize) -> Result<DeviceMemory, LoadError> {
+    let torch = open(Device::Cuda(index))?;
+    let (free, total) =
+        torch.device_memory(index).map_err(|error| LoadError::NoRuntime { reason: clean(&error.text) })?;
+    Ok(DeviceMemory { total, free })
+}
+
 struct TorchModel {
-    module: ffi::Module,
+    /// None only while it is dropped.
+    module: Option<Module>,
+    torch: Torch,
+    device: Device,
     spec: ModelSpec,
     memory: ModelMemory,
     /// What its thread held when it was loaded.
     loaded: i64,
+    tuning: Tuning,
 }
 
 /// A difference of counters. Not below zero, unless tensors of other threads were freed here.
 fn bytes(difference: i64) -> u64 {
     u64::try_from(difference).unwrap_or(0)
+}
+
+impl TorchModel {
+    fn run(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ffi::Error> {
+        let Some(module) = &mut self.module else { return Ok(Vec::new()) };
+        let before = self.torch.memory(self.device)?.allocated;
+        self.torch.reset_peak(self.device)?;
+        let outputs = module.forward(inputs);
+        if !matches!(&outputs, Err(error) if error.kind == ErrorKind::Device) {
+            let memory = self.torch.memory(self.device)?;
+            self.memory.forward = bytes(memory.allocated_peak - before);
+            // Inputs and outputs are freed by now. On a device that counts for all of its threads nobody can tell.
+            if self.device == Device::Cpu {
+                self.memory.held = bytes(memory.allocated - self.loaded);
+            }
+        }
+        outputs
+    }
 }
 
 impl Model for TorchModel {
@@ -73,18 +131,16 @@ impl Model for TorchModel {
 
     fn forward(&mut self, inputs: &[Tensor]) -> Result<Vec<Tensor>, ModelError> {
         let rows = self.spec.check_inputs(inputs)?;
-        let before = ffi::memory_held();
-        ffi::take_memory_peak();
-        let outputs = self.module.forward(inputs);
-        self.memory.forward = bytes(ffi::take_memory_peak() - before);
-        // The inputs are ours and freed by now; outputs are copied out.
-        self.memory.held = bytes(ffi::memory_held() - self.loaded);
-        let outputs = outputs.map_err(|text| {
-            if is_out_of_memory(&text) {
-                ModelError::OutOfMemory(clean(&text))
-            } else {
-                ModelError::Runtime(clean(&text))
+        let outputs = self.run(inputs).map_err(|error| match error.kind {
+            ErrorKind::OutOfMemory => {
+                // Everything of this forward is freed by now; the next one is a smaller one, and may be another model's.
+                if let Err(error) = self.torch.release_memory(self.device) {
+                    tracing::warn!(error = clean(&error.text), "memory could not be given back");
+                }
+                ModelError::OutOfMemory(clean(&error.text))
             }
+            ErrorKind::Device => ModelError::Device(clean(&error.text)),
+            ErrorKind::Other => ModelError::Runtime(clean(&error.text)),
         })?;
         self.spec.check_outputs(&outputs, rows)?;
         Ok(outputs)
@@ -93,11 +149,19 @@ impl Model for TorchModel {
     fn memory(&self) -> Option<ModelMemory> {
         Some(self.memory)
     }
+
+    fn tuning(&self) -> Option<&Tuning> {
+        Some(&self.tuning)
+    }
 }
 
-/// libtorch has a type for this, but its C bindings keep only the text.
-fn is_out_of_memory(text: &str) -> bool {
-    ["CUDA out of memory", "can't allocate memory", "not enough memory"].iter().any(|sign| text.contains(sign))
+impl Drop for TorchModel {
+    fn drop(&mut self) {
+        drop(self.module.take());
+        if let Err(error) = self.torch.release_memory(self.device) {
+            tracing::warn!(error = clean(&error.text), "memory of an unloaded model could not be given back");
+        }
+    }
 }
 
 /// What libtorch has to say, without where in its own source it says so: no C++ backtrace, no listing of the

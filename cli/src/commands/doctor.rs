@@ -231,12 +231,18 @@ fn port(what: &'static str, address: &str) -> Finding {
 }
 
 fn torch() -> Finding {
-    if cfg!(feature = "torch") {
-        finding("torch", Ok("TorchScript models run on libtorch".to_owned()))
-    } else {
-        let text = "this build has no libtorch: models cannot be deployed; build with `--features torch`";
-        Finding { what: "torch", health: Health::Warning, text: text.to_owned() }
-    }
+    #[cfg(feature = "torch")]
+    let (health, text) = match inference::torch::find() {
+        Ok(folder) => (Health::Ok, format!("TorchScript models run on the libtorch in {}", folder.display())),
+        // Only models need it.
+        Err(error) => (Health::Warning, format!("models cannot be deployed: {error}")),
+    };
+    #[cfg(not(feature = "torch"))]
+    let (health, text) = {
+        let text = "this build has no torch: models cannot be deployed; build with `--features torch`";
+        (Health::Warning, text.to_owned())
+    };
+    Finding { what: "torch", health, text }
 }
 
 #[cfg(test)]

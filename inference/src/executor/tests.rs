@@ -449,6 +449,45 @@ async fn a_forward_that_does_not_end_is_given_up_and_its_executor_replaced_once(
 }
 
 #[tokio::test]
+async fn a_lost_device_is_not_tried_again_and_only_a_new_process_helps() {
+    let gate = Gate::new();
+    let (held, runs) = (gate.clone(), Arc::new(AtomicUsize::new(0)));
+    let counted = runs.clone();
+    let runtime = EchoRuntime::new().with_hook(move |inputs| {
+        held.pass();
+        if matches!(inputs[0].data(), TensorData::Float32(values) if values.contains(&666.0)) {
+            counted.fetch_add(1, Ordering::Relaxed);
+            return Err(ModelError::Device("an illegal memory access was encountered".to_owned()));
+        }
+        Ok(())
+    });
+    let server = start(runtime, 1, 2, 64).await;
+    gate.close();
+    let first = spawn(&server, &[1.0], LONG);
+    until_held(&gate).await;
+    // The next batch is two of these, and one is left in the queue.
+    let lost: Vec<_> = (0..2).map(|_| spawn(&server, &[666.0], LONG)).collect();
+    until_queued(&server, 2).await;
+    let queued = spawn(&server, &[3.0], LONG);
+    until_queued(&server, 3).await;
+    gate.open();
+    assert_eq!(first.await.unwrap().unwrap().outputs, answer(&[1.0]));
+    let reason = "the device is lost to this process: an illegal memory access was encountered";
+    for lost in lost {
+        assert_eq!(lost.await.unwrap().unwrap_err().to_string(), reason);
+    }
+    assert_eq!(runs.load(Ordering::Relaxed), 1, "neither half nor member is run again");
+    let unavailable = InferError::Unavailable(format!("{reason}; restart the process"));
+    assert_eq!(queued.await.unwrap(), Err(unavailable.clone()));
+    assert_eq!(server.submit(request(&[1.0]), Instant::now() + LONG).await, Err(unavailable.clone()));
+    assert_eq!(
+        (server.ready(), server.stuck()),
+        (Err(unavailable.clone()), Some(format!("{reason}; restart the process")))
+    );
+    server.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_model_that_does_not_fit_into_memory_is_refused_while_it_is_warmed_up() {
     let start = async |capacity: u64, others: u64| {
         // An executor may still be measuring when the other one has found that the model does not fit.

@@ -81,6 +81,8 @@ enum Learned {
     TooLarge {
         padded_rows: usize,
     },
+    /// No model of this process will run there again.
+    DeviceLost(ModelError),
 }
 
 /// The server has given this thread up and put another in its place.
@@ -270,6 +272,13 @@ impl Executor {
                 state.breaker.failed(self.shared.now());
                 device.failed();
             }
+            Learned::DeviceLost(error) => {
+                state.stuck = Some(format!("{error}; restart the process"));
+                let members = state.batcher.drain(self.shared.now());
+                if let Err(error) = state.accepting() {
+                    send(refuse(members, &error));
+                }
+            }
         }
         if trust == Trust::Sound {
             state.batcher.executor_idle();
@@ -317,6 +326,7 @@ impl Executor {
                         Learned::TooLarge { padded_rows: batch.padded_rows }
                     }
                     ModelError::Panicked(_) => Learned::Failed,
+                    ModelError::Device(_) => Learned::DeviceLost(error.clone()),
                     // It may well be the input.
                     _ => Learned::Nothing,
                 };
@@ -358,11 +368,15 @@ impl Executor {
                 Err(error) => {
                     failed += 1;
                     let trust = Trust::after(&error);
+                    let fatal = match &error {
+                        ModelError::Device(_) => Some(Learned::DeviceLost(error.clone())),
+                        _ => (trust == Trust::Broken).then_some(Learned::Failed),
+                    };
                     let error = InferError::Model(error);
                     replies.extend(refuse(part, &error));
-                    if trust == Trust::Broken {
+                    if let Some(learned) = fatal {
                         parts.for_each(|part| replies.extend(refuse(part, &error)));
-                        return Ok(Done { trust, replies, learned: Learned::Failed });
+                        return Ok(Done { trust, replies, learned });
                     }
                 }
             }

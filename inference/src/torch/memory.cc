@@ -1,19 +1,23 @@
-// What neither torch-sys nor tch has: how much memory libtorch's tensors take on the CPU, counted where they are
-// allocated. The counters belong to the thread: an executor allocates and frees on its own one, so that what its model
-// takes can be told apart from what all others do meanwhile.
+// How much memory libtorch's tensors take on the CPU, counted where they are allocated. The counters belong to the thread:
+// an executor allocates and frees on its own one, so that what its model takes can be told apart from what all others do
+// meanwhile.
+
+#include "memory.h"
 
 #include <malloc.h>
 
-#include <cstdint>
+#include <limits>
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/Exception.h>
 
 namespace {
 
 thread_local int64_t held = 0;
 thread_local int64_t peak = 0;
+thread_local int64_t limit = std::numeric_limits<int64_t>::max();
 
 void release(void* data) {
   if (data != nullptr) {
@@ -26,7 +30,24 @@ void release(void* data) {
 // malloc, which knows it, so that there is no header to keep.
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    void* data = c10::alloc_cpu(bytes);
+    // The kernel grants what it does not have and kills the process once it is touched; so there is a limit before it.
+    const auto room = static_cast<uint64_t>(limit > held ? limit - held : 0);
+    TORCH_CHECK_WITH(
+        OutOfMemoryError,
+        bytes <= room,
+        "cannot allocate ",
+        bytes,
+        " bytes: this thread's tensors hold ",
+        held,
+        " bytes and may hold ",
+        limit);
+    void* data = nullptr;
+    try {
+      data = c10::alloc_cpu(bytes);
+    } catch (const c10::Error&) {
+      // libtorch throws the same type for everything.
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "cannot allocate ", bytes, " bytes");
+    }
     if (data != nullptr) {
       held += static_cast<int64_t>(malloc_usable_size(data));
       peak = held > peak ? held : peak;
@@ -47,22 +68,24 @@ CountingAllocator counting;
 
 } // namespace
 
-extern "C" {
-
-// Puts the allocator in place of libtorch's. What was allocated before keeps its own way of being freed.
-void coeval_count_memory() {
+void count_cpu_memory() {
   c10::SetCPUAllocator(&counting, /*priority=*/100);
 }
 
-// Bytes that this thread has allocated and not freed; below zero when it freed what others allocated.
-int64_t coeval_memory_held() {
-  return held;
+CoevalMemory cpu_memory() {
+  return {held, peak, held, peak};
 }
 
-// The most that was held since the last call.
-int64_t coeval_memory_take_peak() {
-  int64_t most = peak;
+void reset_cpu_peak() {
   peak = held;
-  return most;
 }
+
+// The most that tensors of this thread may hold together; below 0 for no limit.
+void coeval_set_memory_limit(int64_t bytes) {
+  limit = bytes < 0 ? std::numeric_limits<int64_t>::max() : bytes;
+}
+
+// Gives the pages that malloc keeps of freed tensors back to the system.
+void coeval_release_memory() {
+  malloc_trim(0);
 }

@@ -42,5 +42,77 @@ class Half(nn.Module):
         return x.sum(dim=1).to(torch.float16)
 
 
-for name, module in [("delay", Delay()), ("many", Many()), ("half", Half())]:
+class Odd(nn.Module):
+    """The sum of each row; what the first number of the first row says goes wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.sum(dim=1)
+        what = int(x[0, 0].item())
+        if what == 1:
+            raise ValueError("the first number is 1")
+        elif what == 2:
+            return total * float("nan")
+        elif what == 3:
+            return total[1:]
+        elif what == 4:
+            return total.to(torch.float64)
+        elif what == 5:
+            return total + self.hold(1 << 50)
+        elif what == 6:
+            # So many MiB, not touched: whoever grants them notices nothing.
+            return total + self.hold(int(x[0, 1].item()) << 20)
+        elif what == 7:
+            return total.sum()
+        return total
+
+    def hold(self, size: int) -> int:
+        return torch.empty([size], dtype=torch.uint8).dim() - 1
+
+
+class Mapped(nn.Module):
+    """An output of a kind that is not served."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"total": x.sum(dim=1)}
+
+
+class Layers(nn.Module):
+    """What freezing has something to do with: batch normalisation is folded into the layer before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.layers = nn.Sequential(
+            nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid()
+        )
+        normalisation = self.layers[1]
+        normalisation.running_mean.normal_()
+        normalisation.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Counter(nn.Module):
+    """Remembers how often it was called, so that no two calls are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1.0
+        return x.sum(dim=1) + self.calls
+
+
+modules = {
+    "delay": Delay(),
+    "many": Many(),
+    "half": Half(),
+    "odd": Odd(),
+    "mapped": Mapped(),
+    "layers": Layers(),
+    "counter": Counter(),
+}
+for name, module in modules.items():
     torch.jit.script(module).save(f"{name}.pt")
