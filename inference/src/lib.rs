@@ -22,6 +22,8 @@ pub mod memory;
 
 pub mod executor;
 
+pub mod check;
+
 pub mod echo;
 #[cfg(feature = "torch")]
 pub mod torch;
