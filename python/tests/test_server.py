@@ -415,22 +415,34 @@ def test_a_model_from_registration_to_prediction(client):
     assert again.version == registered.version or not again.existed
 
 
-def module(code, **weights):
-    """A TorchScript module of one line."""
+def weighted(weights):
     torch = pytest.importorskip("torch", reason="torch is not installed")
 
-    made = torch.nn.Module()
-    for name, weight in weights.items():
-        made.register_buffer(name, torch.tensor(weight))
-    scripted = torch.jit.script(made)
-    scripted.define(f"def forward(self, dense: Tensor) -> Tensor:\n    return {code}\n")
-    return scripted
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = torch.nn.Parameter(torch.tensor(weights)[:, None])
+
+        def forward(self, dense: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(dense @ self.weights)[:, 0]
+
+    return torch.jit.script(Weighted().eval())
+
+
+def mixing():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Mixing(torch.nn.Module):
+        def forward(self, dense: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid((dense - dense.mean(0)).sum(1))
+
+    return torch.jit.script(Mixing().eval())
 
 
 def test_golden_rows_decide_whether_a_version_is_served(client):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     dense = torch.linspace(-2, 2, 32).view(16, 2)
-    good = module("torch.sigmoid(dense @ self.w)[:, 0]", w=[[0.5], [-1.5]])
+    good = weighted([0.5, -1.5])
     registered = client.register_model("buys", good, golden=coeval.Golden.of(good, {"dense": dense}, ["p_buys"]))
     champion = client.deploy_model("buys", registered.version, why="golden rows hold").champion
     client.promote("buys", registered.version, why="it is the newest")
@@ -439,15 +451,14 @@ def test_golden_rows_decide_whether_a_version_is_served(client):
     assert record.state == "champion" and record.golden_digest and record.gateways[0].notes == []
 
     # Trained to something else than what was exported.
-    other = module("torch.sigmoid(dense @ self.w)[:, 0]", w=[[0.5], [-1.4]])
+    other = weighted([0.5, -1.4])
     wrong = client.register_model("buys", other, golden=coeval.Golden.of(good, {"dense": dense}, ["p_buys"]))
     with pytest.raises(coeval.Conflict, match=r"output `p_buys` of row 0 is .*, expected .* \(rtol 0.0001, atol 0.00001 for"):
         client.deploy_model("buys", wrong.version)
     loose = coeval.Golden.of(good, {"dense": dense}, ["p_buys"], atol=0.2)
     assert not client.register_model("buys", other, golden=loose).existed
     with pytest.raises(coeval.InvalidArgument, match="`input:dense` has"):
-        client.register_model("buys", good, golden=coeval.Golden.of(good, {"dense": dense}, ["p_buys"]).__class__(
-            {"dense": torch.zeros(2, 3)}, {"p_buys": torch.zeros(2)}))
+        client.register_model("buys", good, golden=coeval.Golden({"dense": torch.zeros(2, 3)}, {"p_buys": torch.zeros(2)}))
 
     if champion != registered.version:
         assert client.rollback("buys", why="that was a test").champion == champion
@@ -455,8 +466,7 @@ def test_golden_rows_decide_whether_a_version_is_served(client):
 
 
 def test_a_model_whose_rows_influence_each_other_is_served_one_row_at_a_time(client):
-    mixing = module("torch.sigmoid((dense - dense.mean(0)) @ self.w)[:, 0]", w=[[1.0], [1.0]])
-    registered = client.register_model("buys", mixing)
+    registered = client.register_model("buys", mixing())
     deployed = client.deploy_model("buys", registered.version, why="a batch normalised by itself")
     assert "rows influence each other" in deployed.notes[0]
     request = {"customer": ["ann", "zoe"], "total": [3.0, 0.0], "coupon": [None, None]}
