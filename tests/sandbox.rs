@@ -162,7 +162,8 @@ impl Server {
     pub async fn start(project: &Project, clock: &ManualClock, runtime: Option<Arc<dyn Runtime>>) -> Result<Server> {
         let settings = project.settings()?;
         let name = settings.project.value.clone();
-        let options = ServeOptions { settings, project_dir: project.path().into(), clock: clock.clock(), runtime };
+        let project_dir = project.path().into();
+        let options = ServeOptions { settings, project_dir, clock: clock.clock(), runtime, certifier: None };
         let running = serve(options).await?;
         running.started().await;
         let channel = Channel::from_shared(format!("http://{}", running.grpc_addr))?.connect().await?;

@@ -20,5 +20,6 @@ pub mod certify;
 pub mod dataset;
 pub mod explain;
 pub mod model;
+pub mod rollout;
 
 pub mod doctor;

@@ -96,6 +96,9 @@ enum Command {
     /// Model versions
     #[command(subcommand)]
     Model(model::ModelCommand),
+    /// Which version of a model has the traffic
+    #[command(subcommand)]
+    Rollout(rollout::RolloutCommand),
     /// Check that everything the project needs is there
     Doctor,
 }
@@ -144,6 +147,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Dataset(command) => dataset::run(place, &command, output).await,
             Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
+            Command::Rollout(command) => rollout::run(place, &command, output).await,
             Command::Doctor => doctor::run(place, output).await,
         }
     })

@@ -34,6 +34,8 @@ fn what_is_not_understood_is_a_usage_error() {
     check("materialize", "--through");
     check("model deploy delay", "<VERSION>");
     check("model deploy delay one --why x", "invalid value 'one'");
+    check("rollout promote delay 2", "--why <TEXT>");
+    check("rollout rollback delay", "--why <TEXT>");
     check("--color green validate", "always");
     // Commands that do not exist yet are not pretended to.
     check("rollout show", "unrecognized subcommand");

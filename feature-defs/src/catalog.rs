@@ -435,6 +435,8 @@ pub struct ServeSettings {
     pub beyond_loopback: bool,
     /// None: every request reads the online store.
     pub cache: Option<CacheSettings>,
+    /// How often every model that is served is asked for rows whose outputs are known.
+    pub golden_checks: Duration,
 }
 
 /// A cache of what the online store answered, in the gateway's memory.

@@ -15,6 +15,7 @@ use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
 use proto::v1;
 use registry::Registry;
+use registry::deployment::Standing;
 use registry::id::ProjectName;
 use serde::Serialize;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -24,12 +25,14 @@ use uuid::Uuid;
 use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
-use crate::follow::{Follower, Served, declared_deadline};
+use crate::follow::{Follower, Served};
 use crate::memory::MemoryWatch;
 use crate::metrics::Metrics;
 use crate::predict::Ask;
+use crate::presence::Presence;
 use crate::request::{self, Rows};
 use crate::status::{Failure, Kind};
+use crate::versions::declared_deadline;
 
 /// Where the time comes from.
 pub type Clock = Arc<dyn Fn() -> Micros + Send + Sync>;
@@ -49,6 +52,8 @@ pub struct Gateway {
     pub store: Arc<dyn OnlineStore>,
     pub registry: Arc<Registry>,
     pub follower: Arc<Follower>,
+    /// This gateway among the others.
+    pub presence: Presence,
     pub events: Option<Arc<dyn Events>>,
     pub clock: Clock,
     pub request_time: RequestTime,
@@ -62,6 +67,8 @@ pub struct Gateway {
     /// One act of forgetting at a time, from its entry in the log to its end.
     pub forgetting: tokio::sync::Mutex<()>,
     pub memory: MemoryWatch,
+    /// Deploys of this gateway go one after the other.
+    pub deploying: tokio::sync::Mutex<()>,
     services: Services,
     requests: Semaphore,
 }
@@ -81,6 +88,7 @@ pub struct Parts {
     pub store: Arc<dyn OnlineStore>,
     pub registry: Arc<Registry>,
     pub follower: Arc<Follower>,
+    pub presence: Presence,
     pub events: Option<Arc<dyn Events>>,
     pub clock: Clock,
     pub request_time: RequestTime,
@@ -90,12 +98,13 @@ pub struct Parts {
 
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
-        let Parts { project, store, registry, follower, events, clock, request_time, metrics, drain } = parts;
+        let Parts { project, store, registry, follower, presence, events, clock, request_time, metrics, drain } = parts;
         Gateway {
             project,
             store,
             registry,
             follower,
+            presence,
             events,
             clock,
             request_time,
@@ -105,6 +114,7 @@ impl Gateway {
             store_problem: Mutex::new(None),
             forgetting: tokio::sync::Mutex::default(),
             memory: MemoryWatch::default(),
+            deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
         }
@@ -194,15 +204,25 @@ impl Gateway {
     }
 
     pub async fn predict(&self, request: v1::PredictRequest) -> Result<v1::PredictResponse, Failure> {
+        self.predict_on(self.served(), request).await
+    }
+
+    /// With the state that the request was read by.
+    pub async fn predict_on(
+        &self,
+        served: Arc<Served>,
+        request: v1::PredictRequest,
+    ) -> Result<v1::PredictResponse, Failure> {
         let started = Instant::now();
         let mut of = String::new();
-        let answer = self.predict_of(request, started, &mut of).await;
+        let answer = self.predict_of(&served, request, started, &mut of).await;
         self.count("Predict", &of, &answer, started);
         answer
     }
 
     async fn predict_of(
         &self,
+        served: &Served,
         request: v1::PredictRequest,
         started: Instant,
         of: &mut String,
@@ -214,7 +234,6 @@ impl Gateway {
                 format!("a request id of {} bytes; use at most {REQUEST_ID_BYTES_MAX}", request.request_id.len());
             return Err(Failure::invalid(text));
         }
-        let served = self.served();
         let model = served.model(&request.model, request.version)?;
         *of = model.name.to_string();
         let plan = &model.plan;
@@ -222,14 +241,16 @@ impl Gateway {
         let tier = tier(plan, &request.tier)?;
         let rows = request::read_rows(service, &request.rows, request.at.len())?;
         let deadline = deadline(started, request.deadline_ms, declared_deadline(plan));
-        let (gateway, served, rows) = (self, &*served, &rows);
+        let (gateway, rows) = (self, &rows);
         let ask = Ask { gateway, served, model, request: &request, rows, started, deadline, tier };
         let (features, predicted) = ask.answer().await?;
         self.metrics.predicted(&model.name, model.version, &predicted);
+        let is_champion = served.models.get(&*model.name).is_some_and(|champion| champion.version == model.version);
+        let arm = if is_champion { "champion" } else { "named" };
         let request_id = if request.request_id.is_empty() { Uuid::now_v7().to_string() } else { request.request_id };
         Ok(v1::PredictResponse {
             outputs: predicted.outputs,
-            outcomes: predicted.rows.iter().map(|row| row.to_proto(model.version)).collect(),
+            outcomes: predicted.rows.iter().map(|row| row.to_proto(model.version, arm)).collect(),
             features: if request.include_features { features.columns(service) } else { Vec::new() },
             views: if request.include_provenance { features.provenance(service) } else { Vec::new() },
             request_id,
@@ -294,8 +315,9 @@ impl Gateway {
             if let Err(error) = model.server.ready() {
                 reasons.push(format!("model `{}`: {error}", model.name));
             }
+            reasons.extend(model.checks.problem().map(|problem| format!("model `{}`: {problem}", model.name)));
         }
-        if let Some(Open { left, failures }) = self.follower.device.open() {
+        if let Some(Open { left, failures }) = self.follower.versions.device.open() {
             reasons.push(format!(
                 "the last {failures} forwards were short of memory or did not end; models answer again in {left:.1?}"
             ));
@@ -313,7 +335,7 @@ impl Gateway {
         Readiness { ready, degraded, reasons }
     }
 
-    /// Why only a new process can help, if that is so.
+    /// Why only a new process can help, if that is so. What answers nobody by itself is no reason to end what does.
     pub fn stuck(&self) -> Option<String> {
         let served = self.served();
         let stuck = served.models.values().find_map(|model| Some((model.name.clone(), model.server.stuck()?)));
@@ -328,6 +350,18 @@ impl Gateway {
             reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());
         }
         reasons.extend(served.missing.iter().map(|name| format!("model `{name}` is not loaded")));
+        for (name, versions) in &served.versions {
+            for (number, version) in versions.iter().filter(|(_, version)| version.standing > Standing::Preparing) {
+                match (&version.state.failure, version.state.loading) {
+                    (_, true) => reasons.push(format!("version {number} of model `{name}` is being loaded")),
+                    // The champion and the one before are told above.
+                    (Some(failure), _) if version.standing == Standing::Active => {
+                        reasons.push(format!("version {number} of model `{name}`: {}", failure.message));
+                    }
+                    _ => {}
+                }
+            }
+        }
         if let Some(events) = &self.events {
             reasons.extend(events.backfilling());
         }

@@ -1,8 +1,11 @@
-//! What a model takes, measured before it is let near a server: `coeval model certify`.
+//! What a model takes, measured before it is let near requests: by `coeval model certify`, and by every gateway that prepares
+//! a version.
 //!
 //! Measuring means running batches as large as they may ever get, which may end in the kernel's killing the process. So it
-//! is done in a process of its own, a child of the command; it says every step as it is done, and whoever reads knows how
+//! is done in a process of its own, a child of the same binary; it says every step as it is done, and whoever reads knows how
 //! far it came.
+
+pub mod child;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -12,6 +15,7 @@ use inference::batch::BatchLimits;
 use inference::memory::{Footprint, Size};
 use inference::model::{Artefact, Device, InputSpec, LoadOptions, ModelSpec, OutputSpec};
 use inference::tensor::Dtype;
+use registry::id::Sha256;
 use serde::{Deserialize, Serialize};
 
 use crate::config::default_runtime;
@@ -70,6 +74,15 @@ impl Job {
             executors: plan.executors as usize,
             threads: plan.threads as usize,
         }
+    }
+
+    /// Stands for everything but the bytes that decides what is measured: what was measured is the same for the same key.
+    pub fn key(&self) -> String {
+        let job = Job { file: PathBuf::new(), ..self.clone() };
+        // A job is names and numbers; if it could not be said in JSON it could not be handed to the child either.
+        let mut text = serde_json::to_vec(&job).unwrap_or_default();
+        text.extend_from_slice(env!("CARGO_PKG_VERSION").as_bytes());
+        Sha256::of(&text).as_str()[..16].to_owned()
     }
 
     /// The sizes that batches are padded to.
@@ -178,6 +191,24 @@ mod tests {
         let (known, trying) = footprint(&job(), &steps);
         assert_eq!((known.bytes(), known.sizes.len(), trying), (50 + 2 * (40 + 200), 2, Some(4)));
         assert_eq!(job().sizes(), [1, 2, 4, 6]);
+    }
+
+    #[test]
+    fn a_child_that_is_killed_is_a_reason_with_the_largest_batch_that_worked() {
+        let steps = vec![
+            Step::Loaded { file_bytes: 50, weight_bytes: 40 },
+            Step::Trying { rows: 1 },
+            Step::Ran { rows: 1, forward_micros: 10, bytes: 100 },
+            Step::Trying { rows: 2 },
+        ];
+        let killed = child::Measured { steps, ended: "ended with signal: 9 (SIGKILL)".to_owned() };
+        assert_eq!(
+            child::verdict(&job(), &killed).unwrap_err(),
+            "the process that measures it ended with signal: 9 (SIGKILL) while it ran a batch of 2 rows, most likely because \
+             memory ran out; the largest batch that worked has 1 rows; lower `batching.max_rows`"
+        );
+        assert_eq!(job().key(), Job { file: "elsewhere.pt".into(), ..job() }.key());
+        assert_ne!(job().key(), Job { max_rows: 7, ..job() }.key());
     }
 
     #[test]

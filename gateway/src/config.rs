@@ -23,6 +23,9 @@ pub struct ServeOptions {
     pub clock: Clock,
     /// What models run on. None: what this build has, see [`default_runtime`].
     pub runtime: Option<Arc<dyn Runtime>>,
+    /// A `coeval` that measures models in a process of its own before they are loaded. None: they are measured only where they
+    /// will run.
+    pub certifier: Option<PathBuf>,
 }
 
 /// Why a server does not start, or did not end well. Each says what to change.

@@ -1,24 +1,21 @@
 //! What is served, and how it follows the control log.
 //!
 //! The log says what should be; the process serves the last state that it could make real. Every 250 ms the log is read.
-//! A new entry is made real aside - definitions compiled, streams adopted, models loaded and warmed up - and then put in
-//! place by swapping one pointer; requests take that pointer once, on arrival. What fails leaves the last good state in
+//! A new entry is made real aside - definitions compiled, streams adopted, versions of models loaded by `versions` - and then
+//! put in place by swapping one pointer; requests take that pointer once, on arrival. Nothing here waits for a model: what is
+//! being loaded is served when it is there, and until then the version before it. What fails leaves the last good state in
 //! place, is told by `/ready` and tried again.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use feature_defs::catalog::{BatchingPolicy, Files, Runtime as RuntimeKind, SourceFile};
+use feature_defs::catalog::{Files, SourceFile};
 use feature_defs::forgotten::Forgotten;
 use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, ViewPlan, compile_definitions};
 use feature_defs::value::Type;
-use inference::batch::{BatchLimits, Policy};
-use inference::device::SharedDevice;
-use inference::executor::{FORWARD_MAX, ModelServer, ServerOptions};
-use inference::model::{Artefact, Device, LoadOptions, Runtime};
-use inference::placement::{self, Placed};
 use registry::Registry;
+use registry::deployment::Standing;
 use registry::id::{EntryNumber, ProjectName};
 use registry::model::{InputColumns, ModelRecord};
 use registry::state::{Catalog, Project};
@@ -27,17 +24,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::events::Events;
 use crate::metrics::Metrics;
-use crate::predict::spec_of;
 use crate::status::{Failure, Kind, chain};
+use crate::versions::{ServedModel, VersionState, Versions, Wanted};
 
 const POLL: Duration = Duration::from_millis(250);
-/// How long something that failed is left alone: a model that does not load costs seconds each time.
+/// How long something that failed is left alone.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
-
-/// A forward that takes so many times the declared deadline is taken not to end at all, and this long at least: machines
-/// stop for a second now and then.
-const FORWARD_DEADLINES_MAX: u32 = 20;
-const FORWARD_BOUND_MIN: Duration = Duration::from_secs(2);
 
 /// What requests are answered by. Never changed, only replaced.
 pub struct Served {
@@ -45,12 +37,21 @@ pub struct Served {
     pub head: EntryNumber,
     /// None before the first `apply`.
     pub definitions: Option<Definitions>,
-    /// By name; one version each.
+    /// By name: what answers requests that name no version.
     pub models: BTreeMap<String, Arc<ServedModel>>,
-    /// Models that the log deploys and that no version is served of.
+    /// By name and number: every version that the log wants here.
+    pub versions: BTreeMap<String, BTreeMap<u32, Version>>,
+    /// Models that the log has a champion of and that no version is served of.
     pub missing: Vec<String>,
-    /// What the log says and is not so, with the reason.
+    /// What the log says and is not so, with the reason. Of models, only of those that answer and those kept for rollback.
     pub problems: Vec<String>,
+}
+
+/// A version that the log wants here, and how far it is.
+#[derive(Clone)]
+pub struct Version {
+    pub standing: Standing,
+    pub state: VersionState,
 }
 
 #[derive(Clone)]
@@ -58,15 +59,6 @@ pub struct Definitions {
     pub entry: EntryNumber,
     pub catalog_digest: registry::id::Digest,
     pub plan: Arc<Plan>,
-}
-
-/// A version of a model, ready to run.
-pub struct ServedModel {
-    pub name: Arc<str>,
-    pub version: u32,
-    /// How its features are computed, and the policy for it.
-    pub plan: Arc<ModelPlan>,
-    pub server: Arc<ModelServer>,
 }
 
 /// How eager a look at the log is.
@@ -82,15 +74,11 @@ pub struct Follower {
     registry: Arc<Registry>,
     project: ProjectName,
     events: Option<Arc<dyn Events>>,
-    runtime: Option<Arc<dyn Runtime>>,
-    /// What the models share.
-    pub device: Arc<SharedDevice>,
+    pub versions: Arc<Versions>,
     metrics: Arc<Metrics>,
     served: watch::Sender<Arc<Served>>,
     /// One follows at a time.
     working: AsyncMutex<Working>,
-    /// Versions that a deploy has warmed up and not yet written to the log. As many as deploys under way.
-    prepared: Mutex<BTreeMap<(String, u32), Arc<ServedModel>>>,
     log: Mutex<LogHealth>,
 }
 
@@ -116,6 +104,7 @@ impl Served {
             head: EntryNumber::NONE,
             definitions: None,
             models: BTreeMap::new(),
+            versions: BTreeMap::new(),
             missing: Vec::new(),
             problems: Vec::new(),
         }
@@ -129,26 +118,61 @@ impl Served {
         })
     }
 
-    /// The model that answers, or why none does.
+    /// The model that answers, or why none does. Without a version, the champion.
     pub fn model(&self, name: &str, version: u32) -> Result<&Arc<ServedModel>, Failure> {
-        if let Some(model) = self.models.get(name) {
-            if version == 0 || version == model.version {
-                return Ok(model);
+        match (version, self.models.get(name)) {
+            (0, Some(model)) => return Ok(model),
+            (0, None) if self.missing.iter().any(|missing| missing == name) => {
+                let why = self.problems.iter().find(|problem| problem.contains(&format!("`{name}`")));
+                let why = why.map_or("it is being loaded", String::as_str);
+                let text = format!("model `{name}` is deployed, but not served: {why}");
+                return Err(Failure::new(Kind::Unavailable, text));
             }
-            let text = format!("version {version} of model `{name}` is not deployed; version {} is", model.version);
-            return Err(Failure::new(Kind::Precondition, text));
+            // It may have the traffic here longer than the log says, because the next one is not there yet.
+            (_, Some(model)) if model.version == version => return Ok(model),
+            _ => {}
         }
-        if self.missing.iter().any(|missing| missing == name) {
-            let why = self.problems.iter().find(|problem| problem.contains(&format!("`{name}`")));
-            let why = why.map_or("it is being loaded", String::as_str);
-            return Err(Failure::new(Kind::Unavailable, format!("model `{name}` is deployed, but not served: {why}")));
+        if let Some(found) = self.versions.get(name).and_then(|versions| versions.get(&version)) {
+            let state = &found.state;
+            return match &state.ready {
+                _ if found.standing == Standing::Preparing => {
+                    let text = format!("version {version} of model `{name}` is being prepared, and not active yet");
+                    Err(Failure::new(Kind::Precondition, text))
+                }
+                Some(model) => Ok(model),
+                None => {
+                    let why = state.failure.as_ref().map_or("it is being loaded", |failure| &failure.message);
+                    let text = format!("version {version} of model `{name}` is active, but not served here: {why}");
+                    Err(Failure::new(Kind::Unavailable, text))
+                }
+            };
         }
         let plan = self.plan()?;
-        if plan.model(name).is_some() {
-            let text = format!("model `{name}` has no deployed version; run `coeval model deploy`");
-            return Err(Failure::new(Kind::Precondition, text));
+        if plan.model(name).is_none() && !self.versions.contains_key(name) {
+            return Err(Failure::unknown("model", name, plan.models.iter().map(|model| &*model.name)));
         }
-        Err(Failure::unknown("model", name, plan.models.iter().map(|model| &*model.name)))
+        let text = if version == 0 {
+            format!("model `{name}` has no deployed version; run `coeval model deploy`")
+        } else {
+            let active = self.versions.get(name).into_iter().flatten();
+            let active = active.filter(|(_, other)| other.standing > Standing::Preparing);
+            let active: Vec<String> = active.map(|(number, _)| number.to_string()).collect();
+            let active =
+                if active.is_empty() { "none is".to_owned() } else { format!("active: {}", active.join(", ")) };
+            format!("version {version} of model `{name}` is not active ({active}); run `coeval model deploy`")
+        };
+        Err(Failure::new(Kind::Precondition, text))
+    }
+
+    /// Versions that could not be loaded and are to be tried again.
+    fn loads_failed(&self) -> usize {
+        let versions = self.versions.values().flat_map(BTreeMap::values);
+        versions.filter(|version| version.state.failure.is_some() && version.standing > Standing::Preparing).count()
+    }
+
+    /// Every version that is loaded and wanted, those that are being prepared included.
+    pub fn loaded(&self) -> impl Iterator<Item = &Arc<ServedModel>> {
+        self.versions.values().flat_map(BTreeMap::values).filter_map(|version| version.state.ready.as_ref())
     }
 }
 
@@ -157,19 +181,17 @@ impl Follower {
         registry: Arc<Registry>,
         project: ProjectName,
         events: Option<Arc<dyn Events>>,
-        runtime: Option<Arc<dyn Runtime>>,
+        versions: Versions,
         metrics: Arc<Metrics>,
     ) -> Follower {
         Follower {
             registry,
             project,
             events,
-            runtime,
-            device: Arc::new(SharedDevice::cpu()),
+            versions: Arc::new(versions),
             metrics,
             served: watch::Sender::new(Arc::new(Served::empty())),
             working: AsyncMutex::default(),
-            prepared: Mutex::default(),
             log: Mutex::new(LogHealth { read: Instant::now(), error: None }),
         }
     }
@@ -177,6 +199,11 @@ impl Follower {
     /// The state in force. Never waits.
     pub fn served(&self) -> Arc<Served> {
         self.served.borrow().clone()
+    }
+
+    /// Tells of every new state.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Served>> {
+        self.served.subscribe()
     }
 
     /// How long ago the log was read, and why not later.
@@ -193,11 +220,11 @@ impl Follower {
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = interval.tick() => {}
+                () = self.versions.changed.notified() => {}
             }
             if let Some(percent) = inference::memory::used_percent() {
-                self.served().models.values().for_each(|model| model.server.memory_used(percent));
+                self.served().loaded().for_each(|model| model.server.memory_used(percent));
             }
-            // A load under way is given up on shutdown; its threads end by themselves.
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = self.follow(Retry::Later) => {}
@@ -225,12 +252,14 @@ impl Follower {
         let state = self.registry.state();
         let before = self.served();
         let tried_lately = working.tried.is_some_and(|tried| tried.elapsed() < RETRY_AFTER);
-        if before.head == state.head && (before.problems.is_empty() || (retry == Retry::Later && tried_lately)) {
+        let is_well = before.problems.is_empty() && before.loads_failed() == 0;
+        let nothing_to_try = is_well || (retry == Retry::Later && tried_lately);
+        if before.head == state.head && !self.versions.take_news() && nothing_to_try {
             return before;
         }
         working.tried = Some(Instant::now());
         let served = match state.project(self.project.as_str()) {
-            Some(project) => self.realise(&mut working, project, state.head, &before).await,
+            Some(project) => self.realise(&mut working, project, state.head, &before, retry).await,
             None => Served { head: state.head, ..Served::empty() },
         };
         for problem in served.problems.iter().filter(|problem| !before.problems.contains(problem)) {
@@ -242,7 +271,14 @@ impl Follower {
         served
     }
 
-    async fn realise(&self, working: &mut Working, project: &Project, head: EntryNumber, before: &Served) -> Served {
+    async fn realise(
+        &self,
+        working: &mut Working,
+        project: &Project,
+        head: EntryNumber,
+        before: &Served,
+        retry: Retry,
+    ) -> Served {
         let mut problems = Vec::new();
         let forgotten = crate::forget::listed(project);
         // The list only grows. Whoever writes follows it before anybody is told of the entry.
@@ -262,21 +298,23 @@ impl Follower {
             }
         };
         definitions.iter().for_each(|definitions| definitions.plan.forget(&working.forgotten));
-        let mut planned = Vec::new();
+        let mut wanted = Vec::new();
         let mut used = Vec::new();
         let mut pinned: Vec<Arc<ViewPlan>> = Vec::new();
         for (name, deployment) in &project.deployments {
-            let version = |version| project.model(name.as_str(), version);
-            // The version before is kept for rollback: what it reads goes on being written.
-            for record in [version(deployment.active), deployment.previous.and_then(version)].into_iter().flatten() {
-                let plan = self.plan_of(working, definitions.as_ref(), record).await;
-                if let Ok((plan, true)) = &plan {
-                    used.push(record.definitions);
-                    pinned.extend(plan.service.inputs.iter().map(|input| input.view.clone()));
-                }
-                if record.version == deployment.active {
-                    planned.push((record, plan));
-                }
+            for (version, wanted_by) in deployment.wanted() {
+                let Some(record) = project.model(name.as_str(), version) else { continue };
+                // What the version reads goes on being written, also while it is merely kept for rollback.
+                let plan = match self.plan_of(working, definitions.as_ref(), record).await {
+                    Ok((plan, true)) => {
+                        used.push(record.definitions);
+                        pinned.extend(plan.service.inputs.iter().map(|input| input.view.clone()));
+                        Ok(plan)
+                    }
+                    plan => plan.map(|(plan, _)| plan),
+                };
+                let insists = deployment.standing(version) > Standing::Preparing;
+                wanted.push(Wanted { record, wanted_by, plan, insists });
             }
         }
         working.earlier.retain(|entry, _| used.contains(entry));
@@ -286,35 +324,39 @@ impl Follower {
             problems.push(format!("the streams of entry {} could not be taken: {error}", found.entry));
             definitions = before.definitions.clone();
         }
-        let mut models = BTreeMap::new();
-        let mut missing = Vec::new();
-        for (record, plan) in planned {
-            let name = record.model.name.to_string();
-            let served = before.models.get(&name);
-            let realised = match plan {
-                Ok((plan, _)) => self.realise_model(record, plan, served).await,
-                Err(failure) => Err(failure),
-            };
-            match (realised, served) {
-                (Ok(model), _) => {
-                    models.insert(name, model);
+        self.versions.reconcile(wanted, retry);
+        let mut served = Served { head, definitions, problems, ..Served::empty() };
+        for ((name, version), state) in self.versions.states() {
+            let standing = project.standing(name.as_str(), version);
+            let versions = served.versions.entry(name.to_string()).or_default();
+            versions.insert(version.0, Version { standing, state });
+        }
+        for (name, deployment) in &project.deployments {
+            let Some(champion) = deployment.champion_version() else { continue };
+            let name = name.to_string();
+            let of = |version: u32| served.versions.get(&name).and_then(|versions| versions.get(&version));
+            let state = of(champion.0).map(|version| &version.state);
+            let model = state.and_then(|state| state.ready.clone());
+            // What answered before goes on until the new one is there.
+            let model = model.or_else(|| before.models.get(&name).cloned());
+            let told = [Some(champion), deployment.previous_version()].into_iter().flatten();
+            for version in told {
+                let failure = of(version.0).and_then(|version| version.state.failure.as_ref());
+                let Some(failure) = failure else { continue };
+                let mut text = format!("version {version} of model `{name}`: {}", failure.message);
+                if let Some(still) = model.as_ref().filter(|_| version == champion) {
+                    text += &format!("; version {} is still served", still.version);
                 }
-                (Err(failure), Some(served)) => {
-                    let (version, still) = (record.version, served.version);
-                    let text = format!(
-                        "version {version} of model `{name}`: {}; version {still} is still served",
-                        failure.message
-                    );
-                    problems.push(text);
-                    models.insert(name, served.clone());
+                served.problems.push(text);
+            }
+            match model {
+                Some(model) => {
+                    served.models.insert(name, model);
                 }
-                (Err(failure), None) => {
-                    problems.push(format!("version {} of model `{name}`: {}", record.version, failure.message));
-                    missing.push(name);
-                }
+                None => served.missing.push(name),
             }
         }
-        Served { head, definitions, models, missing, problems }
+        served
     }
 
     async fn compile(&self, project: &Project, before: &Served) -> Result<Definitions, String> {
@@ -384,133 +426,13 @@ impl Follower {
         Ok((plan, true))
     }
 
-    async fn realise_model(
-        &self,
-        record: &ModelRecord,
-        plan: Arc<ModelPlan>,
-        served: Option<&Arc<ServedModel>>,
-    ) -> Result<Arc<ServedModel>, Failure> {
-        let key = (record.model.name.to_string(), record.version.0);
-        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
-        let running = [served, prepared.as_ref()].into_iter().flatten();
-        for running in running.filter(|running| running.version == record.version.0) {
-            if Arc::ptr_eq(&running.plan, &plan) {
-                return Ok(running.clone());
-            }
-            // Policy may have changed; the executors stay as long as they would be started the same.
-            if options(&running.plan) == options(&plan)
-                && running.plan.tiers == plan.tiers
-                && spec_of(&running.plan) == spec_of(&plan)
-            {
-                let server = running.server.clone();
-                return Ok(Arc::new(ServedModel {
-                    plan,
-                    server,
-                    name: running.name.clone(),
-                    version: running.version,
-                }));
-            }
-        }
-        self.start(record, plan).await
-    }
-
-    async fn start(&self, record: &ModelRecord, plan: Arc<ModelPlan>) -> Result<Arc<ServedModel>, Failure> {
-        let name = record.model.name.as_str();
-        let Some(runtime) = self.runtime.clone() else {
-            let text = "this build has no torch, so it cannot run models; use a `coeval` that was built with it";
-            return Err(Failure::new(Kind::Unsupported, text));
-        };
-        if plan.runtime != RuntimeKind::TorchScript {
-            let text = format!("model `{name}` has a runtime that this version cannot run; export it as torchscript");
-            return Err(Failure::new(Kind::Unsupported, text));
-        }
-        if let Some(device) = plan.devices.iter().find(|device| *device != "cpu") {
-            let text = format!("model `{name}` is placed on `{device}`, but this version runs models on `cpu` only");
-            return Err(Failure::new(Kind::Unsupported, text));
-        }
-        let cores = self.device.slots();
-        placement::check_threads(plan.executors as usize, plan.threads as usize, cores)?;
-        let bytes = self.registry.artifacts().get(&record.model.artifact).await?;
-        let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
-        let served = self.served();
-        let version = record.version.0;
-        let (device, options) = (self.device.clone(), options(&plan));
-        let label = format!("{name}/{version}");
-        let server = ModelServer::start_on(device, &label, runtime, artefact, spec_of(&plan), options).await?;
-        let model = ServedModel { name: name.into(), version, plan, server: Arc::new(server) };
-        let others = served.models.values().filter(|other| *other.name != *name);
-        let others: Vec<Placed> = others.map(|other| placed(other)).collect();
-        placement::check(&placed(&model), &others, cores)?;
-        tracing::info!(model = name, version, "a model is loaded and warm");
-        Ok(Arc::new(model))
-    }
-
-    /// Loads and warms up a version that is about to be deployed, so that nothing moves if it cannot run. It is kept
-    /// until the guard is dropped.
-    pub async fn prepare(&self, record: &ModelRecord) -> Result<Prepared<'_>, Failure> {
+    /// The plan by which a version would be served.
+    pub async fn plan_for(&self, record: &ModelRecord) -> Result<Arc<ModelPlan>, Failure> {
         let mut working = self.working.lock().await;
         let served = self.served();
         let (plan, _) = self.plan_of(&mut working, served.definitions.as_ref(), record).await?;
-        drop(working);
-        let running = served.models.get(record.model.name.as_str());
-        let model = self.realise_model(record, plan, running).await?;
-        let key = (record.model.name.to_string(), record.version.0);
-        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), model);
-        Ok(Prepared { follower: self, key })
+        Ok(plan)
     }
-}
-
-/// A version that is warm and not yet deployed.
-pub struct Prepared<'a> {
-    follower: &'a Follower,
-    key: (String, u32),
-}
-
-impl Drop for Prepared<'_> {
-    fn drop(&mut self) {
-        self.follower.prepared.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
-    }
-}
-
-/// Everything about the executors that a definition can change.
-fn options(plan: &ModelPlan) -> ServerOptions {
-    let policy = match plan.batching {
-        BatchingPolicy::Adaptive => Policy::Adaptive,
-        BatchingPolicy::Window(window) => Policy::Window(window),
-    };
-    let limits = BatchLimits::new(plan.max_rows as usize, plan.max_queue_rows as usize)
-        .with_policy(policy)
-        .with_tiers(plan.tiers.len())
-        .with_deadline(declared_deadline(plan));
-    ServerOptions {
-        executors: plan.executors as usize,
-        load: LoadOptions { device: Device::Cpu, threads: plan.threads as usize },
-        forward_max: forward_max(plan),
-        ..ServerOptions::new(limits)
-    }
-}
-
-/// When a forward is taken not to end: long after everybody who waited for it has gone.
-fn forward_max(plan: &ModelPlan) -> Duration {
-    let declared = declared_deadline(plan).map(|deadline| deadline.saturating_mul(FORWARD_DEADLINES_MAX));
-    declared.map_or(FORWARD_MAX, |bound| bound.clamp(FORWARD_BOUND_MIN, FORWARD_MAX))
-}
-
-/// A model as its neighbours on the device feel it.
-fn placed(model: &ServedModel) -> Placed {
-    let plan = &model.plan;
-    Placed {
-        name: model.name.to_string(),
-        executors: plan.executors as usize,
-        threads: plan.threads as usize,
-        batch: model.server.longest_forward(),
-        deadline: declared_deadline(plan),
-    }
-}
-
-/// The deadline that the definitions give the requests of a model.
-pub(crate) fn declared_deadline(plan: &ModelPlan) -> Option<Duration> {
-    plan.deadline.and_then(|micros| u64::try_from(micros).ok()).map(Duration::from_micros)
 }
 
 /// Whether a plan gives a version exactly what it was registered with.

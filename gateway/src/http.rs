@@ -42,6 +42,8 @@ fn router(gateway: Arc<Gateway>) -> Router {
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
         .route("/v1/features", post(features_twin))
+        .route("/v1/models/{name}", get(model))
+        .route("/v1/models/{name}/versions/{version}/ready", get(version_ready))
         .route("/v1/models/{name}/predict", post(predict_twin))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(gateway)
@@ -51,6 +53,20 @@ async fn ready(State(gateway): State<Arc<Gateway>>) -> Response {
     let readiness = gateway.readiness();
     let status = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, axum::Json(readiness)).into_response()
+}
+
+async fn model(State(gateway): State<Arc<Gateway>>, Path(name): Path<String>) -> Result<Response, Failure> {
+    Ok(axum::Json(gateway.served().model_health(&name)?).into_response())
+}
+
+/// For probes of one version: whether it answers here.
+async fn version_ready(
+    State(gateway): State<Arc<Gateway>>,
+    Path((name, version)): Path<(String, u32)>,
+) -> Result<Response, Failure> {
+    let health = gateway.served().version_health(&name, version)?;
+    let status = if health.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    Ok((status, axum::Json(health)).into_response())
 }
 
 async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
@@ -137,6 +153,7 @@ async fn predict_twin(
     let body: PredictBody = read(&body)?;
     gateway.check_serving()?;
     let served = gateway.served();
+    // The state that the columns are read by is the one that answers.
     let service = served.model(&name, body.version)?.plan.service.clone();
     let request = v1::PredictRequest {
         project: body.project.unwrap_or_else(|| gateway.project.to_string()),
@@ -150,7 +167,7 @@ async fn predict_twin(
         request_id: body.request_id,
         tier: body.tier,
     };
-    let response = gateway.predict(request).await?;
+    let response = gateway.predict_on(served, request).await?;
     Ok(axum::Json(json::predict_response(&response)).into_response())
 }
 

@@ -69,7 +69,7 @@ impl MemoryWatch {
 
     /// Looks once; to be called every second or so.
     pub fn look(&self, served: &Served, device: &SharedDevice) {
-        let held = served.models.values().filter_map(|model| {
+        let held = served.loaded().filter_map(|model| {
             let version = (model.name.to_string(), model.version);
             Some((version, model.server.held()?))
         });

@@ -73,6 +73,13 @@ struct ModelCount {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct GoldenCheck {
+    model: String,
+    version: u32,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ModelVersion {
     model: String,
     version: u32,
@@ -215,6 +222,7 @@ pub struct Metrics {
     view_age: Family<View, Histogram, fn() -> Histogram>,
     rows: Family<ModelRows, Counter>,
     unanswered_rows: Family<UnansweredRows, Counter>,
+    golden_checks: Family<GoldenCheck, Counter>,
     forward_seconds: Family<What, Histogram, fn() -> Histogram>,
     models: Family<ModelCount, Gauge>,
     queue_rows: Family<ModelVersion, Gauge>,
@@ -277,6 +285,7 @@ impl Metrics {
             view_age: Family::new_with_constructor(ages),
             rows: Family::default(),
             unanswered_rows: Family::default(),
+            golden_checks: Family::default(),
             forward_seconds: Family::new_with_constructor(seconds),
             models: Family::default(),
             queue_rows: Family::default(),
@@ -318,6 +327,11 @@ impl Metrics {
             "unanswered_rows",
             "Rows that the model itself did not answer, by cause and by what became of them",
             metrics.unanswered_rows.clone(),
+        );
+        registry.register(
+            "golden_checks",
+            "Rounds in which a served model was asked for rows whose outputs are known",
+            metrics.golden_checks.clone(),
         );
         registry.register("forward_seconds", "Time in the model per request", metrics.forward_seconds.clone());
         registry.register("model", "State and counters of the models served", metrics.models.clone());
@@ -525,6 +539,11 @@ impl Metrics {
         self.forward_seconds.get_or_create(&model).observe(predicted.forward_time.as_secs_f64());
     }
 
+    /// A round of checks has ended.
+    pub fn golden_checked(&self, model: &str, version: u32, outcome: &'static str) {
+        self.golden_checks.get_or_create(&GoldenCheck { model: model.to_owned(), version, outcome }).inc();
+    }
+
     pub fn events(&self, what: &str, count: u64) {
         self.events.get_or_create(&What { what: what.to_owned() }).inc_by(count);
     }
@@ -545,7 +564,7 @@ impl Metrics {
         self.estimated_wait.clear();
         self.batch_wait.clear();
         self.batch_wait_reason.clear();
-        for model in served.models.values() {
+        for model in served.loaded() {
             let snapshot = model.server.metrics();
             let labels = ModelVersion { model: model.name.to_string(), version: model.version };
             self.queue_rows.get_or_create(&labels).set(i64::try_from(snapshot.queue_rows).unwrap_or(i64::MAX));
@@ -571,6 +590,7 @@ impl Metrics {
                 ("queue_bytes", snapshot.queue_bytes),
                 ("batch_rows_max", snapshot.rows_cap),
                 ("memory_bytes", model.server.footprint().map_or(0, |footprint| footprint.bytes())),
+                ("unbatched", u64::from(model.server.limits().rows_max() == 1 && model.plan.max_rows > 1)),
                 ("executors_ready", snapshot.executors_ready),
                 ("requests", snapshot.requests),
                 ("rows", snapshot.rows),

@@ -20,9 +20,10 @@ use proto::v1;
 use crate::answer::Gateway;
 use crate::convert;
 use crate::features::Features;
-use crate::follow::{Served, ServedModel};
+use crate::follow::Served;
 use crate::request::{self, Rows};
 use crate::status::Failure;
+use crate::versions::ServedModel;
 
 /// The answers to the rows of a request.
 #[derive(Debug)]
@@ -113,11 +114,12 @@ impl RowStatus {
 }
 
 impl RowOutcome {
-    pub fn to_proto(&self, version: u32) -> v1::RowOutcome {
+    /// `arm` is why that version was asked.
+    pub fn to_proto(&self, version: u32, arm: &str) -> v1::RowOutcome {
         let waited = self.waited.unwrap_or_default();
         v1::RowOutcome {
             version,
-            arm: "champion".to_owned(),
+            arm: arm.to_owned(),
             status: match self.status {
                 RowStatus::Answered => v1::RowStatus::Ok,
                 RowStatus::Fallback => v1::RowStatus::Fallback,

@@ -30,8 +30,10 @@ use crate::events::Events;
 use crate::follow::{Follower, Retry};
 use crate::guard::GuardedStore;
 use crate::metrics::Metrics;
+use crate::presence::Presence;
 use crate::shutdown::{Draining, drain};
-use crate::{data, grpc, http};
+use crate::versions::{ModelPlaces, Versions};
+use crate::{data, grpc, http, models, presence};
 
 /// Longest wait for a round trip to Redis: far beyond a healthy one, and short enough to tell people that it is gone.
 const REDIS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -53,6 +55,7 @@ pub struct Opened {
     pub store: Arc<dyn OnlineStore>,
     pub events: Option<Arc<dyn Events>>,
     pub runtime: Option<Arc<dyn Runtime>>,
+    pub models: ModelPlaces,
     pub flight: Option<Mount>,
 }
 
@@ -169,7 +172,8 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
         OnlineUrl::Redis(_) => Arc::new(GuardedStore::new(store)),
         OnlineUrl::Embedded | OnlineUrl::RedisCluster(_) => store,
     };
-    Ok(Opened { project, registry, store, events: Some(events), runtime, flight: Some(offline.mount()) })
+    let models = ModelPlaces { cache: Some(local.join("models")), certifier: options.certifier.clone() };
+    Ok(Opened { project, registry, store, events: Some(events), runtime, models, flight: Some(offline.mount()) })
 }
 
 /// Whether a clock tells the time, give or take an hour: simulations bring their own.
@@ -191,7 +195,7 @@ pub async fn start(
     serve: &ServeSettings,
     clock: Clock,
 ) -> Result<Running, ServeError> {
-    let Opened { project, registry, store, events, runtime, flight } = opened;
+    let Opened { project, registry, store, events, runtime, models, flight } = opened;
     let mut metrics = Metrics::new();
     if let Some(freshness) = events.as_ref().and_then(|events| events.freshness()) {
         metrics.add_freshness(&freshness);
@@ -202,14 +206,17 @@ pub async fn start(
         None => store,
         Some(cache) => Arc::new(CachedStore::new(store, cache, &metrics)),
     };
-    let follower = Follower::new(registry.clone(), project.clone(), events.clone(), runtime, metrics.clone());
+    let versions = Versions::new(registry.clone(), runtime, models);
+    let follower = Follower::new(registry.clone(), project.clone(), events.clone(), versions, metrics.clone());
     let follower = Arc::new(follower);
+    let presence = Presence::new(registry.clone(), follower.clone(), listeners.grpc.address.to_string());
     let draining = CancellationToken::new();
     let gateway = Arc::new(Gateway::new(Parts {
         project,
         store,
         registry,
         follower,
+        presence,
         events,
         clock,
         request_time: serve.request_time,
@@ -229,7 +236,7 @@ pub async fn start(
     let limit = |port| Limit::new(gateway.metrics.connections_refused(port));
     let grpc_server = tokio::spawn(serve_grpc(grpc, limit("grpc"), routes, draining.clone()));
     let http_server = tokio::spawn(http::serve(http, limit("http"), gateway.clone(), http_stop.clone()));
-    let background = tokio::spawn(keep_up(gateway.clone(), health.clone(), draining.clone()));
+    let background = tokio::spawn(keep_up(gateway.clone(), health.clone(), serve.golden_checks, draining.clone()));
     tracing::info!(%grpc_addr, %http_addr, "listening");
     let parts = Draining { gateway: gateway.clone(), health, grpc_server, http_server, http_stop, background };
     let supervisor = tokio::spawn(drain(parts, stop.clone()));
@@ -255,13 +262,29 @@ async fn serve_grpc(
 }
 
 /// Loads what is to be served, says so, and then follows the control log and looks after the online store.
-async fn keep_up(gateway: Arc<Gateway>, health: tonic_health::server::HealthReporter, stop: CancellationToken) {
+async fn keep_up(
+    gateway: Arc<Gateway>,
+    health: tonic_health::server::HealthReporter,
+    checks_every: Duration,
+    stop: CancellationToken,
+) {
+    // Before the log is read: see `presence`.
+    gateway.presence.report().await;
+    let first = async {
+        gateway.follower.follow(Retry::Now).await;
+        // Every active version is loaded, or known to fail, before requests are taken.
+        while !gateway.follower.versions.is_settled() {
+            gateway.follower.versions.changed.notified().await;
+        }
+        gateway.follower.follow(Retry::Later).await;
+    };
     tokio::select! {
         () = stop.cancelled() => return,
-        _ = gateway.follower.follow(Retry::Now) => {}
+        () = first => {}
     }
     gateway.look_at_store().await;
     gateway.started.store(true, Ordering::Release);
+    gateway.presence.has_started().await;
     for service in ["", "coeval.v1.Gateway", "coeval.v1.Ingest", "coeval.v1.Control"] {
         health.set_service_status(service, tonic_health::ServingStatus::Serving).await;
     }
@@ -279,13 +302,15 @@ async fn keep_up(gateway: Arc<Gateway>, health: tonic_health::server::HealthRepo
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            gateway.memory.look(&gateway.served(), &gateway.follower.device);
+            gateway.memory.look(&gateway.served(), &gateway.follower.versions.device);
         }
     };
     tokio::select! {
         () = gateway.follower.run(stop.clone()) => {}
         () = look => {}
         () = watch => {}
+        () = presence::run(&gateway, &stop) => {}
+        () = models::check_again(&gateway, checks_every) => {}
         () = crate::forget::finish(&gateway) => {}
     }
 }

@@ -58,6 +58,9 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
         parts.health.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
     }
     gateway.drain.cancel();
+    gateway.follower.versions.end_loads();
+    // From now on no deploy waits for this gateway.
+    let _ = tokio::time::timeout(CLOSE, gateway.presence.end()).await;
     let mut unclosed: Vec<String> = Vec::new();
     if !grpc_ended {
         match tokio::time::timeout(IN_FLIGHT, &mut parts.grpc_server).await {
@@ -79,9 +82,9 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
             Err(_) => unclosed.push("the event log did not close in time".to_owned()),
         }
     }
-    for model in gateway.served().models.values() {
+    for model in gateway.served().loaded() {
         if tokio::time::timeout(CLOSE, model.server.shutdown()).await.is_err() {
-            unclosed.push(format!("model `{}` did not end in time", model.name));
+            unclosed.push(format!("version {} of model `{}` did not end in time", model.version, model.name));
         }
     }
     match tokio::time::timeout(CLOSE, gateway.store.sync()).await {

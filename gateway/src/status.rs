@@ -15,6 +15,7 @@ use tonic::{Code, Status};
 use uuid::Uuid;
 
 use crate::events::EventsError;
+use crate::model_files::FilesError;
 
 /// What the caller does about a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +39,7 @@ pub enum Kind {
 }
 
 /// A call that was not answered.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
     pub kind: Kind,
@@ -157,6 +158,7 @@ impl From<RegistryError> for Failure {
                     | R::UnknownDigest { .. }
                     | R::OtherDigest { .. }
                     | R::NotForgotten { .. }
+                    | R::Deployment(_)
                     | R::DatasetTaken { .. } => Kind::Precondition,
                 };
                 Failure::new(kind, refusal.to_string())
@@ -189,6 +191,15 @@ impl From<ArtifactError> for Failure {
     }
 }
 
+impl From<FilesError> for Failure {
+    fn from(error: FilesError) -> Failure {
+        match error {
+            FilesError::Artifact(error) => error.into(),
+            FilesError::Disk { .. } => Failure::new(Kind::Unavailable, chain(&error)),
+        }
+    }
+}
+
 impl From<StartError> for Failure {
     fn from(error: StartError) -> Failure {
         match &error {
@@ -198,7 +209,7 @@ impl From<StartError> for Failure {
             | StartError::Memory(_) => {
                 // Warm-up explains its cause in its own text.
                 let text = if let StartError::WarmUp { .. } = error { error.to_string() } else { chain(&error) };
-                Failure::new(Kind::Precondition, format!("{text}; nothing was changed"))
+                Failure::new(Kind::Precondition, text)
             }
             StartError::Thread { .. } => Failure::unavailable("a model could not be started", &error),
         }
@@ -207,7 +218,7 @@ impl From<StartError> for Failure {
 
 impl From<PlacementError> for Failure {
     fn from(error: PlacementError) -> Failure {
-        Failure::new(Kind::Precondition, format!("{error}; nothing was changed"))
+        Failure::new(Kind::Precondition, error.to_string())
     }
 }
 

@@ -316,14 +316,23 @@ impl<T> Batcher<T> {
 
     /// Queues a piece of a request that was admitted as a whole.
     pub fn push_admitted(&mut self, now: Duration, request: Request, payload: T) -> Pushed {
+        let first = self.busy < self.executors && self.queue.is_empty();
+        self.bursts.arrived(now, first, &self.costs);
+        self.push_unseen(now, request, payload, first)
+    }
+
+    /// Queues what is nobody's request: nothing is learned from when it comes, and it lingers for nobody.
+    pub fn push_check(&mut self, now: Duration, request: Request, payload: T) -> Pushed {
+        self.push_unseen(now, request, payload, false)
+    }
+
+    fn push_unseen(&mut self, now: Duration, request: Request, payload: T, may_linger: bool) -> Pushed {
         let Request { rows, bytes, deadline, tier } = request;
         let number = self.next_number;
         self.next_number += 1;
         let idle = self.busy < self.executors;
-        let first = idle && self.queue.is_empty();
-        self.bursts.arrived(now, first, &self.costs);
         let mut wake = idle;
-        if first {
+        if may_linger {
             self.lingering = self.start_linger(now);
         } else if let Some(lingering) = &mut self.lingering {
             lingering.quiet = now + lingering.gap_max;

@@ -60,6 +60,14 @@ impl SharedDevice {
         self.ledger().known().cloned().collect()
     }
 
+    /// Enters something that is not a model yet, if it fits, until what is returned is dropped.
+    pub fn hold(self: &Arc<SharedDevice>, footprint: Footprint) -> Result<Held, MemoryError> {
+        let entry = self.ledger().enter();
+        let held = Held { device: self.clone(), entry };
+        self.ledger().reserve(entry, footprint)?;
+        Ok(held)
+    }
+
     /// Its memory; None where nobody says.
     pub fn capacity(&self) -> Option<u64> {
         self.ledger().capacity()
@@ -111,6 +119,19 @@ impl Taking {
                 wake.notify_one();
             }
         }
+    }
+}
+
+/// An entry of the ledger. Dropping it removes it.
+#[derive(Debug)]
+pub struct Held {
+    device: Arc<SharedDevice>,
+    entry: EntryId,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.device.ledger().remove(self.entry);
     }
 }
 

@@ -31,7 +31,7 @@ mod thread;
 pub use metrics::MetricsSnapshot;
 
 use metrics::count;
-use shared::{Recipe, Shared};
+use shared::{Purpose, Recipe, Shared};
 use thread::Executor;
 
 /// A forward that takes longer, and longer than twenty of its usual ones, is taken not to end at all.
@@ -221,6 +221,10 @@ impl ModelServer {
         &self.shared.spec
     }
 
+    pub fn limits(&self) -> BatchLimits {
+        self.shared.limits
+    }
+
     /// What warm-up measured, by executor and padded size.
     pub fn warm_up(&self) -> &[WarmUp] {
         &self.warm_up
@@ -238,17 +242,34 @@ impl ModelServer {
         deadline: Instant,
         tier: usize,
     ) -> Result<Outcome, InferError> {
+        count(&self.shared.metrics.requests, 1);
+        self.run(inputs, deadline, tier, Purpose::Request).await
+    }
+
+    /// Runs inputs that nobody asked about, in the last tier: they are not counted, and nothing is learned from them. What
+    /// fits one batch is one batch, with the rows of others as they come.
+    pub async fn check(&self, inputs: TensorBatch, deadline: Instant) -> Result<Outcome, InferError> {
+        let last = self.shared.limits.tiers().saturating_sub(1);
+        self.run(inputs, deadline, last, Purpose::Check).await
+    }
+
+    async fn run(
+        &self,
+        inputs: TensorBatch,
+        deadline: Instant,
+        tier: usize,
+        purpose: Purpose,
+    ) -> Result<Outcome, InferError> {
         let metrics = &self.shared.metrics;
-        count(&metrics.requests, 1);
         let (inputs, rows) = self.shared.spec.arrange(inputs)?;
-        let pieces = self.shared.enqueue(inputs, rows, deadline, tier)?;
+        let pieces = self.shared.enqueue(inputs, rows, deadline, tier, purpose)?;
         let mut answers = Vec::with_capacity(pieces.len());
         for mut piece in pieces {
             let answer = tokio::time::timeout_at(deadline.into(), &mut piece.answer).await;
             let answer = match answer {
                 Err(_) => {
                     // Told here rather than when an executor is next free, and room is made at once.
-                    count(&metrics.expired, 1);
+                    count(&metrics.expired, usize::from(purpose == Purpose::Request));
                     piece.withdraw();
                     Err(InferError::Expired)
                 }

@@ -30,6 +30,8 @@ pub mod growth;
 
 pub mod executor;
 
+pub mod check;
+
 pub mod echo;
 #[cfg(feature = "torch")]
 pub mod torch;

@@ -154,7 +154,23 @@ class Server(gateway_pb2_grpc.GatewayServicer, ingest_pb2_grpc.IngestServicer, c
 
     def DeployModel(self, request, context):
         self.seen.append(request)
-        return control_pb2.DeployModelResponse(version=request.version, previous=0)
+        return control_pb2.DeployModelResponse(version=request.version, champion=3, notes=["slow"])
+
+    def PromoteModel(self, request, context):
+        self.seen.append(request)
+        return control_pb2.TrafficResponse(champion=request.version, before=3, previous=3)
+
+    def RollbackModel(self, request, context):
+        self.seen.append(request)
+        return control_pb2.TrafficResponse(champion=3, before=4)
+
+    def RetireModel(self, request, context):
+        self.seen.append(request)
+        return control_pb2.RetireModelResponse(control_entry=8)
+
+    def ApproveModel(self, request, context):
+        self.seen.append(request)
+        return control_pb2.ApproveModelResponse(control_entry=9)
 
     def ListModels(self, request, context):
         return control_pb2.ListModelsResponse(models=[control_pb2.ModelInfo(name="delay", version=3, service="delay_inputs")])
@@ -443,12 +459,52 @@ def test_models(client, server, tmp_path):
     assert header.metrics["auc"] == 0.7
     assert header.libraries["python"] and header.hardware
     assert header.environment_digest.startswith("sha256:") and len(header.environment_digest) == 71
-    assert client.deploy_model("delay", 1, why="first").version == 1
+    assert client.deploy_model("delay", 1, why="first") == coeval.Deployed(1, 3, False, ["slow"])
     assert server.seen[-1].why == "first"
+    assert client.promote("delay", 4, why="better") == coeval.Traffic(4, 3, 3)
+    assert (server.seen[-1].version, server.seen[-1].why) == (4, "better")
+    assert client.rollback("delay", why="worse", who="ann").champion == 3
+    assert (server.seen[-1].who, server.seen[-1].why) == ("ann", "worse")
+    client.retire("delay", 4, force=True)
+    assert server.seen[-1].force
+    client.approve("delay", 4, why="reviewed", who="eve")
+    assert (server.seen[-1].who, server.seen[-1].why) == ("eve", "reviewed")
     assert [(m.name, m.version) for m in client.models()] == [("delay", 3)]
     assert [d.id for d in client.datasets()] == ["i"]
     with pytest.raises(coeval.NotFound, match="model file .*missing.pt"):
         client.register_model("delay", tmp_path / "missing.pt")
+
+
+def test_golden_rows_travel_beside_the_file(client, server):
+    golden = coeval.Golden(
+        {"dense": np.arange(6, dtype=np.float32).reshape(3, 2), "carrier": [1, 2, 3]},
+        {"p_late": np.array([0.1, 0.2, 0.3], dtype=np.float32)},
+        rtol={"float32": 0.01},
+    )
+    assert golden.rows == 3
+    client.register_model("delay", b"model", golden=golden)
+    header, chunk, rows = server.seen[-3:]
+    assert chunk.chunk == b"model" and not header.header.HasField("seed")
+    table = pa.ipc.open_file(rows.golden_chunk).read_all()
+    assert table.schema.names == ["input:dense", "input:carrier", "output:p_late"]
+    assert table.schema.field("input:dense").type == pa.list_(pa.field("item", pa.float32(), nullable=False), 2)
+    assert table.column("input:carrier").to_pylist() == [[1], [2], [3]]
+    said = json.loads(table.schema.metadata[b"coeval.tolerance"])
+    assert said == {"float32": {"rtol": 0.01, "atol": 1e-5}}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "text"),
+    [
+        ({"dense": [[1.0], [2.0]]}, {"p": [0.5]}, "same number of rows"),
+        ({"dense": ["x"]}, {"p": [0.5]}, "`dense` is str"),
+        ({"dense": np.zeros((300, 1))}, {"p": np.zeros(300)}, "300 golden rows"),
+        ({}, {"p": [0.5]}, "inputs and outputs"),
+    ],
+)
+def test_golden_rows_that_are_none(inputs, outputs, text):
+    with pytest.raises(coeval.InvalidArgument, match=text):
+        coeval.Golden(inputs, outputs)
 
 
 def test_a_scripted_module(client, server):

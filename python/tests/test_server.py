@@ -407,10 +407,75 @@ def test_a_model_from_registration_to_prediction(client):
     assert np.allclose(answer["p_buys"], expected, atol=1e-6)
     assert answer.features["spending:orders_24h"].to_pylist() == [2, 0]
     record = next(model for model in client.models() if model.version == registered.version)
-    assert record.deployed and record.seed == 1 and record.metrics == {"auc": 0.5}
+    assert record.state == "champion" and record.seed == 1 and record.metrics == {"auc": 0.5}
+    assert [(gateway.state, gateway.max_rows) for gateway in record.gateways] == [("ready", 256)]
+    assert record.gateways[0].memory_bytes > 0
     assert record.environment_digest.startswith("sha256:") and "torch" in record.libraries
     again = client.register_model("buys", scripted(2))
     assert again.version == registered.version or not again.existed
+
+
+def weighted(weights):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = torch.nn.Parameter(torch.tensor(weights)[:, None])
+
+        def forward(self, dense: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(dense @ self.weights)[:, 0]
+
+    return torch.jit.script(Weighted().eval())
+
+
+def mixing():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Mixing(torch.nn.Module):
+        def forward(self, dense: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid((dense - dense.mean(0)).sum(1))
+
+    return torch.jit.script(Mixing().eval())
+
+
+def test_golden_rows_decide_whether_a_version_is_served(client):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    dense = torch.linspace(-2, 2, 32).view(16, 2)
+    good = weighted([0.5, -1.5])
+    registered = client.register_model("buys", good, golden=coeval.Golden.of(good, {"dense": dense}, ["p_buys"]))
+    champion = client.deploy_model("buys", registered.version, why="golden rows hold").champion
+    client.promote("buys", registered.version, why="it is the newest")
+    assert client.deploy_model("buys", registered.version).existed
+    record = next(model for model in client.models() if model.version == registered.version)
+    assert record.state == "champion" and record.golden_digest and record.gateways[0].notes == []
+
+    # Trained to something else than what was exported.
+    other = weighted([0.5, -1.4])
+    wrong = client.register_model("buys", other, golden=coeval.Golden.of(good, {"dense": dense}, ["p_buys"]))
+    with pytest.raises(coeval.Conflict, match=r"output `p_buys` of row 0 is .*, expected .* \(rtol 0.0001, atol 0.00001 for"):
+        client.deploy_model("buys", wrong.version)
+    loose = coeval.Golden.of(good, {"dense": dense}, ["p_buys"], atol=0.2)
+    assert not client.register_model("buys", other, golden=loose).existed
+    with pytest.raises(coeval.InvalidArgument, match="`input:dense` has"):
+        client.register_model("buys", good, golden=coeval.Golden({"dense": torch.zeros(2, 3)}, {"p_buys": torch.zeros(2)}))
+
+    if champion != registered.version:
+        assert client.rollback("buys", why="that was a test").champion == champion
+        client.retire("buys", registered.version, why="that was a test")
+
+
+def test_a_model_whose_rows_influence_each_other_is_served_one_row_at_a_time(client):
+    registered = client.register_model("buys", mixing())
+    deployed = client.deploy_model("buys", registered.version, why="a batch normalised by itself")
+    assert "rows influence each other" in deployed.notes[0]
+    request = {"customer": ["ann", "zoe"], "total": [3.0, 0.0], "coupon": [None, None]}
+    answer = client.predict("buys", request, at=at(3), version=registered.version, deadline_ms=10_000)
+    assert np.allclose(answer["p_buys"], 0.5), "each row is its own mean"
+    record = next(model for model in client.models() if model.version == registered.version)
+    assert record.gateways[0].max_rows == 1
+    if record.state == "active":
+        client.retire("buys", registered.version, why="that was a test")
 
 
 def test_a_model_that_does_not_fit(client):

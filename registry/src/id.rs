@@ -173,6 +173,12 @@ text_id!(
     check_name
 );
 text_id!(
+    /// One life of one gateway process: chosen when it starts.
+    Incarnation,
+    "gateway",
+    check_name
+);
+text_id!(
     /// A digest of definitions (storage, semantic or catalog): opaque here, compared for equality only.
     Digest,
     "digest",
@@ -209,6 +215,12 @@ impl Salt {
         // Two random UUIDs are 244 random bits; hashed, they are evenly spread over all.
         let (first, second) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
         Self(Sha256::of(&[first.into_bytes(), second.into_bytes()].concat()).0)
+    }
+}
+
+impl Incarnation {
+    pub fn random() -> Self {
+        Self(uuid::Uuid::new_v4().simple().to_string())
     }
 }
 

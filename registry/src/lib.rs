@@ -19,11 +19,14 @@ pub mod log;
 pub mod state;
 
 pub mod dataset;
+pub mod deployment;
 pub mod forgotten;
+pub mod gateways;
 pub mod model;
 pub mod snapshot;
 pub mod store;
 
+use gateways::Gateways;
 use id::{EntryId, EntryNumber, ModelVersion, ProjectName};
 use log::{Append, ControlLog, Draft, Entry, LogError};
 use model::Artifacts;
@@ -96,6 +99,7 @@ impl RegistryError {
 pub struct Registry {
     log: ControlLog,
     artifacts: Artifacts,
+    gateways: Gateways,
     clock: Clock,
     /// Written by `refresh` only, while it holds `folding`.
     state: watch::Sender<Arc<State>>,
@@ -113,7 +117,8 @@ impl Registry {
         log.head_after(state.head).await?;
         let registry = Self {
             log,
-            artifacts: Artifacts::new(store, prefix),
+            artifacts: Artifacts::new(store.clone(), prefix),
+            gateways: Gateways::new(store, prefix),
             clock,
             state: watch::Sender::new(Arc::new(state)),
             folding: Mutex::new(()),
@@ -139,6 +144,10 @@ impl Registry {
 
     pub fn artifacts(&self) -> &Artifacts {
         &self.artifacts
+    }
+
+    pub fn gateways(&self) -> &Gateways {
+        &self.gateways
     }
 
     /// Folds what others have appended; one small request when there is nothing. On an error the state stays at the last

@@ -62,13 +62,19 @@ pub struct NewModel {
 }
 
 impl NewModel {
-    /// Whether registering both would make two versions that nobody could tell apart by what they compute.
+    /// Whether registering `self` beside `other` would make two versions that nobody could tell apart: they compute the same,
+    /// and `self` brings no other golden rows to judge that by.
     pub fn computes_the_same_as(&self, other: &Self) -> bool {
         self.artifact.sha256 == other.artifact.sha256
             && self.service_digest == other.service_digest
             && self.service == other.service
             && self.runtime == other.runtime
             && self.inputs == other.inputs
+            && (self.golden_rows.is_none() || self.golden_sha256() == other.golden_sha256())
+    }
+
+    fn golden_sha256(&self) -> Option<&Sha256> {
+        self.golden_rows.as_ref().map(|golden| &golden.sha256)
     }
 }
 
@@ -81,6 +87,9 @@ pub struct ModelRecord {
     /// The `apply` whose definitions it is served by: the latest one, when it was registered, that had its service digest.
     pub definitions: EntryNumber,
     pub model: NewModel,
+    /// Who said that it may be served, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub approvals: BTreeMap<String, Fact>,
 }
 
 #[derive(Debug, Error)]

@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::dataset::{DatasetRecord, NewDataset};
+use crate::deployment::{
+    Activate, Deployment, DeploymentChange, DeploymentError, GiveUp, Move, Named, Prepare, Standing,
+};
 use crate::forgotten::{Forget, ForgetDone, ForgottenEntities, ForgottenKey, KEYS_MAX};
 use crate::id::{
     DatasetId, DatasetName, Digest, EntityName, EntryId, EntryNumber, ModelName, ModelVersion, ProjectName,
@@ -26,8 +29,8 @@ use crate::model::{ModelRecord, NewModel};
 /// The version of the fold. It changes whenever a kind is added or an entry comes to mean something else, so that a
 /// snapshot made by a build that skipped an entry is never taken for the fold of a build that understands it.
 ///
-/// 2: entities that were forgotten.
-pub const FOLD: u32 = 2;
+/// 2: entities that were forgotten. 3: versions are prepared, and traffic moves by entries of its own.
+pub const FOLD: u32 = 3;
 
 /// The kinds of entries that this build understands. All of them must be understood: a reader that skipped one would
 /// judge later changes on a state that nobody else has.
@@ -35,7 +38,15 @@ mod kind {
     pub const APPLY: &str = "apply";
     pub const DATASET_CREATE: &str = "dataset_create";
     pub const MODEL_REGISTER: &str = "model_register";
+    /// Of older logs: the version answers from then on. Nobody writes it any more.
     pub const MODEL_DEPLOY: &str = "model_deploy";
+    pub const MODEL_PREPARE: &str = "model_prepare";
+    pub const MODEL_ACTIVATE: &str = "model_activate";
+    pub const MODEL_GIVE_UP: &str = "model_give_up";
+    pub const MODEL_PROMOTE: &str = "model_promote";
+    pub const MODEL_ROLLBACK: &str = "model_rollback";
+    pub const MODEL_RETIRE: &str = "model_retire";
+    pub const MODEL_APPROVE: &str = "model_approve";
     pub const FORGET: &str = "forget";
     pub const FORGET_DONE: &str = "forget_done";
 }
@@ -87,15 +98,6 @@ pub struct Applied {
     pub catalog: Catalog,
 }
 
-/// What a model's requests are answered by.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Deployment {
-    pub active: ModelVersion,
-    /// The version before, kept for rollback.
-    pub previous: Option<ModelVersion>,
-    pub fact: Fact,
-}
-
 /// All that is known of one project; it begins with its first `apply`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Project {
@@ -133,9 +135,14 @@ impl Project {
         self.models.get(name)?.get(&version)
     }
 
-    /// The version that answers the model's requests.
-    pub fn active(&self, name: &str) -> Option<&ModelRecord> {
-        self.model(name, self.deployments.get(name)?.active)
+    /// The version that answers requests which name none.
+    pub fn champion(&self, name: &str) -> Option<&ModelRecord> {
+        self.model(name, self.deployments.get(name)?.champion_version()?)
+    }
+
+    /// How far a version has come.
+    pub fn standing(&self, name: &str, version: ModelVersion) -> Standing {
+        self.deployments.get(name).map_or(Standing::Registered, |deployment| deployment.standing(version))
     }
 
     /// A dataset by its id, or the latest snapshot of a name.
@@ -198,7 +205,7 @@ pub enum Change {
     Apply(Catalog),
     CreateDataset(NewDataset),
     RegisterModel(Box<NewModel>),
-    Deploy { model: ModelName, version: ModelVersion },
+    Deployment(DeploymentChange),
     Forget(Forget),
     ForgetDone(ForgetDone),
 }
@@ -254,6 +261,8 @@ pub enum Refusal {
     OtherSalt,
     #[error("entity `{entity}` was not asked to be forgotten under all of these hashes; ask first")]
     NotForgotten { entity: EntityName },
+    #[error(transparent)]
+    Deployment(#[from] DeploymentError),
     #[error("the record of model `{model}` lacks its {field}; a version is registered with its whole record")]
     Incomplete { model: ModelName, field: &'static str },
 }
@@ -262,12 +271,6 @@ pub enum Refusal {
 struct RegisterBody {
     version: ModelVersion,
     model: NewModel,
-}
-
-#[derive(Serialize, Deserialize)]
-struct DeployBody {
-    model: ModelName,
-    version: ModelVersion,
 }
 
 impl State {
@@ -284,7 +287,7 @@ impl State {
             Change::Apply(catalog) => self.judge_apply(project, catalog),
             Change::CreateDataset(dataset) => judge_dataset(project, self.known(project)?, dataset),
             Change::RegisterModel(model) => judge_register(project, self.known(project)?, model),
-            Change::Deploy { model, version } => judge_deploy(project, self.known(project)?, model, *version),
+            Change::Deployment(change) => judge_deployment(project, self.known(project)?, change),
             Change::Forget(forget) => judge_forget(&self.known(project)?.forgotten, forget),
             Change::ForgetDone(done) => judge_forget_done(&self.known(project)?.forgotten, done),
         }
@@ -309,7 +312,14 @@ impl State {
             kind::APPLY => Some(self.fold_apply(entry, body(entry)?)),
             kind::DATASET_CREATE => Some(self.fold_dataset(entry, body(entry)?)),
             kind::MODEL_REGISTER => Some(self.fold_register(entry, body(entry)?)),
-            kind::MODEL_DEPLOY => Some(self.fold_deploy(entry, body(entry)?)),
+            kind::MODEL_DEPLOY
+            | kind::MODEL_PREPARE
+            | kind::MODEL_ACTIVATE
+            | kind::MODEL_GIVE_UP
+            | kind::MODEL_PROMOTE
+            | kind::MODEL_ROLLBACK
+            | kind::MODEL_RETIRE
+            | kind::MODEL_APPROVE => Some(self.fold_deployment(entry)?),
             kind::FORGET => Some(self.fold_forget(entry, body(entry)?)),
             kind::FORGET_DONE => Some(self.fold_forget_done(entry, body(entry)?)),
             _ => None,
@@ -379,21 +389,36 @@ impl State {
             return None;
         }
         let versions = project.models.entry(model.name.clone()).or_default();
-        versions.insert(version, ModelRecord { version, registered: fact(entry), definitions, model });
+        let (registered, approvals) = (fact(entry), BTreeMap::new());
+        versions.insert(version, ModelRecord { version, registered, definitions, model, approvals });
         Some(())
     }
 
-    fn fold_deploy(&mut self, entry: &Entry, DeployBody { model, version }: DeployBody) -> Option<()> {
-        let project = self.projects.get_mut(&entry.project)?;
-        project.model(model.as_str(), version)?;
-        let before = project.deployments.get(&model);
-        let previous = match before {
-            Some(before) if before.active == version => before.previous,
-            Some(before) => Some(before.active),
-            None => None,
+    fn fold_deployment(&mut self, entry: &Entry) -> Result<Option<()>, FoldError> {
+        // Bodies differ; all of them name these two.
+        let Named { model, version } = body(entry)?;
+        let fact = fact(entry);
+        let Some(project) = self.projects.get_mut(&entry.project) else { return Ok(None) };
+        let Some(record) = project.models.get_mut(&model).and_then(|versions| versions.get_mut(&version)) else {
+            return Ok(None);
         };
-        project.deployments.insert(model, Deployment { active: version, previous, fact: fact(entry) });
-        Some(())
+        let deployment = project.deployments.entry(model).or_default();
+        Ok(match entry.kind.as_str() {
+            kind::MODEL_DEPLOY => {
+                deployment.fold_deploy(version, fact);
+                Some(())
+            }
+            kind::MODEL_PREPARE => deployment.fold_prepare(body::<Prepare>(entry)?, fact),
+            kind::MODEL_ACTIVATE => deployment.fold_activate(body::<Activate>(entry)?, fact),
+            kind::MODEL_GIVE_UP => deployment.fold_give_up(body::<GiveUp>(entry)?, fact),
+            kind::MODEL_PROMOTE => deployment.fold_promote(version, fact),
+            kind::MODEL_ROLLBACK => deployment.fold_rollback(version, fact),
+            kind::MODEL_RETIRE => deployment.fold_retire(version),
+            _ => {
+                record.approvals.entry(fact.who.clone()).or_insert(fact);
+                Some(())
+            }
+        })
     }
 
     fn fold_forget(&mut self, entry: &Entry, forget: Forget) -> Option<()> {
@@ -497,34 +522,42 @@ fn judge_register(project: &ProjectName, known: &Project, new: &NewModel) -> Res
     }
 
     let mut versions = known.models.get(model).into_iter().flat_map(BTreeMap::values);
-    if let Some(same) = versions.find(|record| record.model.computes_the_same_as(new)) {
+    if let Some(same) = versions.find(|record| new.computes_the_same_as(&record.model)) {
         return Ok(Judgement::AlreadySo { entry: same.registered.entry, version: Some(same.version) });
     }
     let version = known.next_version(model);
     Ok(append(kind::MODEL_REGISTER, &RegisterBody { version, model: new.clone() }, Some(version)))
 }
 
-fn judge_deploy(
-    project: &ProjectName,
-    known: &Project,
-    model: &ModelName,
-    version: ModelVersion,
-) -> Result<Judgement, Refusal> {
-    let expected = declared(project, known, model)?;
+fn judge_deployment(project: &ProjectName, known: &Project, change: &DeploymentChange) -> Result<Judgement, Refusal> {
+    let (model, version) = (change.model(), change.version());
     let Some(record) = known.model(model.as_str(), version) else {
+        declared(project, known, model)?;
         let existing = known.models.get(model).into_iter().flat_map(|versions| versions.keys().copied()).collect();
         return Err(Refusal::UnknownVersion { model: model.clone(), version, existing });
     };
-    if *expected != record.model.service {
-        let (expected, found) = (expected.clone(), record.model.service.clone());
-        return Err(Refusal::OtherService { model: model.clone(), expected, found });
-    }
-    match known.deployments.get(model) {
-        Some(present) if present.active == version => {
-            Ok(Judgement::AlreadySo { entry: present.fact.entry, version: Some(version) })
+    if let DeploymentChange::Prepare(_) = change {
+        let expected = declared(project, known, model)?;
+        if *expected != record.model.service {
+            let (expected, found) = (expected.clone(), record.model.service.clone());
+            return Err(Refusal::OtherService { model: model.clone(), expected, found });
         }
-        _ => Ok(append(kind::MODEL_DEPLOY, &DeployBody { model: model.clone(), version }, Some(version))),
     }
+    let nothing = Deployment::default();
+    match known.deployments.get(model).unwrap_or(&nothing).judge(change)? {
+        Move::AlreadySo(entry) => return Ok(Judgement::AlreadySo { entry, version: Some(version) }),
+        Move::Append => {}
+    }
+    let named = || Named { model: model.clone(), version };
+    Ok(match change {
+        DeploymentChange::Prepare(body) => append(kind::MODEL_PREPARE, body, Some(version)),
+        DeploymentChange::Activate(body) => append(kind::MODEL_ACTIVATE, body, Some(version)),
+        DeploymentChange::GiveUp(body) => append(kind::MODEL_GIVE_UP, body, Some(version)),
+        DeploymentChange::Promote { .. } => append(kind::MODEL_PROMOTE, &named(), Some(version)),
+        DeploymentChange::Rollback { .. } => append(kind::MODEL_ROLLBACK, &named(), Some(version)),
+        DeploymentChange::Retire { .. } => append(kind::MODEL_RETIRE, &named(), Some(version)),
+        DeploymentChange::Approve { .. } => append(kind::MODEL_APPROVE, &named(), Some(version)),
+    })
 }
 
 /// The service that the definitions in force give to a model.

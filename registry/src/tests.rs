@@ -10,7 +10,7 @@ use object_store::{
 };
 
 use super::*;
-use crate::state::tests::{catalog, delay, flights, model};
+use crate::state::tests::{activate, catalog, flights, model, prepare};
 
 fn clock() -> Clock {
     let seconds = AtomicI64::new(1_000_000_000);
@@ -39,16 +39,18 @@ async fn a_model_goes_from_definitions_to_deployed() {
     let receipt = registry.submit(&flights(), &change, "bob", None).await.unwrap();
     assert_eq!((receipt.outcome, receipt.version), (Outcome::AlreadySo, Some(ModelVersion(1))));
     assert_eq!(receipt.entry, EntryNumber(2));
-    let change = Change::Deploy { model: delay(), version: ModelVersion(1) };
-    let receipt = registry.submit(&flights(), &change, "ada", None).await.unwrap();
+    let receipt = registry.submit(&flights(), &prepare(1), "ada", None).await.unwrap();
     assert_eq!(receipt.entry, EntryNumber(3));
-    assert_eq!(receipt.state.project("flights").unwrap().active("delay").unwrap().model, model("a", "d1"));
+    assert!(receipt.state.project("flights").unwrap().champion("delay").is_none());
+    let receipt = registry.submit(&flights(), &activate(1, 3), "ada", None).await.unwrap();
+    assert_eq!(receipt.entry, EntryNumber(4));
+    assert_eq!(receipt.state.project("flights").unwrap().champion("delay").unwrap().model, model("a", "d1"));
 
     assert_eq!(follower.state().head, EntryNumber::NONE);
     let mut news = follower.subscribe();
     assert_eq!(*follower.refresh().await.unwrap(), *registry.state());
     assert!(news.has_changed().unwrap());
-    assert_eq!(news.borrow_and_update().head, EntryNumber(3));
+    assert_eq!(news.borrow_and_update().head, EntryNumber(4));
 
     let trail: Vec<_> = registry
         .history(EntryNumber::FIRST, 10)
@@ -62,7 +64,8 @@ async fn a_model_goes_from_definitions_to_deployed() {
         [
             ("apply".to_owned(), "ada".to_owned(), Some("begin".to_owned()), 1_000_000_000),
             ("model_register".to_owned(), "ada".to_owned(), None, 1_000_000_001),
-            ("model_deploy".to_owned(), "ada".to_owned(), None, 1_000_000_002),
+            ("model_prepare".to_owned(), "ada".to_owned(), None, 1_000_000_002),
+            ("model_activate".to_owned(), "ada".to_owned(), None, 1_000_000_003),
         ]
     );
 }
@@ -71,7 +74,7 @@ async fn a_model_goes_from_definitions_to_deployed() {
 async fn refusals_and_unsigned_changes_write_nothing() {
     let registry = open(&in_memory()).await;
     registry.submit(&flights(), &Change::Apply(catalog("d1")), "ada", None).await.unwrap();
-    let change = Change::Deploy { model: delay(), version: ModelVersion(2) };
+    let change = prepare(2);
     let error = registry.submit(&flights(), &change, "ada", None).await.unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -165,7 +168,7 @@ async fn a_start_reads_the_snapshot_and_needs_it_not() {
     for nth in 0..300 {
         registry.submit(&flights(), &Change::Apply(catalog(&format!("d{nth}"))), "ada", None).await.unwrap();
     }
-    let snapshot = Path::from("p/control/snapshots/00000000000000000256-f2.json");
+    let snapshot = Path::from("p/control/snapshots/00000000000000000256-f3.json");
     assert!(store.head(&snapshot).await.is_ok());
     assert_eq!(snapshot::load(registry.log()).await.unwrap().head, EntryNumber(256));
     assert_eq!(*open(&store).await.state(), *registry.state());

@@ -3,6 +3,7 @@
 mod audit;
 mod faults;
 mod forget;
+mod models;
 mod object_stores;
 mod process;
 mod redis_store;

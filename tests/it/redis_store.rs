@@ -39,7 +39,7 @@ fn project(online: &str) -> Project {
 
 fn options(project: &Project, clock: &ManualClock) -> ServeOptions {
     let (settings, project_dir) = (project.settings().unwrap(), project.path().into());
-    ServeOptions { settings, project_dir, clock: clock.clock(), runtime: None }
+    ServeOptions { settings, project_dir, clock: clock.clock(), runtime: None, certifier: None }
 }
 
 /// Status line and body.

@@ -1,10 +1,14 @@
-//! `coeval model`: versions, from their file to traffic.
+//! `coeval model`: versions, from their file to the gateways. Traffic is `coeval rollout`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use inference::memory::shown;
 use proto::v1::register_model_request::Part;
-use proto::v1::{DeployModelRequest, ListModelsRequest, ModelHeader, ModelInfo, RegisterModelRequest};
+use proto::v1::{
+    Approval, ApproveModelRequest, DeployModelRequest, GatewayVersion, ListModelsRequest, ModelHeader, ModelInfo,
+    RegisterModelRequest, RetireModelRequest,
+};
 use serde_json::{Value as Json, json};
 
 use crate::commands::certify;
@@ -31,8 +35,38 @@ pub enum ModelCommand {
     /// What `certify` runs in its own process: a job on standard input, steps on standard output
     #[command(hide = true)]
     CertifyHere,
-    /// Send traffic to a version
+    /// Have every gateway load a version, measure it and compare it with its golden rows. Traffic does not move, unless the model
+    /// has none yet; `coeval rollout promote` moves it
     Deploy {
+        model: String,
+        version: u32,
+        /// Why, for the audit trail
+        #[arg(long, value_name = "TEXT")]
+        why: String,
+        /// Who, for the audit trail; without it, the account that runs this
+        #[arg(long, value_name = "NAME")]
+        who: Option<String>,
+        #[command(flatten)]
+        server: ServerArguments,
+    },
+    /// Take a version off the gateways; not the one that has the traffic
+    Retire {
+        model: String,
+        version: u32,
+        /// Also the version that a rollback goes back to
+        #[arg(long)]
+        force: bool,
+        /// Why, for the audit trail
+        #[arg(long, value_name = "TEXT")]
+        why: String,
+        /// Who, for the audit trail; without it, the account that runs this
+        #[arg(long, value_name = "NAME")]
+        who: Option<String>,
+        #[command(flatten)]
+        server: ServerArguments,
+    },
+    /// Record that a version may be served
+    Approve {
         model: String,
         version: u32,
         /// Why, for the audit trail
@@ -49,7 +83,7 @@ pub enum ModelCommand {
     /// The whole record of a version
     Show {
         model: String,
-        /// Without it, the deployed version, else the newest
+        /// Without it, the champion, else the newest
         version: Option<u32>,
         #[command(flatten)]
         server: ServerArguments,
@@ -67,12 +101,12 @@ pub struct RegisterArguments {
     /// The git commit of the training code; without it, that of the project folder
     #[arg(long, value_name = "HASH")]
     commit: Option<String>,
-    /// A digest of the training environment
+    /// A digest of the training environment: of its lock file, or of its image
     #[arg(long, value_name = "DIGEST", default_value = "unrecorded")]
     environment_digest: String,
     /// The seed of the training
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// What it was trained on
     #[arg(long, value_name = "TEXT", default_value = "unrecorded")]
     hardware: String,
@@ -82,7 +116,11 @@ pub struct RegisterArguments {
     /// The dataset it was trained on, by id or name
     #[arg(long, value_name = "DATASET")]
     dataset: Option<String>,
-    /// A metric of the training; may be repeated
+    /// Rows of inputs with the outputs that the training process got: Arrow IPC with `input:<name>` and `output:<name>` columns,
+    /// as the Python client writes it (`coeval.Golden`)
+    #[arg(long, value_name = "FILE")]
+    golden: Option<PathBuf>,
+    /// A metric on held-out rows; may be repeated
     #[arg(long = "metric", value_name = "NAME=NUMBER", value_parser = metric)]
     pub metrics: Vec<(String, f64)>,
     #[command(flatten)]
@@ -119,18 +157,64 @@ pub async fn run(place: &Place, command: &ModelCommand, output: &Output) -> Resu
                 why: why.clone(),
             };
             let waiting = output.waiting();
-            waiting.set_message(format!("the server loads and warms up {model} version {version}"));
+            waiting.set_message(format!("the gateways measure, load and check {model} version {version}"));
             let answer = server.control().deploy_model(request).await.map_err(|status| server.failed(status));
             waiting.finish_and_clear();
             let answer = answer?.into_inner();
-            output.line(match answer.previous {
-                0 => format!("{model}: traffic goes to version {}", answer.version),
-                previous if previous == answer.version => {
-                    format!("{model}: traffic went to version {previous} already")
-                }
-                previous => format!("{model}: traffic goes to version {}, before to {previous}", answer.version),
+            let version = answer.version;
+            output.line(match (answer.existed, answer.champion) {
+                (true, champion) if champion == version => format!("{model}: version {version} had the traffic already"),
+                (true, _) => format!("{model}: version {version} was active already; requests that name it are answered"),
+                (false, champion) if champion == version => format!("{model}: version {version} is the first, and has the traffic"),
+                (false, champion) => format!(
+                    "{model}: version {version} is active on every gateway, and answers requests that name it; the traffic goes to \
+                     version {champion}"
+                ),
             });
-            output.json(&json!({"model": model, "version": answer.version, "previous": answer.previous}));
+            answer.notes.iter().for_each(|note| output.note(format!("note: {note}")));
+            if answer.champion != version {
+                output.line(format!("`coeval rollout promote {model} {version} --why ...` moves the traffic to it"));
+            }
+            output.json(&json!({
+                "model": model,
+                "version": version,
+                "champion": answer.champion,
+                "existed": answer.existed,
+                "notes": answer.notes,
+                "gateways": answer.gateways.iter().map(gateway_json).collect::<Vec<_>>(),
+            }));
+            Ok(())
+        }
+        ModelCommand::Retire { model, version, force, why, who: given, server } => {
+            let server = Server::of(place, server, output).await?;
+            let request = RetireModelRequest {
+                project: server.project.clone(),
+                model: model.clone(),
+                version: *version,
+                force: *force,
+                who: who(given.as_deref()),
+                why: why.clone(),
+            };
+            let answer = server.control().retire_model(request).await.map_err(|status| server.failed(status))?;
+            output.line(format!("{model}: version {version} is on no gateway any more"));
+            let entry = answer.into_inner().control_entry;
+            output.json(&json!({"model": model, "version": version, "control_entry": entry}));
+            Ok(())
+        }
+        ModelCommand::Approve { model, version, why, who: given, server } => {
+            let server = Server::of(place, server, output).await?;
+            let who = who(given.as_deref());
+            let request = ApproveModelRequest {
+                project: server.project.clone(),
+                model: model.clone(),
+                version: *version,
+                who: who.clone(),
+                why: why.clone(),
+            };
+            let answer = server.control().approve_model(request).await.map_err(|status| server.failed(status))?;
+            output.line(format!("{model}: version {version} is approved by {who}"));
+            let entry = answer.into_inner().control_entry;
+            output.json(&json!({"model": model, "version": version, "who": who, "control_entry": entry}));
             Ok(())
         }
         ModelCommand::List(arguments) => {
@@ -139,19 +223,18 @@ pub async fn run(place: &Place, command: &ModelCommand, output: &Output) -> Resu
             let rows: Vec<Vec<String>> = models
                 .iter()
                 .map(|model| {
-                    let deployed = if model.deployed { "deployed" } else { "" };
                     let metrics = named(&model.metrics);
                     vec![
                         model.name.clone(),
                         model.version.to_string(),
-                        deployed.to_owned(),
+                        model.state.clone(),
                         model.service.clone(),
                         model.registered_at.clone(),
                         metrics,
                     ]
                 })
                 .collect();
-            output.table(&["MODEL", "VERSION", "TRAFFIC", "SERVICE", "REGISTERED", "METRICS"], &rows);
+            output.table(&["MODEL", "VERSION", "STATE", "SERVICE", "REGISTERED", "METRICS"], &rows);
             output.json(&models.iter().map(as_json).collect::<Vec<_>>());
             Ok(())
         }
@@ -181,7 +264,7 @@ fn find<'a>(models: &'a [ModelInfo], name: &str, version: Option<u32>) -> Result
     }
     let found = match version {
         Some(version) => versions.iter().find(|model| model.version == version),
-        None => versions.iter().find(|model| model.deployed).or(versions.last()),
+        None => versions.iter().find(|model| model.state == "champion").or(versions.last()),
     };
     found.copied().ok_or_else(|| {
         let known: Vec<String> = versions.iter().map(|model| model.version.to_string()).collect();
@@ -191,8 +274,7 @@ fn find<'a>(models: &'a [ModelInfo], name: &str, version: Option<u32>) -> Result
 }
 
 fn show(model: &ModelInfo, output: &Output) {
-    let deployed = if model.deployed { ", deployed" } else { "" };
-    output.line(format!("{} version {}{deployed}", model.name, model.version));
+    output.line(format!("{} version {}, {}", model.name, model.version, model.state));
     let libraries: Vec<String> = model.libraries.iter().map(|(name, version)| format!("{name} {version}")).collect();
     let facts = [
         ("digest", model.digest.clone()),
@@ -205,12 +287,41 @@ fn show(model: &ModelInfo, output: &Output) {
         ("environment", model.environment_digest.clone()),
         ("hardware", model.hardware.clone()),
         ("libraries", libraries.join(", ")),
-        ("seed", model.seed.to_string()),
+        ("seed", model.seed.map(|seed| seed.to_string()).unwrap_or_default()),
+        ("golden rows", model.golden_digest.clone()),
+        ("given up", model.given_up.clone()),
     ];
     for (name, value) in facts.iter().filter(|(_, value)| !value.is_empty()) {
         output.line(format!("  {name:<11}  {value}"));
     }
+    for Approval { who, why, at } in &model.approvals {
+        output.line(format!("  {:<11}  {who} at {at}: {why}", "approved"));
+    }
+    for gateway in &model.gateways {
+        let name = if gateway.address.is_empty() { &gateway.gateway } else { &gateway.address };
+        let mut line = format!("  {:<11}  {name}: {}", "gateway", gateway.state);
+        if gateway.state == "ready" {
+            line += &format!(", {}, batches of at most {}", shown(gateway.memory_bytes), gateway.max_rows);
+        }
+        if !gateway.reason.is_empty() {
+            line += &format!(": {}", gateway.reason);
+        }
+        output.line(line);
+        gateway.notes.iter().for_each(|note| output.line(format!("  {:<11}    {note}", "")));
+    }
     output.json(&as_json(model));
+}
+
+fn gateway_json(gateway: &GatewayVersion) -> Json {
+    json!({
+        "gateway": gateway.gateway,
+        "address": gateway.address,
+        "state": gateway.state,
+        "reason": gateway.reason,
+        "notes": gateway.notes,
+        "memory_bytes": gateway.memory_bytes,
+        "max_rows": gateway.max_rows,
+    })
 }
 
 fn named(metrics: &std::collections::HashMap<String, f64>) -> String {
@@ -219,11 +330,19 @@ fn named(metrics: &std::collections::HashMap<String, f64>) -> String {
     parts.join(", ")
 }
 
+fn approval(approval: &Approval) -> Json {
+    json!({"who": approval.who, "why": approval.why, "at": approval.at})
+}
+
 fn as_json(model: &ModelInfo) -> Json {
     json!({
         "name": model.name,
         "version": model.version,
-        "deployed": model.deployed,
+        "state": model.state,
+        "approvals": model.approvals.iter().map(approval).collect::<Vec<_>>(),
+        "golden_digest": model.golden_digest,
+        "given_up": model.given_up,
+        "gateways": model.gateways.iter().map(gateway_json).collect::<Vec<_>>(),
         "digest": model.digest,
         "service": model.service,
         "service_digest": model.service_digest,
@@ -243,6 +362,11 @@ async fn register(place: &Place, arguments: &RegisterArguments, output: &Output)
     let path = &arguments.file;
     let bytes = std::fs::read(path)
         .map_err(|source| CliError::Io { what: format!("could not read {}", path.display()), source })?;
+    let golden = match &arguments.golden {
+        Some(path) => std::fs::read(path)
+            .map_err(|source| CliError::Io { what: format!("could not read {}", path.display()), source })?,
+        None => Vec::new(),
+    };
     let server = Server::of(place, &arguments.server, output).await?;
     let header = ModelHeader {
         project: server.project.clone(),
@@ -260,7 +384,8 @@ async fn register(place: &Place, arguments: &RegisterArguments, output: &Output)
     bar.set_message(format!("{}", path.display()));
     let sent = bar.clone();
     let chunks = bytes.chunks(CHUNK_BYTES).map(<[u8]>::to_vec).collect::<Vec<_>>();
-    let parts = std::iter::once(Part::Header(header)).chain(chunks.into_iter().map(Part::Chunk));
+    let golden = golden.chunks(CHUNK_BYTES).map(|chunk| Part::GoldenChunk(chunk.to_vec())).collect::<Vec<_>>();
+    let parts = std::iter::once(Part::Header(header)).chain(chunks.into_iter().map(Part::Chunk)).chain(golden);
     let parts = parts.map(move |part| {
         if let Part::Chunk(bytes) = &part {
             sent.inc(bytes.len() as u64);
@@ -276,7 +401,7 @@ async fn register(place: &Place, arguments: &RegisterArguments, output: &Output)
     } else {
         output.line(format!("{model}: version {version}, digest {}", answer.digest));
     }
-    output.line(format!("`coeval model deploy {model} {version} --why ...` sends traffic to it"));
+    output.line(format!("`coeval model deploy {model} {version} --why ...` brings it to the gateways"));
     output.json(&json!({"model": model, "version": version, "digest": answer.digest, "existed": answer.existed}));
     Ok(())
 }

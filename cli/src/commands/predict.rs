@@ -18,7 +18,7 @@ pub struct PredictArguments {
     model: String,
     #[command(flatten)]
     ask: Ask,
-    /// A deployed version; without it, the one that traffic goes to
+    /// An active version; without it, the champion, which the traffic goes to
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     version: u32,
     /// One of the tiers that the model declares; without it, the first

@@ -52,6 +52,7 @@ pub async fn run(place: &Place, arguments: &ServeArguments, output: &Output) -> 
         project_dir: place.folder.clone(),
         clock: Arc::new(times::now),
         runtime: None,
+        certifier: Some(certifier()?),
     };
     let running = tokio::select! {
         running = gateway::run::serve(options) => running?,
@@ -96,6 +97,18 @@ pub async fn run(place: &Place, arguments: &ServeArguments, output: &Output) -> 
         }
     }
     Ok(())
+}
+
+/// This very binary, also when the file it was started from has been replaced since: what measures a model is to be what
+/// serves it.
+fn certifier() -> Result<PathBuf, CliError> {
+    let running = PathBuf::from("/proc/self/exe");
+    if running.exists() {
+        // Of this process, not of the child that reads it.
+        return Ok(PathBuf::from(format!("/proc/{}/exe", std::process::id())));
+    }
+    std::env::current_exe()
+        .map_err(|source| CliError::Io { what: "could not find the binary to measure models with".to_owned(), source })
 }
 
 /// Whole or not at all: a reader that polls never sees half of it.

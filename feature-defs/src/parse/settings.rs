@@ -1,6 +1,8 @@
 //! `coeval.yaml`: one file, an overlay per environment merged over it, and `${VAR}` filled in last, so that a variable
 //! which an overlay replaces need not be set.
 
+use std::time::Duration;
+
 use super::reader::{ABOUT, Reader};
 use super::{SETTINGS_FILE, overlay_path};
 use crate::catalog::{CacheSettings, Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, Settings};
@@ -14,6 +16,8 @@ const GRPC_DEFAULT: &str = "127.0.0.1:7400";
 const HTTP_DEFAULT: &str = "127.0.0.1:7401";
 const OFFLINE_MEMORY_DEFAULT: u64 = 4 << 30;
 const CACHE_MEMORY_DEFAULT: u64 = 64 << 20;
+/// Eight rows of every model: a thousandth of what one executor can do, and a broken device is noticed within a minute.
+const GOLDEN_CHECKS_DEFAULT: Duration = Duration::from_secs(30);
 /// The key is a sentence on purpose: whoever writes it has read it.
 const BEYOND_LOOPBACK: &str = "listen_beyond_loopback_without_authentication";
 
@@ -204,6 +208,7 @@ fn settings(reader: &mut Reader<'_>, root: &Node) -> Option<Settings> {
         request_time: RequestTime::Refused,
         beyond_loopback: false,
         cache: None,
+        golden_checks: GOLDEN_CHECKS_DEFAULT,
     });
     let guardrails = reader.optional(&object, "guardrails", |reader, node| reader.list(node, Reader::guardrail));
     Some(Settings {
@@ -305,7 +310,8 @@ fn offline(reader: &mut Reader<'_>, node: &Node) -> Option<OfflineSettings> {
 }
 
 fn serve(reader: &mut Reader<'_>, node: &Node) -> Option<ServeSettings> {
-    let object = reader.object(node, "server", &["grpc", "http", "request_time", "cache", BEYOND_LOOPBACK])?;
+    let object =
+        reader.object(node, "server", &["grpc", "http", "request_time", "cache", "golden_checks", BEYOND_LOOPBACK])?;
     let here = object.span;
     let request_time = reader.optional(&object, "request_time", |reader, node| {
         reader.one_of(node, &[("refused", RequestTime::Refused), ("allowed", RequestTime::Allowed)])
@@ -316,6 +322,7 @@ fn serve(reader: &mut Reader<'_>, node: &Node) -> Option<ServeSettings> {
         request_time: request_time.map_or(RequestTime::Refused, |choice| choice.value),
         beyond_loopback: reader.optional(&object, BEYOND_LOOPBACK, Reader::bool).unwrap_or(false),
         cache: reader.optional(&object, "cache", cache),
+        golden_checks: reader.optional(&object, "golden_checks", Reader::duration).unwrap_or(GOLDEN_CHECKS_DEFAULT),
     })
 }
 

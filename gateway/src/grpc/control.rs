@@ -11,16 +11,18 @@ use futures::{Stream, StreamExt};
 use proto::v1;
 use proto::v1::control_server::Control as ControlService;
 use registry::Outcome;
-use registry::id::{DatasetId, Digest, ModelName, ModelVersion, NameError, ServiceName};
+use registry::id::{DatasetId, Digest, ModelName, NameError, ServiceName};
 use registry::model::NewModel;
 use registry::state::{Change, Project, State};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::answer::Gateway;
 use crate::follow::{Retry, Served, input_columns};
+use crate::predict::spec_of;
 use crate::status::{Failure, Kind};
+use crate::{deploy, golden};
 
 /// The largest model file. It is held in memory while it is checked and loaded.
 const MODEL_BYTES_MAX: usize = 1 << 30;
@@ -36,13 +38,11 @@ const TEXT_BYTES_MAX: usize = 64 << 10;
 pub struct Control {
     gateway: Arc<Gateway>,
     uploads: Semaphore,
-    /// Deploys go one after the other: each warms a model up, and moves traffic when it says so.
-    deploying: Mutex<()>,
 }
 
 impl Control {
     pub fn new(gateway: Arc<Gateway>) -> Control {
-        Control { gateway, uploads: Semaphore::new(UPLOADS_MAX), deploying: Mutex::new(()) }
+        Control { gateway, uploads: Semaphore::new(UPLOADS_MAX) }
     }
 }
 
@@ -97,7 +97,42 @@ impl ControlService for Control {
         &self,
         request: Request<v1::DeployModelRequest>,
     ) -> Result<Response<v1::DeployModelResponse>, Status> {
-        Ok(Response::new(self.deploy(request.into_inner()).await?))
+        self.gateway.check_serving()?;
+        let gateway = self.gateway.clone();
+        // It goes on when the caller goes away: every other gateway has begun by then.
+        let work = tokio::spawn(deploy::deploy(gateway, request.into_inner()));
+        match work.await {
+            Ok(answer) => Ok(Response::new(answer?)),
+            Err(error) => Err(Failure::internal("the deploy ended early", &error).into()),
+        }
+    }
+
+    async fn promote_model(
+        &self,
+        request: Request<v1::PromoteModelRequest>,
+    ) -> Result<Response<v1::TrafficResponse>, Status> {
+        Ok(Response::new(deploy::promote(&self.gateway, request.get_ref()).await?))
+    }
+
+    async fn rollback_model(
+        &self,
+        request: Request<v1::RollbackModelRequest>,
+    ) -> Result<Response<v1::TrafficResponse>, Status> {
+        Ok(Response::new(deploy::rollback(&self.gateway, request.get_ref()).await?))
+    }
+
+    async fn retire_model(
+        &self,
+        request: Request<v1::RetireModelRequest>,
+    ) -> Result<Response<v1::RetireModelResponse>, Status> {
+        Ok(Response::new(deploy::retire(&self.gateway, request.get_ref()).await?))
+    }
+
+    async fn approve_model(
+        &self,
+        request: Request<v1::ApproveModelRequest>,
+    ) -> Result<Response<v1::ApproveModelResponse>, Status> {
+        Ok(Response::new(deploy::approve(&self.gateway, request.get_ref()).await?))
     }
 
     async fn list_models(
@@ -106,7 +141,7 @@ impl ControlService for Control {
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
         self.gateway.check_project(&request.into_inner().project)?;
         let state = self.gateway.registry.state();
-        let models = project(&state, &self.gateway).map_or_else(Vec::new, models);
+        let models = project(&state, &self.gateway).map_or_else(Vec::new, |project| models(&self.gateway, project));
         Ok(Response::new(v1::ListModelsResponse { models }))
     }
 
@@ -165,22 +200,32 @@ impl Control {
         let _permit = self.uploads.try_acquire().map_err(|_| {
             Failure::new(Kind::TooMuch, format!("{UPLOADS_MAX} models are being uploaded already; send it again later"))
         })?;
-        let mut bytes = BytesMut::new();
+        let (mut bytes, mut golden) = (BytesMut::new(), BytesMut::new());
         while let Some(part) = next(&mut parts).await? {
-            let Part::Chunk(chunk) = part else {
-                return Err(Failure::invalid("an upload has one header, and then chunks only"));
+            let (chunk, whole, most, what) = match part {
+                Part::Chunk(chunk) => (chunk, &mut bytes, MODEL_BYTES_MAX, "model file"),
+                Part::GoldenChunk(chunk) => (chunk, &mut golden, golden::BYTES_MAX, "file of golden rows"),
+                Part::Header(_) => return Err(Failure::invalid("an upload has one header, and then chunks only")),
             };
-            if bytes.len() + chunk.len() > MODEL_BYTES_MAX {
-                let text =
-                    format!("the model file is larger than {MODEL_BYTES_MAX} bytes, the largest this server takes");
+            if whole.len() + chunk.len() > most {
+                let text = format!("the {what} is larger than {most} bytes, the largest this server takes");
                 return Err(Failure::new(Kind::TooMuch, text));
             }
-            bytes.extend_from_slice(&chunk);
+            whole.extend_from_slice(&chunk);
         }
         if bytes.is_empty() {
             return Err(Failure::invalid("the model file is empty"));
         }
-        let artifact = gateway.registry.artifacts().put_artifact(&name, bytes.freeze()).await?;
+        let artifacts = gateway.registry.artifacts();
+        let golden_rows = match golden.freeze() {
+            golden if golden.is_empty() => None,
+            golden => {
+                // Said now to whoever has them at hand, rather than when the version is deployed.
+                golden::read(golden.clone(), spec_of(model)).await?;
+                Some(artifacts.put_golden_rows(&name, golden).await?)
+            }
+        };
+        let artifact = artifacts.put_artifact(&name, bytes.freeze()).await?;
         let digest = artifact.sha256.to_string();
         let author = header.author.clone();
         let new = NewModel {
@@ -193,12 +238,12 @@ impl Control {
             author: header.author,
             commit: header.commit,
             environment_digest: header.environment_digest,
-            seed: Some(header.seed),
+            seed: header.seed,
             hardware: header.hardware,
             libraries: header.libraries.into_iter().collect(),
             dataset,
             metrics: header.metrics.into_iter().collect(),
-            golden_rows: None,
+            golden_rows,
         };
         let change = Change::RegisterModel(Box::new(new));
         let receipt = gateway.registry.submit(&gateway.project, &change, &author, None).await?;
@@ -218,39 +263,6 @@ impl Control {
         let found = project.and_then(|project| project.dataset(named));
         let record = found.ok_or_else(|| Failure::unknown("dataset", named, known()))?;
         Ok(Some(record.dataset.id.clone()))
-    }
-
-    async fn deploy(&self, request: v1::DeployModelRequest) -> Result<v1::DeployModelResponse, Failure> {
-        let gateway = &self.gateway;
-        gateway.check_project(&request.project)?;
-        if request.version == 0 {
-            return Err(Failure::invalid("the request names no version; versions begin at 1"));
-        }
-        if request.who.len() > TEXT_BYTES_MAX || request.why.len() > TEXT_BYTES_MAX {
-            return Err(Failure::invalid(format!("`who` and `why` take at most {TEXT_BYTES_MAX} bytes")));
-        }
-        let _deploying = self.deploying.lock().await;
-        gateway.follower.follow(Retry::Later).await;
-        let model: ModelName = parse(&request.model)?;
-        let change = Change::Deploy { model: model.clone(), version: ModelVersion(request.version) };
-        let state = gateway.registry.state();
-        // Refused now rather than after a minute of loading; judged again when it is written.
-        state.judge(&gateway.project, &change).map_err(registry::RegistryError::from)?;
-        let known = project(&state, gateway);
-        let before = known.and_then(|project| project.deployments.get(&model)).cloned();
-        let record = known.and_then(|project| project.model(model.as_str(), ModelVersion(request.version)));
-        let record = record.ok_or_else(|| Failure::invalid("the version is not registered"))?;
-        let prepared = gateway.follower.prepare(record).await?;
-        let why = Some(request.why.as_str()).filter(|why| !why.is_empty());
-        let receipt = gateway.registry.submit(&gateway.project, &change, &request.who, why).await?;
-        gateway.follower.follow(Retry::Now).await;
-        drop(prepared);
-        let previous = match receipt.outcome {
-            Outcome::Appended => before.map(|before| before.active),
-            Outcome::AlreadySo => before.and_then(|before| before.previous),
-        };
-        tracing::info!(model = %model, version = request.version, who = request.who, "a model is deployed");
-        Ok(v1::DeployModelResponse { version: request.version, previous: previous.map_or(0, |version| version.0) })
     }
 }
 
@@ -292,28 +304,38 @@ fn project<'a>(state: &'a State, gateway: &Gateway) -> Option<&'a Project> {
     state.project(gateway.project.as_str())
 }
 
-fn models(project: &Project) -> Vec<v1::ModelInfo> {
+fn models(gateway: &Gateway, project: &Project) -> Vec<v1::ModelInfo> {
     let versions =
         project.models.iter().flat_map(|(name, versions)| versions.values().map(move |record| (name, record)));
     let info = versions.map(|(name, record)| {
         let model = &record.model;
-        let active = project.deployments.get(name).map(|deployment| deployment.active);
+        let approvals = record.approvals.values().map(|fact| v1::Approval {
+            who: fact.who.clone(),
+            why: fact.why.clone().unwrap_or_default(),
+            at: fact.at.to_rfc3339(),
+        });
+        let given_up = project.deployments.get(name).and_then(|deployment| deployment.given_up.get(&record.version));
+        let reasons = given_up.map(|given_up| given_up.reasons.values().cloned().collect::<Vec<_>>().join("; "));
         v1::ModelInfo {
             name: name.to_string(),
             version: record.version.0,
             digest: model.artifact.sha256.to_string(),
             service: model.service.to_string(),
             service_digest: model.service_digest.to_string(),
-            deployed: active == Some(record.version),
             author: model.author.clone(),
             commit: model.commit.clone(),
             environment_digest: model.environment_digest.clone(),
-            seed: model.seed.unwrap_or_default(),
+            seed: model.seed,
             hardware: model.hardware.clone(),
             libraries: model.libraries.clone().into_iter().collect(),
             dataset: model.dataset.as_ref().map(DatasetId::to_string).unwrap_or_default(),
             metrics: model.metrics.clone().into_iter().collect(),
             registered_at: record.registered.at.to_rfc3339(),
+            state: project.standing(name.as_str(), record.version).to_string(),
+            approvals: approvals.collect(),
+            golden_digest: model.golden_rows.as_ref().map(|golden| golden.sha256.to_string()).unwrap_or_default(),
+            gateways: deploy::reports(gateway, &(name.clone(), record.version)),
+            given_up: reasons.unwrap_or_default(),
         }
     });
     info.collect()

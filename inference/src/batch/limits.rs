@@ -47,6 +47,11 @@ impl BatchLimits {
         BatchLimits { policy, ..self }
     }
 
+    /// Smaller batches, and a queue as long as before.
+    pub fn with_rows_max(self, rows_max: usize) -> BatchLimits {
+        BatchLimits { rows_max: rows_max.clamp(1, self.queue_rows_max), ..self }
+    }
+
     /// So many tiers, the most important first.
     pub fn with_tiers(self, tiers: usize) -> BatchLimits {
         BatchLimits { tiers: tiers.max(1), ..self }

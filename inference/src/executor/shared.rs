@@ -89,6 +89,15 @@ pub(super) struct Running {
 pub(super) struct Job {
     pub inputs: Vec<Tensor>,
     pub caller: Arc<Caller>,
+    pub purpose: Purpose,
+}
+
+/// Whether an entry is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Request,
+    /// Nobody asked: it is not counted, and nothing is learned from it.
+    Check,
 }
 
 /// Whom to tell, once: the executor, or whoever gives the executor up.
@@ -112,6 +121,7 @@ pub(super) struct Piece {
     pub answer: oneshot::Receiver<Reply>,
     /// An executor has answered, so that there is nothing left to cancel.
     pub settled: bool,
+    purpose: Purpose,
 }
 
 impl Caller {
@@ -138,7 +148,7 @@ impl Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        if !self.settled && self.withdraw() {
+        if !self.settled && self.withdraw() && self.purpose == Purpose::Request {
             count(&self.shared.metrics.cancelled, 1);
         }
     }
@@ -264,6 +274,7 @@ impl Shared {
         rows: usize,
         deadline: Instant,
         tier: usize,
+        purpose: Purpose,
     ) -> Result<Vec<Piece>, InferError> {
         let deadline = deadline.saturating_duration_since(self.epoch);
         let bytes = |inputs: &[Tensor]| inputs.iter().map(Tensor::bytes).sum::<usize>();
@@ -271,25 +282,35 @@ impl Shared {
         let mut state = self.lock();
         state.accepting()?;
         let now = self.now();
+        let requests = usize::from(purpose == Purpose::Request);
         if let Err(rejected) = state.batcher.admit(now, request) {
             let counter = match rejected {
                 Rejected::Expired => &self.metrics.expired,
                 _ => &self.metrics.rejected,
             };
-            count(counter, 1);
+            count(counter, requests);
             return Err(rejected.into());
         }
         if tier > 0 && state.memory_percent >= memory::REFUSE_PERCENT {
-            count(&self.metrics.rejected, 1);
+            count(&self.metrics.rejected, requests);
             return Err(InferError::MemoryShort { percent: state.memory_percent });
         }
-        if let Err(Open { left, failures }) = self.seat.device().admit() {
-            count(&self.metrics.rejected, 1);
+        let device = self.seat.device();
+        let of_device = match purpose {
+            Purpose::Request => device.admit(),
+            Purpose::Check => device.open().map_or(Ok(()), Err),
+        };
+        if let Err(Open { left, failures }) = of_device {
+            count(&self.metrics.rejected, requests);
             return Err(InferError::DeviceBreakerOpen { left, failures });
         }
-        // Last, so that whoever is let through to try does run.
-        if let Err(Open { left, failures }) = state.breaker.admit(now) {
-            count(&self.metrics.rejected, 1);
+        // Last, so that whoever is let through to try does run. A check is no trial: its end tells the breaker nothing.
+        let admitted = match purpose {
+            Purpose::Request => state.breaker.admit(now),
+            Purpose::Check => state.breaker.open(now).map_or(Ok(()), Err),
+        };
+        if let Err(Open { left, failures }) = admitted {
+            count(&self.metrics.rejected, requests);
             return Err(InferError::BreakerOpen { left, failures });
         }
         let rows_max = self.limits.rows_max();
@@ -299,9 +320,12 @@ impl Shared {
             let (sender, answer) = oneshot::channel();
             let rows = inputs.first().map_or(0, Tensor::rows);
             let request = Request { rows, bytes: bytes(&inputs), ..request };
-            let job = Job { inputs, caller: Arc::new(Caller(Mutex::new(Some(sender)))) };
-            let pushed = state.batcher.push_admitted(now, request, job);
-            pieces.push(Piece { shared: self.clone(), ticket: pushed.ticket, answer, settled: false });
+            let job = Job { inputs, caller: Arc::new(Caller(Mutex::new(Some(sender)))), purpose };
+            let pushed = match purpose {
+                Purpose::Request => state.batcher.push_admitted(now, request, job),
+                Purpose::Check => state.batcher.push_check(now, request, job),
+            };
+            pieces.push(Piece { shared: self.clone(), ticket: pushed.ticket, answer, settled: false, purpose });
             if pushed.wake {
                 self.wake.notify_one();
             }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::metrics::{count, micros};
-use super::shared::{Answer, Caller, Job, Reply, Running, Shared, Stage, State, refuse};
+use super::shared::{Answer, Caller, Job, Purpose, Reply, Running, Shared, Stage, State, refuse};
 use super::{InferError, StartError, WarmUp, chain};
 use crate::batch::{Decision, Member, Permit};
 use crate::memory::Footprint;
@@ -211,8 +211,8 @@ impl Executor {
             let poll = state.batcher.poll(now, permit);
             let (expired, dropped): (Vec<_>, Vec<_>) =
                 poll.dropped.into_iter().partition(|member| member.deadline <= now);
-            count(&self.shared.metrics.expired, expired.len());
-            count(&self.shared.metrics.dropped, dropped.len());
+            count(&self.shared.metrics.expired, requests(&expired));
+            count(&self.shared.metrics.dropped, requests(&dropped));
             send(refuse(expired, &InferError::Expired));
             send(refuse(dropped, &InferError::Dropped));
             match poll.decision {
@@ -298,14 +298,18 @@ impl Executor {
         // Callers who went away between the taking and now are not worth a row.
         let (members, gone): (Vec<_>, Vec<_>) =
             batch.members.into_iter().partition(|member| !member.payload.caller.gone());
-        count(&metrics.cancelled, gone.len());
+        count(&metrics.cancelled, requests(&gone));
         if members.is_empty() {
             return Ok(Done { trust: Trust::Sound, replies: Vec::new(), learned: Learned::Nothing });
         }
-        members.iter().for_each(|member| metrics.waited(&member.waited));
+        let asked = members.iter().filter(|member| member.payload.purpose == Purpose::Request);
+        asked.for_each(|member| metrics.waited(&member.waited));
+        // What only checks were part of says nothing of what requests take, or of how they fare.
+        let is_check = requests(&members) == 0;
         match self.run_members(model, &members, batch.padded_rows) {
             Ok(ran) => {
-                let learned = Learned::Took { padded_rows: ran.padded_rows, forward: ran.forward };
+                let took = Learned::Took { padded_rows: ran.padded_rows, forward: ran.forward };
+                let learned = if is_check { Learned::Nothing } else { took };
                 Ok(Done { trust: Trust::Sound, replies: answer(members, &ran), learned })
             }
             Err(ModelError::Runtime(_)) if members.len() > 1 => {
@@ -321,6 +325,7 @@ impl Executor {
             }
             Err(error) => {
                 let learned = match error {
+                    _ if is_check => Learned::Nothing,
                     ModelError::OutOfMemory(_) => {
                         count(&metrics.out_of_memory, 1);
                         Learned::TooLarge { padded_rows: batch.padded_rows }
@@ -353,12 +358,12 @@ impl Executor {
             self.go_on()?;
             let now = self.shared.now();
             let (part, expired): (Vec<_>, Vec<_>) = part.into_iter().partition(|member| member.deadline > now);
-            count(&self.shared.metrics.expired, expired.len());
+            count(&self.shared.metrics.expired, requests(&expired));
             replies = refuse(expired, &InferError::Expired);
             if part.is_empty() {
                 continue;
             }
-            count(&self.shared.metrics.isolated, part.len());
+            count(&self.shared.metrics.isolated, requests(&part));
             let rows = part.iter().map(|member| member.rows).sum();
             match self.run_members(model, &part, self.shared.limits.padded_rows(rows)) {
                 Ok(ran) => {
@@ -414,13 +419,15 @@ impl Executor {
             Err(ModelError::Panicked(panic_message(panic.as_ref())))
         });
         match &ran {
+            Ok(_) if requests(members) == 0 => {}
             Ok(_) => {
+                let asked = members.iter().filter(|member| member.payload.purpose == Purpose::Request);
                 count(&metrics.batches, 1);
-                count(&metrics.rows, rows);
+                count(&metrics.rows, asked.map(|member| member.rows).sum());
                 count(&metrics.padding_rows, padded_rows - rows);
             }
             Err(error) => {
-                count(&metrics.failures, 1);
+                count(&metrics.failures, usize::from(requests(members) > 0));
                 tracing::warn!(model = self.shared.name, executor = self.index, rows, %error, "a forward failed");
             }
         }
@@ -500,6 +507,11 @@ fn answer(members: Vec<Member<Job>>, ran: &Ran) -> Vec<(Arc<Caller>, Reply)> {
         (member.payload.caller, Ok(answer))
     });
     answers.collect()
+}
+
+/// How many of the members somebody asked for.
+fn requests(members: &[Member<Job>]) -> usize {
+    members.iter().filter(|member| member.payload.purpose == Purpose::Request).count()
 }
 
 fn send(replies: Vec<(Arc<Caller>, Reply)>) {

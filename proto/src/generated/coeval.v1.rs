@@ -337,7 +337,7 @@ pub struct PredictRequest {
     pub include_features: bool,
     #[prost(bool, tag = "7")]
     pub include_provenance: bool,
-    /// 0: whatever version traffic goes to. A number pins a version that is deployed.
+    /// 0: the champion. A number names an active version.
     #[prost(uint32, tag = "8")]
     pub version: u32,
     /// Echoed, and logged; the server makes one up when empty.
@@ -374,7 +374,7 @@ pub struct PredictResponse {
 pub struct RowOutcome {
     #[prost(uint32, tag = "1")]
     pub version: u32,
-    /// `champion`, `challenger`, or the arm of an experiment.
+    /// `champion`, or `named` where the request named another version.
     #[prost(string, tag = "2")]
     pub arm: ::prost::alloc::string::String,
     #[prost(enumeration = "RowStatus", tag = "3")]
@@ -1703,7 +1703,7 @@ pub struct RefreshResponse {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RegisterModelRequest {
-    #[prost(oneof = "register_model_request::Part", tags = "1, 2")]
+    #[prost(oneof = "register_model_request::Part", tags = "1, 2, 3")]
     pub part: ::core::option::Option<register_model_request::Part>,
 }
 /// Nested message and enum types in `RegisterModelRequest`.
@@ -1715,6 +1715,9 @@ pub mod register_model_request {
         /// The file, in order, in chunks of at most 1 MiB.
         #[prost(bytes, tag = "2")]
         Chunk(::prost::alloc::vec::Vec<u8>),
+        /// Golden rows, likewise: an Arrow IPC file with `input:<name>` and `output:<name>` columns.
+        #[prost(bytes, tag = "3")]
+        GoldenChunk(::prost::alloc::vec::Vec<u8>),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1729,8 +1732,8 @@ pub struct ModelHeader {
     pub commit: ::prost::alloc::string::String,
     #[prost(string, tag = "5")]
     pub environment_digest: ::prost::alloc::string::String,
-    #[prost(uint64, tag = "6")]
-    pub seed: u64,
+    #[prost(uint64, optional, tag = "6")]
+    pub seed: ::core::option::Option<u64>,
     #[prost(string, tag = "7")]
     pub hardware: ::prost::alloc::string::String,
     #[prost(map = "string, string", tag = "8")]
@@ -1766,12 +1769,116 @@ pub struct DeployModelRequest {
     #[prost(string, tag = "5")]
     pub why: ::prost::alloc::string::String,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DeployModelResponse {
     #[prost(uint32, tag = "1")]
     pub version: u32,
+    /// The version that requests which name none go to, now.
+    #[prost(uint32, tag = "3")]
+    pub champion: u32,
+    /// The version was active before.
+    #[prost(bool, tag = "4")]
+    pub existed: bool,
+    /// What the gateways found out that whoever deploys should know.
+    #[prost(string, repeated, tag = "5")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(message, repeated, tag = "6")]
+    pub gateways: ::prost::alloc::vec::Vec<GatewayVersion>,
+}
+/// One version on one gateway.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GatewayVersion {
+    #[prost(string, tag = "1")]
+    pub gateway: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    /// `loading`, `ready` or `failed`.
+    #[prost(string, tag = "3")]
+    pub state: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "5")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What it was measured to take, all executors together.
+    #[prost(uint64, tag = "6")]
+    pub memory_bytes: u64,
+    /// The largest batch it is served with.
+    #[prost(uint32, tag = "7")]
+    pub max_rows: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PromoteModelRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub version: u32,
+    #[prost(string, tag = "4")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RollbackModelRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TrafficResponse {
+    /// The version that requests which name none go to, now and before. 0: there was none.
+    #[prost(uint32, tag = "1")]
+    pub champion: u32,
     #[prost(uint32, tag = "2")]
+    pub before: u32,
+    /// What a rollback would go back to. 0: nothing.
+    #[prost(uint32, tag = "3")]
     pub previous: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RetireModelRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub version: u32,
+    /// Also the version that a rollback goes back to.
+    #[prost(bool, tag = "4")]
+    pub force: bool,
+    #[prost(string, tag = "5")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RetireModelResponse {
+    #[prost(uint64, tag = "1")]
+    pub control_entry: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveModelRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub version: u32,
+    #[prost(string, tag = "4")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveModelResponse {
+    #[prost(uint64, tag = "1")]
+    pub control_entry: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListModelsRequest {
@@ -1795,16 +1902,14 @@ pub struct ModelInfo {
     pub service: ::prost::alloc::string::String,
     #[prost(string, tag = "5")]
     pub service_digest: ::prost::alloc::string::String,
-    #[prost(bool, tag = "6")]
-    pub deployed: bool,
     #[prost(string, tag = "7")]
     pub author: ::prost::alloc::string::String,
     #[prost(string, tag = "8")]
     pub commit: ::prost::alloc::string::String,
     #[prost(string, tag = "9")]
     pub environment_digest: ::prost::alloc::string::String,
-    #[prost(uint64, tag = "10")]
-    pub seed: u64,
+    #[prost(uint64, optional, tag = "10")]
+    pub seed: ::core::option::Option<u64>,
     #[prost(string, tag = "11")]
     pub hardware: ::prost::alloc::string::String,
     #[prost(map = "string, string", tag = "12")]
@@ -1818,6 +1923,29 @@ pub struct ModelInfo {
     pub metrics: ::std::collections::HashMap<::prost::alloc::string::String, f64>,
     #[prost(string, tag = "15")]
     pub registered_at: ::prost::alloc::string::String,
+    /// `registered`, `preparing`, `active`, `previous` or `champion`.
+    #[prost(string, tag = "16")]
+    pub state: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "17")]
+    pub approvals: ::prost::alloc::vec::Vec<Approval>,
+    /// Empty without golden rows.
+    #[prost(string, tag = "18")]
+    pub golden_digest: ::prost::alloc::string::String,
+    /// What the gateways say of it, as far as they have it.
+    #[prost(message, repeated, tag = "19")]
+    pub gateways: ::prost::alloc::vec::Vec<GatewayVersion>,
+    /// Why the last deploy came to nothing; empty after one that did not.
+    #[prost(string, tag = "20")]
+    pub given_up: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Approval {
+    #[prost(string, tag = "1")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub why: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub at: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListDatasetsRequest {
@@ -2059,6 +2187,8 @@ pub mod control_client {
                 .insert(GrpcMethod::new("coeval.v1.Control", "RegisterModel"));
             self.inner.client_streaming(req, path, codec).await
         }
+        /// Has every live gateway load a version, and makes it active when all have. Traffic does not move, unless the model has no
+        /// champion yet. Goes on to its end when the caller goes away.
         pub async fn deploy_model(
             &mut self,
             request: impl tonic::IntoRequest<super::DeployModelRequest>,
@@ -2081,6 +2211,106 @@ pub mod control_client {
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("coeval.v1.Control", "DeployModel"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes an active version the champion: requests that name no version go to it.
+        pub async fn promote_model(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PromoteModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::TrafficResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/PromoteModel",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "PromoteModel"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes the champion before the champion again.
+        pub async fn rollback_model(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RollbackModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::TrafficResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/RollbackModel",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "RollbackModel"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes an active version that is not the champion off the gateways.
+        pub async fn retire_model(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RetireModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RetireModelResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/RetireModel",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "RetireModel"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Records that somebody approves of a version.
+        pub async fn approve_model(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ApproveModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveModelResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/ApproveModel",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "ApproveModel"));
             self.inner.unary(req, path, codec).await
         }
         pub async fn list_models(
@@ -2188,11 +2418,39 @@ pub mod control_server {
             tonic::Response<super::RegisterModelResponse>,
             tonic::Status,
         >;
+        /// Has every live gateway load a version, and makes it active when all have. Traffic does not move, unless the model has no
+        /// champion yet. Goes on to its end when the caller goes away.
         async fn deploy_model(
             &self,
             request: tonic::Request<super::DeployModelRequest>,
         ) -> std::result::Result<
             tonic::Response<super::DeployModelResponse>,
+            tonic::Status,
+        >;
+        /// Makes an active version the champion: requests that name no version go to it.
+        async fn promote_model(
+            &self,
+            request: tonic::Request<super::PromoteModelRequest>,
+        ) -> std::result::Result<tonic::Response<super::TrafficResponse>, tonic::Status>;
+        /// Makes the champion before the champion again.
+        async fn rollback_model(
+            &self,
+            request: tonic::Request<super::RollbackModelRequest>,
+        ) -> std::result::Result<tonic::Response<super::TrafficResponse>, tonic::Status>;
+        /// Takes an active version that is not the champion off the gateways.
+        async fn retire_model(
+            &self,
+            request: tonic::Request<super::RetireModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RetireModelResponse>,
+            tonic::Status,
+        >;
+        /// Records that somebody approves of a version.
+        async fn approve_model(
+            &self,
+            request: tonic::Request<super::ApproveModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveModelResponse>,
             tonic::Status,
         >;
         async fn list_models(
@@ -2463,6 +2721,186 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DeployModelSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/PromoteModel" => {
+                    #[allow(non_camel_case_types)]
+                    struct PromoteModelSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::PromoteModelRequest>
+                    for PromoteModelSvc<T> {
+                        type Response = super::TrafficResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PromoteModelRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::promote_model(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PromoteModelSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/RollbackModel" => {
+                    #[allow(non_camel_case_types)]
+                    struct RollbackModelSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::RollbackModelRequest>
+                    for RollbackModelSvc<T> {
+                        type Response = super::TrafficResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RollbackModelRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::rollback_model(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RollbackModelSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/RetireModel" => {
+                    #[allow(non_camel_case_types)]
+                    struct RetireModelSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::RetireModelRequest>
+                    for RetireModelSvc<T> {
+                        type Response = super::RetireModelResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RetireModelRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::retire_model(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RetireModelSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/ApproveModel" => {
+                    #[allow(non_camel_case_types)]
+                    struct ApproveModelSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::ApproveModelRequest>
+                    for ApproveModelSvc<T> {
+                        type Response = super::ApproveModelResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ApproveModelRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::approve_model(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ApproveModelSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

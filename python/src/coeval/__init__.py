@@ -17,10 +17,14 @@ from .errors import (
     ResourceExhausted,
     Unavailable,
 )
+from .golden import Golden
 from .types import (
+    Approval,
     Catalog,
     DatasetInfo,
+    Deployed,
     Features,
+    GatewayVersion,
     Model,
     Outcome,
     Position,
@@ -31,6 +35,7 @@ from .types import (
     SourceReport,
     Status,
     Timings,
+    Traffic,
     UnavailableReason,
 )
 
@@ -38,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyExists",
+    "Approval",
     "Catalog",
     "Client",
     "CoevalError",
@@ -45,7 +51,10 @@ __all__ = [
     "Dataset",
     "DatasetInfo",
     "DeadlineExceeded",
+    "Deployed",
     "Features",
+    "GatewayVersion",
+    "Golden",
     "InvalidArgument",
     "MissingDependency",
     "Model",

@@ -33,12 +33,15 @@ from ._generated import (
 )
 from .columns import to_column
 from .dataset import Dataset, Flights, SpineWriter, Stream
+from .golden import Golden
 from .types import (
     TIMESTAMP,
+    Approval,
     Catalog,
     DatasetInfo,
     Deployed,
     Features,
+    GatewayVersion,
     Materialized,
     Model,
     Predictions,
@@ -47,6 +50,7 @@ from .types import (
     Rejected,
     Service,
     Source,
+    Traffic,
     View,
     parse_type,
 )
@@ -55,6 +59,8 @@ from .types import (
 RECEIVE_BYTES_MAX = 64 * 1024 * 1024
 SEND_BYTES_MAX = 64 * 1024 * 1024
 MODEL_CHUNK_BYTES = 1024 * 1024
+# As long as the server waits for its gateways, and a little longer.
+DEPLOY_SECONDS_MAX = 660.0
 # Messages a Pusher has sent and not yet seen acknowledged.
 PUSHES_OUTSTANDING_MAX = 64
 
@@ -273,7 +279,7 @@ class Client:
         request_id: str = "",
         tier: str = "",
     ) -> Predictions:
-        """What `model` says about rows of keys and request fields. `version` 0 is the one traffic goes to; without a
+        """What `model` says about rows of keys and request fields. `version` 0 is the champion; without a
         `tier`, the rows are of the first that the model declares."""
         service = self._service_of_model(model)
         table = self._request_rows(service, rows) if service else tables.to_table(rows)
@@ -346,12 +352,16 @@ class Client:
         hardware: str | None = None,
         libraries: Mapping[str, str] | None = None,
         environment_digest: str | None = None,
+        golden: Golden | None = None,
     ) -> Registered:
         """Registers a model file as a new version; traffic does not move.
 
-        `file` is a path, the file's bytes, or a TorchScript module. What is not said about the environment is found out.
+        `file` is a path, the file's bytes, or a TorchScript module. What is not said about the environment is found out;
+        `environment_digest` may be that of a lock file or an image. `metrics` are those of held-out rows. With `golden` rows
+        every gateway that loads the version compares its outputs with those of the training process.
         """
         content = _model_bytes(file)
+        golden_content = golden.to_bytes() if golden is not None else b""
         if isinstance(dataset, Dataset):
             dataset = dataset.id or dataset.name
         header = control_pb2.ModelHeader(
@@ -360,7 +370,7 @@ class Client:
             author=author if author is not None else _user(),
             commit=commit if commit is not None else environment.commit(),
             environment_digest=environment_digest if environment_digest is not None else environment.digest(),
-            seed=seed or 0,
+            seed=seed,
             hardware=hardware if hardware is not None else environment.hardware(),
             libraries=dict(libraries) if libraries is not None else environment.libraries(),
             dataset=dataset or "",
@@ -371,18 +381,54 @@ class Client:
             yield control_pb2.RegisterModelRequest(header=header)
             for start in range(0, len(content), MODEL_CHUNK_BYTES):
                 yield control_pb2.RegisterModelRequest(chunk=content[start : start + MODEL_CHUNK_BYTES])
+            for start in range(0, len(golden_content), MODEL_CHUNK_BYTES):
+                yield control_pb2.RegisterModelRequest(golden_chunk=golden_content[start : start + MODEL_CHUNK_BYTES])
 
         # A large file takes a while to send; the server loads it when it is deployed.
         answer = self._call(self._control.RegisterModel, parts(), timeout=max(self._timeout, 300.0))
         return Registered(answer.version, answer.digest, answer.existed)
 
     def deploy_model(self, model: str, version: int, why: str | None = None, *, who: str | None = None) -> Deployed:
-        """Sends traffic to a registered version."""
+        """Has every gateway load, measure and check a registered version, so that it answers requests that name it.
+
+        Traffic does not move, unless the model has none yet: `promote` moves it. Raises `Conflict` with the reasons when a
+        gateway cannot serve it.
+        """
         request = control_pb2.DeployModelRequest(
             project=self.project, model=model, version=version, who=who or _user(), why=why or ""
         )
-        answer = self._call(self._control.DeployModel, request, timeout=max(self._timeout, 300.0))
-        return Deployed(answer.version, answer.previous)
+        answer = self._call(self._control.DeployModel, request, timeout=max(self._timeout, DEPLOY_SECONDS_MAX))
+        return Deployed(answer.version, answer.champion, answer.existed, list(answer.notes))
+
+    def promote(self, model: str, version: int, why: str | None = None, *, who: str | None = None) -> Traffic:
+        """Makes an active version the champion: requests that name no version go to it."""
+        request = control_pb2.PromoteModelRequest(
+            project=self.project, model=model, version=version, who=who or _user(), why=why or ""
+        )
+        answer = self._call(self._control.PromoteModel, request)
+        return Traffic(answer.champion, answer.before, answer.previous)
+
+    def rollback(self, model: str, why: str | None = None, *, who: str | None = None) -> Traffic:
+        """Makes the champion before the champion again, at once."""
+        request = control_pb2.RollbackModelRequest(project=self.project, model=model, who=who or _user(), why=why or "")
+        answer = self._call(self._control.RollbackModel, request)
+        return Traffic(answer.champion, answer.before, answer.previous)
+
+    def retire(
+        self, model: str, version: int, why: str | None = None, *, force: bool = False, who: str | None = None
+    ) -> None:
+        """Takes an active version off the gateways; not the champion, and the one before it only with `force`."""
+        request = control_pb2.RetireModelRequest(
+            project=self.project, model=model, version=version, force=force, who=who or _user(), why=why or ""
+        )
+        self._call(self._control.RetireModel, request)
+
+    def approve(self, model: str, version: int, why: str | None = None, *, who: str | None = None) -> None:
+        """Records that somebody approves of a version."""
+        request = control_pb2.ApproveModelRequest(
+            project=self.project, model=model, version=version, who=who or _user(), why=why or ""
+        )
+        self._call(self._control.ApproveModel, request)
 
     # Inside.
 
@@ -604,16 +650,23 @@ def _model(info: control_pb2.ModelInfo) -> Model:
         digest=info.digest,
         service=info.service,
         service_digest=info.service_digest,
-        deployed=info.deployed,
+        state=info.state,
         author=info.author,
         commit=info.commit,
         environment_digest=info.environment_digest,
-        seed=info.seed,
+        seed=info.seed if info.HasField("seed") else None,
         hardware=info.hardware,
         libraries=dict(info.libraries),
         dataset=info.dataset,
         metrics=dict(info.metrics),
         registered_at=info.registered_at,
+        approvals=[Approval(a.who, a.why, a.at) for a in info.approvals],
+        golden_digest=info.golden_digest,
+        given_up=info.given_up,
+        gateways=[
+            GatewayVersion(g.gateway, g.address, g.state, g.reason, list(g.notes), g.memory_bytes, g.max_rows)
+            for g in info.gateways
+        ],
     )
 
 

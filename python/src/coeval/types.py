@@ -468,6 +468,32 @@ class Materialized:
 
 
 @dataclass(frozen=True)
+class Approval:
+    """Somebody said that a version may be served."""
+
+    who: str
+    why: str
+    at: str
+
+
+@dataclass(frozen=True)
+class GatewayVersion:
+    """One version on one gateway."""
+
+    gateway: str
+    #: Empty for the gateway that was asked.
+    address: str
+    #: `loading`, `ready` or `failed`.
+    state: str
+    reason: str
+    #: What whoever deploys it should know.
+    notes: list[str]
+    memory_bytes: int
+    #: The largest batch it is served with.
+    max_rows: int
+
+
+@dataclass(frozen=True)
 class Model:
     """One registered version, with its whole record."""
 
@@ -476,16 +502,23 @@ class Model:
     digest: str
     service: str
     service_digest: str
-    deployed: bool
+    #: `registered`, `preparing`, `active`, `previous` or `champion`.
+    state: str
     author: str
     commit: str
     environment_digest: str
-    seed: int
+    seed: int | None
     hardware: str
     libraries: dict[str, str]
     dataset: str
     metrics: dict[str, float]
     registered_at: str
+    approvals: list[Approval]
+    #: Empty without golden rows.
+    golden_digest: str
+    #: Why the last deploy came to nothing; empty after one that did not.
+    given_up: str
+    gateways: list[GatewayVersion]
 
 
 @dataclass(frozen=True)
@@ -499,7 +532,23 @@ class Registered:
 
 @dataclass(frozen=True)
 class Deployed:
+    """A version is active; `existed` when it was so before."""
+
     version: int
+    #: The version that requests which name none go to.
+    champion: int
+    existed: bool
+    #: What the gateways found out that whoever deploys should know.
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Where requests go that name no version; 0 stands for nowhere."""
+
+    champion: int
+    before: int
+    #: What a rollback would go back to.
     previous: int
 
 

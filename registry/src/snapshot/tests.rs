@@ -22,14 +22,11 @@ async fn log_with(entries: u64) -> (ControlLog, Vec<State>) {
     let mut state = State::default();
     let mut states = vec![state.clone()];
     for nth in 0..entries {
-        use crate::state::tests::{catalog, delay, flights, model};
+        use crate::state::tests::{catalog, flights, model, prepare};
         let change = match nth % 3 {
             0 => Change::Apply(catalog(&format!("d{nth}"))),
             1 => Change::RegisterModel(Box::new(model(&format!("bytes{nth}"), &format!("d{}", nth - 1)))),
-            _ => {
-                let version = crate::id::ModelVersion((nth / 3 + 1) as u32);
-                Change::Deploy { model: delay(), version }
-            }
+            _ => prepare((nth / 3 + 1) as u32),
         };
         let Judgement::Append { kind, must_understand, body, .. } = state.judge(&flights(), &change).unwrap() else {
             panic!("every one of these changes something");
@@ -78,7 +75,7 @@ async fn a_snapshot_that_cannot_be_trusted_gives_way_to_the_one_before() {
         ("cut", good.slice(..good.len() / 2)),
         ("empty", Bytes::new()),
         ("another number", text.replace("\"number\":6", "\"number\":5").into()),
-        ("another fold", text.replace("\"fold\":2", "\"fold\":1").into()),
+        ("another fold", text.replace("\"fold\":3", "\"fold\":2").into()),
         ("a changed name", text.replace("\"who\":\"ada\"", "\"who\":\"bob\"").into()),
         ("of another log", elsewhere),
     ];

@@ -1,7 +1,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::id::{KeyHash, Salt, Sha256};
+use crate::id::{Incarnation, KeyHash, Salt, Sha256};
 use crate::model::{Artifact, InputColumns};
 
 pub(crate) fn flights() -> ProjectName {
@@ -71,8 +71,45 @@ pub(crate) fn dataset(id: &str, service_digest: &str) -> NewDataset {
     }
 }
 
-fn deploy(version: u32) -> Change {
-    Change::Deploy { model: delay(), version: ModelVersion(version) }
+fn gateway(name: &str) -> Incarnation {
+    Incarnation::try_new(name).unwrap()
+}
+
+pub(crate) fn prepare(version: u32) -> Change {
+    let prepare = Prepare { model: delay(), version: ModelVersion(version), by: gateway("g1") };
+    Change::Deployment(DeploymentChange::Prepare(prepare))
+}
+
+pub(crate) fn activate(version: u32, prepare: u64) -> Change {
+    let prepare = EntryNumber(prepare);
+    Change::Deployment(DeploymentChange::Activate(Activate { model: delay(), version: ModelVersion(version), prepare }))
+}
+
+fn give_up(version: u32, prepare: u64) -> Change {
+    let (prepare, reasons) = (EntryNumber(prepare), BTreeMap::from([(gateway("g2"), "it is broken".to_owned())]));
+    let give_up = GiveUp { model: delay(), version: ModelVersion(version), prepare, reasons };
+    Change::Deployment(DeploymentChange::GiveUp(give_up))
+}
+
+fn promote(version: u32, from: u32) -> Change {
+    let (version, from) = (ModelVersion(version), Some(ModelVersion(from)).filter(|from| from.0 > 0));
+    Change::Deployment(DeploymentChange::Promote { model: delay(), version, from })
+}
+
+fn rollback(from: u32, to: u32) -> Change {
+    let (from, to) = (ModelVersion(from), ModelVersion(to));
+    Change::Deployment(DeploymentChange::Rollback { model: delay(), from, to })
+}
+
+fn retire(version: u32, previous_too: bool) -> Change {
+    Change::Deployment(DeploymentChange::Retire { model: delay(), version: ModelVersion(version), previous_too })
+}
+
+/// Prepared and active.
+fn deploy(state: &mut State, version: u32) -> Result<Option<u32>, String> {
+    make(state, prepare(version))?;
+    let head = state.head.0;
+    make(state, activate(version, head))
 }
 
 fn entry_of(state: &State, kind: &str, must_understand: bool, body: serde_json::Value) -> Entry {
@@ -112,7 +149,7 @@ fn applied() -> State {
 #[test]
 fn a_change_to_a_project_begins_with_apply() {
     let mut state = State::default();
-    let refusal = make(&mut state, deploy(1)).unwrap_err();
+    let refusal = make(&mut state, prepare(1)).unwrap_err();
     assert_eq!(refusal, "project `flights` is not in this store (there are none); run `coeval apply` first");
 }
 
@@ -150,22 +187,26 @@ fn versions_count_from_one_and_the_same_model_keeps_its_version() {
     assert_eq!(make(&mut state, Change::RegisterModel(Box::new(model("a", "d1")))), Ok(Some(1)));
     assert_eq!(make(&mut state, Change::RegisterModel(Box::new(model("b", "d1")))), Ok(Some(2)));
     let head = state.head;
-    // Another author and other metrics do not make another model.
+    // Another author and other metrics do not make another model; other rows to judge it by do.
     let again = NewModel { author: "bob".into(), metrics: BTreeMap::new(), ..model("a", "d1") };
     assert_eq!(make(&mut state, Change::RegisterModel(Box::new(again))), Ok(Some(1)));
     assert_eq!(state.head, head);
+    let golden = Artifact { location: "models/delay/x.golden".into(), sha256: Sha256::of(b"rows"), bytes: 4 };
+    let judged = NewModel { golden_rows: Some(golden), ..model("b", "d1") };
+    assert_eq!(make(&mut state, Change::RegisterModel(Box::new(judged.clone()))), Ok(Some(3)));
+    assert_eq!(make(&mut state, Change::RegisterModel(Box::new(judged))), Ok(Some(3)));
 
     // The same bytes over other definitions do.
     make(&mut state, Change::Apply(catalog("d2"))).unwrap();
-    assert_eq!(make(&mut state, Change::RegisterModel(Box::new(model("a", "d2")))), Ok(Some(3)));
+    assert_eq!(make(&mut state, Change::RegisterModel(Box::new(model("a", "d2")))), Ok(Some(4)));
 
     let project = state.project("flights").unwrap();
     let record = project.model("delay", ModelVersion(1)).unwrap();
     assert_eq!(record.model, model("a", "d1"));
     assert_eq!(record.definitions, EntryNumber(1));
     assert!(!project.serves_as_applied(record));
-    let record = project.model("delay", ModelVersion(3)).unwrap();
-    assert_eq!((record.definitions, record.registered.entry), (EntryNumber(4), EntryNumber(5)));
+    let record = project.model("delay", ModelVersion(4)).unwrap();
+    assert_eq!((record.definitions, record.registered.entry), (EntryNumber(5), EntryNumber(6)));
     assert!(project.serves_as_applied(record));
 }
 
@@ -223,29 +264,150 @@ fn wrong_models_are_refused_with_the_next_step() {
     );
 }
 
-#[test]
-fn deploying_keeps_the_version_before_for_rollback() {
+/// Every version that is more than registered.
+fn standings(state: &State) -> Vec<(u32, &'static str)> {
+    let project = state.project("flights").unwrap();
+    let versions = project.models["delay"].keys();
+    let standings = versions.map(|version| (version.0, project.standing("delay", *version).name()));
+    standings.filter(|(_, standing)| *standing != "registered").collect()
+}
+
+fn three_versions() -> State {
     let mut state = applied();
-    let deployed = |state: &State| {
-        let deployment = &state.project("flights").unwrap().deployments["delay"];
-        (deployment.active.0, deployment.previous.map(|version| version.0))
-    };
-    for bytes in ["a", "b"] {
+    for bytes in ["a", "b", "c"] {
         make(&mut state, Change::RegisterModel(Box::new(model(bytes, "d1")))).unwrap();
     }
-    make(&mut state, deploy(1)).unwrap();
-    assert_eq!(deployed(&state), (1, None));
-    make(&mut state, deploy(2)).unwrap();
-    assert_eq!(deployed(&state), (2, Some(1)));
+    state
+}
+
+#[test]
+fn deploys_of_older_logs_move_the_traffic_and_keep_the_version_before() {
+    let mut state = three_versions();
+    let mut old = |version: u32| {
+        let body = json!({"model": "delay", "version": version});
+        state.apply(&entry_of(&state, kind::MODEL_DEPLOY, true, body)).unwrap();
+        standings(&state)
+    };
+    assert_eq!(old(1), [(1, "champion")]);
+    assert_eq!(old(2), [(1, "previous"), (2, "champion")]);
+    assert_eq!(old(2), [(1, "previous"), (2, "champion")]);
+    assert_eq!(old(1), [(1, "champion"), (2, "previous")]);
+    // What is neither was on no gateway.
+    assert_eq!(old(3), [(1, "previous"), (3, "champion")]);
+    // And it goes on by the rules of today.
+    make(&mut state, rollback(3, 1)).unwrap();
+    assert_eq!(standings(&state), [(1, "champion"), (3, "active")]);
+}
+
+#[test]
+fn only_the_first_version_gets_the_traffic_by_being_deployed() {
+    let mut state = three_versions();
+    make(&mut state, prepare(1)).unwrap();
+    assert_eq!(standings(&state), [(1, "preparing")]);
+    make(&mut state, activate(1, 5)).unwrap();
+    assert_eq!(standings(&state), [(1, "champion")]);
+    deploy(&mut state, 2).unwrap();
+    assert_eq!(standings(&state), [(1, "champion"), (2, "active")]);
+    // The same again is no change.
     let head = state.head;
-    make(&mut state, deploy(2)).unwrap();
-    assert_eq!((deployed(&state), state.head), ((2, Some(1)), head));
-    make(&mut state, deploy(1)).unwrap();
-    assert_eq!(deployed(&state), (1, Some(2)));
+    assert_eq!(make(&mut state, prepare(2)), Ok(Some(2)));
+    assert_eq!(state.head, head);
+    make(&mut state, promote(2, 1)).unwrap();
+    assert_eq!(standings(&state), [(1, "previous"), (2, "champion")]);
     // New definitions move no traffic.
     make(&mut state, Change::Apply(catalog("d2"))).unwrap();
-    assert_eq!(deployed(&state), (1, Some(2)));
-    assert_eq!(state.project("flights").unwrap().active("delay").unwrap().version, ModelVersion(1));
+    assert_eq!(standings(&state), [(1, "previous"), (2, "champion")]);
+    assert_eq!(state.project("flights").unwrap().champion("delay").unwrap().version, ModelVersion(2));
+    assert_eq!(state.without_effect, 0);
+}
+
+#[test]
+fn a_deploy_ends_once_and_only_by_the_entry_that_began_it() {
+    let mut state = three_versions();
+    make(&mut state, prepare(1)).unwrap();
+    assert_eq!(
+        make(&mut state, prepare(1)).unwrap_err(),
+        "version 1 of model `delay` is being prepared since entry 5 of the control log, for gateway g1; wait for its end"
+    );
+    make(&mut state, give_up(1, 5)).unwrap();
+    assert_eq!(standings(&state), []);
+    let head = state.head;
+    make(&mut state, give_up(1, 5)).unwrap();
+    assert_eq!(state.head, head, "two gateways noticed, one wrote it");
+    assert_eq!(
+        make(&mut state, activate(1, 5)).unwrap_err(),
+        "the deploy of version 1 of model `delay` that began with entry 5 has ended: it was given up with entry 6 (g2: it is broken)"
+    );
+    // A new attempt is not ended by what was said of the old one.
+    make(&mut state, prepare(1)).unwrap();
+    assert!(make(&mut state, activate(1, 5)).unwrap_err().ends_with("another one has begun"));
+    assert!(make(&mut state, give_up(1, 5)).unwrap_err().ends_with("another one has begun"));
+    make(&mut state, activate(1, 7)).unwrap();
+    assert!(make(&mut state, give_up(1, 7)).unwrap_err().ends_with("it is active since entry 8"));
+    assert_eq!(standings(&state), [(1, "champion")]);
+}
+
+#[test]
+fn traffic_moves_only_as_it_was_judged() {
+    let mut state = three_versions();
+    deploy(&mut state, 1).unwrap();
+    assert_eq!(
+        make(&mut state, promote(2, 1)).unwrap_err(),
+        "version 2 of model `delay` is registered, not active; deploy it first: `coeval model deploy delay 2`"
+    );
+    deploy(&mut state, 2).unwrap();
+    deploy(&mut state, 3).unwrap();
+    make(&mut state, promote(2, 1)).unwrap();
+    // Somebody else meant to replace version 1.
+    assert_eq!(
+        make(&mut state, promote(3, 1)).unwrap_err(),
+        "the champion of model `delay` is version 2 and not version 1 any more: somebody else moved the traffic; look at \
+         `coeval model list` and decide again"
+    );
+    make(&mut state, rollback(2, 1)).unwrap();
+    assert_eq!(standings(&state), [(1, "champion"), (2, "active"), (3, "active")]);
+    // The second of two operators finds it done; nobody goes back twice.
+    let head = state.head;
+    make(&mut state, rollback(2, 1)).unwrap();
+    assert_eq!(state.head, head);
+    assert!(make(&mut state, rollback(1, 2)).is_err());
+}
+
+#[test]
+fn what_answers_is_not_retired() {
+    let mut state = three_versions();
+    for version in 1..=3 {
+        deploy(&mut state, version).unwrap();
+    }
+    make(&mut state, promote(2, 1)).unwrap();
+    assert_eq!(
+        make(&mut state, retire(2, true)).unwrap_err(),
+        "version 2 of model `delay` is the champion: all requests go to it; promote another version first"
+    );
+    assert_eq!(
+        make(&mut state, retire(1, false)).unwrap_err(),
+        "version 1 of model `delay` is what a rollback goes back to; say `--force` to give that up"
+    );
+    make(&mut state, retire(3, false)).unwrap();
+    make(&mut state, retire(1, true)).unwrap();
+    assert_eq!(standings(&state), [(2, "champion")]);
+    let deployment = &state.project("flights").unwrap().deployments["delay"];
+    assert_eq!(deployment.previous_version(), None);
+    assert!(make(&mut state, retire(3, false)).unwrap_err().contains("is registered, not active"));
+    // It can come back.
+    deploy(&mut state, 3).unwrap();
+    assert_eq!(standings(&state), [(2, "champion"), (3, "active")]);
+}
+
+#[test]
+fn approvals_are_kept_by_name() {
+    let mut state = three_versions();
+    let approve = || DeploymentChange::Approve { model: delay(), version: ModelVersion(2) };
+    make(&mut state, Change::Deployment(approve())).unwrap();
+    make(&mut state, Change::Deployment(approve())).unwrap();
+    let record = state.project("flights").unwrap().model("delay", ModelVersion(2)).unwrap();
+    let entries: Vec<(&str, u64)> = record.approvals.iter().map(|(who, fact)| (who.as_str(), fact.entry.0)).collect();
+    assert_eq!(entries, [("ada", 5)]);
 }
 
 #[test]
@@ -254,7 +416,7 @@ fn an_unknown_version_is_refused_with_those_that_exist() {
     #[track_caller]
     fn check(state: &mut State, expected: &str) {
         let expected = format!("model `delay` has no version 7 ({expected}); register it with `coeval model register`");
-        assert_eq!(make(state, deploy(7)).unwrap_err(), expected);
+        assert_eq!(make(state, prepare(7)).unwrap_err(), expected);
     }
     check(&mut state, "it has none");
     make(&mut state, Change::RegisterModel(Box::new(model("a", "d1")))).unwrap();
@@ -287,7 +449,7 @@ fn an_unknown_kind_is_skipped_or_stops_changes_as_it_says() {
     make(&mut state, Change::RegisterModel(Box::new(model("a", "d1")))).unwrap();
     state.apply(&entry_of(&state, "note", false, json!("anything"))).unwrap();
     assert_eq!((state.skipped, &state.changes_stopped), (1, &None));
-    make(&mut state, deploy(1)).unwrap();
+    make(&mut state, prepare(1)).unwrap();
 
     let before = state.projects.clone();
     state.apply(&entry_of(&state, "rollout_shadow", true, json!({}))).unwrap();
@@ -334,12 +496,12 @@ fn the_state_survives_its_own_json() {
     make(&mut state, Change::CreateDataset(dataset("ds1", "d1"))).unwrap();
     let new = NewModel { dataset: Some(DatasetId::try_new("ds1").unwrap()), ..model("a", "d1") };
     make(&mut state, Change::RegisterModel(Box::new(new))).unwrap();
-    make(&mut state, deploy(1)).unwrap();
+    deploy(&mut state, 1).unwrap();
     let bytes = serde_json::to_vec(&state).unwrap();
     let read: State = serde_json::from_slice(&bytes).unwrap();
     assert_eq!(read, state);
     assert_eq!(serde_json::to_vec(&read).unwrap(), bytes);
-    let auc = read.project("flights").unwrap().active("delay").unwrap().model.metrics["auc"];
+    let auc = read.project("flights").unwrap().champion("delay").unwrap().model.metrics["auc"];
     assert_eq!(auc.to_bits(), (0.1_f64 + 0.2).to_bits());
 }
 

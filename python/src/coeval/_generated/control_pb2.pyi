@@ -98,12 +98,14 @@ class RefreshResponse(_message.Message):
     def __init__(self, control_head: _Optional[int] = ..., ready: _Optional[bool] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterModelRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "golden_chunk")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    GOLDEN_CHUNK_FIELD_NUMBER: _ClassVar[int]
     header: ModelHeader
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    golden_chunk: bytes
+    def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., golden_chunk: _Optional[bytes] = ...) -> None: ...
 
 class ModelHeader(_message.Message):
     __slots__ = ("project", "model", "author", "commit", "environment_digest", "seed", "hardware", "libraries", "dataset", "metrics")
@@ -168,12 +170,114 @@ class DeployModelRequest(_message.Message):
     def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class DeployModelResponse(_message.Message):
-    __slots__ = ("version", "previous")
+    __slots__ = ("version", "champion", "existed", "notes", "gateways")
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    CHAMPION_FIELD_NUMBER: _ClassVar[int]
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     version: int
+    champion: int
+    existed: bool
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    gateways: _containers.RepeatedCompositeFieldContainer[GatewayVersion]
+    def __init__(self, version: _Optional[int] = ..., champion: _Optional[int] = ..., existed: _Optional[bool] = ..., notes: _Optional[_Iterable[str]] = ..., gateways: _Optional[_Iterable[_Union[GatewayVersion, _Mapping]]] = ...) -> None: ...
+
+class GatewayVersion(_message.Message):
+    __slots__ = ("gateway", "address", "state", "reason", "notes", "memory_bytes", "max_rows")
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
+    gateway: str
+    address: str
+    state: str
+    reason: str
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    memory_bytes: int
+    max_rows: int
+    def __init__(self, gateway: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., max_rows: _Optional[int] = ...) -> None: ...
+
+class PromoteModelRequest(_message.Message):
+    __slots__ = ("project", "model", "version", "who", "why")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    version: int
+    who: str
+    why: str
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class RollbackModelRequest(_message.Message):
+    __slots__ = ("project", "model", "who", "why")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    who: str
+    why: str
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class TrafficResponse(_message.Message):
+    __slots__ = ("champion", "before", "previous")
+    CHAMPION_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    champion: int
+    before: int
     previous: int
-    def __init__(self, version: _Optional[int] = ..., previous: _Optional[int] = ...) -> None: ...
+    def __init__(self, champion: _Optional[int] = ..., before: _Optional[int] = ..., previous: _Optional[int] = ...) -> None: ...
+
+class RetireModelRequest(_message.Message):
+    __slots__ = ("project", "model", "version", "force", "who", "why")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    version: int
+    force: bool
+    who: str
+    why: str
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., force: _Optional[bool] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class RetireModelResponse(_message.Message):
+    __slots__ = ("control_entry",)
+    CONTROL_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    control_entry: int
+    def __init__(self, control_entry: _Optional[int] = ...) -> None: ...
+
+class ApproveModelRequest(_message.Message):
+    __slots__ = ("project", "model", "version", "who", "why")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    version: int
+    who: str
+    why: str
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class ApproveModelResponse(_message.Message):
+    __slots__ = ("control_entry",)
+    CONTROL_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    control_entry: int
+    def __init__(self, control_entry: _Optional[int] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ("project",)
@@ -188,7 +292,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "version", "digest", "service", "service_digest", "deployed", "author", "commit", "environment_digest", "seed", "hardware", "libraries", "dataset", "metrics", "registered_at")
+    __slots__ = ("name", "version", "digest", "service", "service_digest", "author", "commit", "environment_digest", "seed", "hardware", "libraries", "dataset", "metrics", "registered_at", "state", "approvals", "golden_digest", "gateways", "given_up")
     class LibrariesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -208,7 +312,6 @@ class ModelInfo(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     SERVICE_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    DEPLOYED_FIELD_NUMBER: _ClassVar[int]
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     ENVIRONMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -218,12 +321,16 @@ class ModelInfo(_message.Message):
     DATASET_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     REGISTERED_AT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    APPROVALS_FIELD_NUMBER: _ClassVar[int]
+    GOLDEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
     service: str
     service_digest: str
-    deployed: bool
     author: str
     commit: str
     environment_digest: str
@@ -233,7 +340,22 @@ class ModelInfo(_message.Message):
     dataset: str
     metrics: _containers.ScalarMap[str, float]
     registered_at: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., service: _Optional[str] = ..., service_digest: _Optional[str] = ..., deployed: _Optional[bool] = ..., author: _Optional[str] = ..., commit: _Optional[str] = ..., environment_digest: _Optional[str] = ..., seed: _Optional[int] = ..., hardware: _Optional[str] = ..., libraries: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., registered_at: _Optional[str] = ...) -> None: ...
+    state: str
+    approvals: _containers.RepeatedCompositeFieldContainer[Approval]
+    golden_digest: str
+    gateways: _containers.RepeatedCompositeFieldContainer[GatewayVersion]
+    given_up: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., service: _Optional[str] = ..., service_digest: _Optional[str] = ..., author: _Optional[str] = ..., commit: _Optional[str] = ..., environment_digest: _Optional[str] = ..., seed: _Optional[int] = ..., hardware: _Optional[str] = ..., libraries: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., registered_at: _Optional[str] = ..., state: _Optional[str] = ..., approvals: _Optional[_Iterable[_Union[Approval, _Mapping]]] = ..., golden_digest: _Optional[str] = ..., gateways: _Optional[_Iterable[_Union[GatewayVersion, _Mapping]]] = ..., given_up: _Optional[str] = ...) -> None: ...
+
+class Approval(_message.Message):
+    __slots__ = ("who", "why", "at")
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    who: str
+    why: str
+    at: str
+    def __init__(self, who: _Optional[str] = ..., why: _Optional[str] = ..., at: _Optional[str] = ...) -> None: ...
 
 class ListDatasetsRequest(_message.Message):
     __slots__ = ("project",)

@@ -54,6 +54,26 @@ class ControlStub:
                 request_serializer=coeval_dot_v1_dot_control__pb2.DeployModelRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_control__pb2.DeployModelResponse.FromString,
                 _registered_method=True)
+        self.PromoteModel = channel.unary_unary(
+                '/coeval.v1.Control/PromoteModel',
+                request_serializer=coeval_dot_v1_dot_control__pb2.PromoteModelRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.TrafficResponse.FromString,
+                _registered_method=True)
+        self.RollbackModel = channel.unary_unary(
+                '/coeval.v1.Control/RollbackModel',
+                request_serializer=coeval_dot_v1_dot_control__pb2.RollbackModelRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.TrafficResponse.FromString,
+                _registered_method=True)
+        self.RetireModel = channel.unary_unary(
+                '/coeval.v1.Control/RetireModel',
+                request_serializer=coeval_dot_v1_dot_control__pb2.RetireModelRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.RetireModelResponse.FromString,
+                _registered_method=True)
+        self.ApproveModel = channel.unary_unary(
+                '/coeval.v1.Control/ApproveModel',
+                request_serializer=coeval_dot_v1_dot_control__pb2.ApproveModelRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.ApproveModelResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/coeval.v1.Control/ListModels',
                 request_serializer=coeval_dot_v1_dot_control__pb2.ListModelsRequest.SerializeToString,
@@ -94,7 +114,37 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeployModel(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Has every live gateway load a version, and makes it active when all have. Traffic does not move, unless the model has no
+        champion yet. Goes on to its end when the caller goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteModel(self, request, context):
+        """Makes an active version the champion: requests that name no version go to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackModel(self, request, context):
+        """Makes the champion before the champion again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireModel(self, request, context):
+        """Takes an active version that is not the champion off the gateways.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApproveModel(self, request, context):
+        """Records that somebody approves of a version.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -141,6 +191,26 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.DeployModel,
                     request_deserializer=coeval_dot_v1_dot_control__pb2.DeployModelRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_control__pb2.DeployModelResponse.SerializeToString,
+            ),
+            'PromoteModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteModel,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.PromoteModelRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.TrafficResponse.SerializeToString,
+            ),
+            'RollbackModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackModel,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.RollbackModelRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.TrafficResponse.SerializeToString,
+            ),
+            'RetireModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireModel,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.RetireModelRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.RetireModelResponse.SerializeToString,
+            ),
+            'ApproveModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApproveModel,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.ApproveModelRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.ApproveModelResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -266,6 +336,114 @@ class Control:
             '/coeval.v1.Control/DeployModel',
             coeval_dot_v1_dot_control__pb2.DeployModelRequest.SerializeToString,
             coeval_dot_v1_dot_control__pb2.DeployModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/PromoteModel',
+            coeval_dot_v1_dot_control__pb2.PromoteModelRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.TrafficResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/RollbackModel',
+            coeval_dot_v1_dot_control__pb2.RollbackModelRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.TrafficResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/RetireModel',
+            coeval_dot_v1_dot_control__pb2.RetireModelRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.RetireModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApproveModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/ApproveModel',
+            coeval_dot_v1_dot_control__pb2.ApproveModelRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.ApproveModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
