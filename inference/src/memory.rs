@@ -60,13 +60,15 @@ impl Footprint {
         self.sizes.iter().max_by_key(|size| size.bytes)
     }
 
-    fn arithmetic(&self) -> String {
+    /// What its bytes come from, in words.
+    pub fn arithmetic(&self) -> String {
         let weights = shown(self.weight_bytes);
         let each = match self.largest() {
             Some(size) => format!("({weights} of weights + {} for a batch of {} rows)", shown(size.bytes), size.rows),
             None => format!("{weights} of weights"),
         };
-        format!("the file of {} + {} executors x {each}", shown(self.file_bytes), self.executors)
+        let plural = if self.executors == 1 { "" } else { "s" };
+        format!("the file of {} + {} executor{plural} x {each}", shown(self.file_bytes), self.executors)
     }
 
     /// The largest measured batch with which it would fit.

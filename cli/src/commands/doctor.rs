@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use feature_defs::catalog::{LogKind, OnlineUrl, Settings};
 use gateway::config::local_folder;
+use inference::memory::{PERCENT_MAX, shown};
 use online_store::redis::RedisStore;
 use online_store::{NodeReport, OnlineStore};
+use proto::v1::{GetMemoryRequest, GetMemoryResponse, ModelMemory};
 use serde::Serialize;
 
 use crate::error::{CliError, chain, counted};
@@ -48,7 +50,7 @@ pub async fn run(place: &Place, output: &Output) -> Result<(), CliError> {
         None => None,
     };
     match running {
-        Some(running) => findings.push(running),
+        Some(running) => findings.extend(running),
         None => findings.extend([port("grpc port", &settings.serve.grpc), port("http port", &settings.serve.http)]),
     }
     findings.push(torch());
@@ -204,8 +206,8 @@ fn size(bytes: u64) -> String {
 }
 
 /// None where what listens is no server of ours: then the ports are what is wrong.
-async fn running(server: &Server) -> Option<Finding> {
-    Some(match server.catalog().await {
+async fn running(server: &Server) -> Option<Vec<Finding>> {
+    let found = match server.catalog().await {
         Ok(catalog) => {
             let waiting: Vec<&str> =
                 catalog.views.iter().filter(|view| !view.ready).map(|view| view.name.as_str()).collect();
@@ -219,7 +221,34 @@ async fn running(server: &Server) -> Option<Finding> {
         }
         Err(ServerError::Unreachable { .. }) => return None,
         Err(error) => finding("server", Err(chain(&error))),
-    })
+    };
+    let mut findings = vec![found];
+    let request = GetMemoryRequest { project: server.project.clone() };
+    // A server of an earlier version does not know.
+    if let Ok(memory) = server.control().get_memory(request).await {
+        findings.extend(memory_findings(&memory.into_inner()));
+    }
+    Some(findings)
+}
+
+/// The models' ledger: its sum, its entries, and what is not in it.
+fn memory_findings(memory: &GetMemoryResponse) -> Vec<Finding> {
+    const WHAT: &str = "memory";
+    let taken = memory.models.iter().map(|model| model.bytes).sum();
+    let of = match memory.capacity {
+        0 => String::new(),
+        capacity => format!(" of the {} that they may, {PERCENT_MAX} % of {}", shown(memory.allowed), shown(capacity)),
+    };
+    let resident = shown(memory.resident);
+    let mut findings =
+        vec![finding(WHAT, Ok(format!("models take {}{of}; the process has {resident} in RAM", shown(taken))))];
+    let model = |model: &ModelMemory| {
+        finding(WHAT, Ok(format!("{}: {} = {}", model.name, shown(model.bytes), model.arithmetic)))
+    };
+    findings.extend(memory.models.iter().map(model));
+    let alarm = |text: &String| Finding { what: WHAT, health: Health::Warning, text: text.clone() };
+    findings.extend(memory.alarms.iter().map(alarm));
+    findings
 }
 
 fn port(what: &'static str, address: &str) -> Finding {
@@ -248,6 +277,31 @@ fn torch() -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_ledger_is_a_sum_its_entries_and_what_grows() {
+        let model =
+            ModelMemory { name: "delay/2".to_owned(), bytes: 3 << 20, arithmetic: "the file of 3.0 MiB".to_owned() };
+        let memory = GetMemoryResponse {
+            capacity: 10 << 30,
+            allowed: 8 << 30,
+            resident: 300 << 20,
+            models: vec![model],
+            alarms: vec!["it grows".to_owned()],
+        };
+        let lines: Vec<(Health, String)> =
+            memory_findings(&memory).into_iter().map(|finding| (finding.health, finding.text)).collect();
+        let sum =
+            "models take 3.0 MiB of the 8.0 GiB that they may, 80 % of 10.0 GiB; the process has 300.0 MiB in RAM";
+        assert_eq!(
+            lines,
+            [
+                (Health::Ok, sum.to_owned()),
+                (Health::Ok, "delay/2: 3.0 MiB = the file of 3.0 MiB".to_owned()),
+                (Health::Warning, "it grows".to_owned()),
+            ]
+        );
+    }
 
     #[test]
     fn a_node_is_one_line() {

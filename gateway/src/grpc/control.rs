@@ -145,6 +145,27 @@ impl ControlService for Control {
         Ok(Response::new(v1::ListModelsResponse { models }))
     }
 
+    async fn get_memory(
+        &self,
+        request: Request<v1::GetMemoryRequest>,
+    ) -> Result<Response<v1::GetMemoryResponse>, Status> {
+        self.gateway.check_project(&request.into_inner().project)?;
+        let device = &self.gateway.follower.versions.device;
+        let capacity = device.capacity().unwrap_or(0);
+        let models = device.footprints().into_iter().map(|footprint| v1::ModelMemory {
+            bytes: footprint.bytes(),
+            arithmetic: footprint.arithmetic(),
+            name: footprint.name,
+        });
+        Ok(Response::new(v1::GetMemoryResponse {
+            capacity,
+            allowed: inference::memory::allowed(capacity),
+            resident: inference::memory::resident().unwrap_or(0),
+            models: models.collect(),
+            alarms: self.gateway.memory.alarms(),
+        }))
+    }
+
     async fn list_datasets(
         &self,
         request: Request<v1::ListDatasetsRequest>,

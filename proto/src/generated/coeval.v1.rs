@@ -1616,6 +1616,40 @@ pub mod ingest_server {
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetMemoryRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetMemoryResponse {
+    /// Bytes of the machine or the control group; 0 where nobody says.
+    #[prost(uint64, tag = "1")]
+    pub capacity: u64,
+    /// Bytes of it that models may take.
+    #[prost(uint64, tag = "2")]
+    pub allowed: u64,
+    /// Bytes of this process in RAM; 0 where nobody says.
+    #[prost(uint64, tag = "3")]
+    pub resident: u64,
+    /// Every model that is loaded or being loaded.
+    #[prost(message, repeated, tag = "4")]
+    pub models: ::prost::alloc::vec::Vec<ModelMemory>,
+    /// What grows and should not, in words.
+    #[prost(string, repeated, tag = "5")]
+    pub alarms: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelMemory {
+    /// Name and version, as in `delay/2`.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    /// Where they come from, in words.
+    #[prost(string, tag = "3")]
+    pub arithmetic: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetCatalogRequest {
     #[prost(string, tag = "1")]
     pub project: ::prost::alloc::string::String,
@@ -2337,6 +2371,31 @@ pub mod control_client {
                 .insert(GrpcMethod::new("coeval.v1.Control", "ListModels"));
             self.inner.unary(req, path, codec).await
         }
+        /// The ledger: what models take of this process's memory, and what the process takes.
+        pub async fn get_memory(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMemoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/GetMemory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "GetMemory"));
+            self.inner.unary(req, path, codec).await
+        }
         pub async fn list_datasets(
             &mut self,
             request: impl tonic::IntoRequest<super::ListDatasetsRequest>,
@@ -2458,6 +2517,14 @@ pub mod control_server {
             request: tonic::Request<super::ListModelsRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ListModelsResponse>,
+            tonic::Status,
+        >;
+        /// The ledger: what models take of this process's memory, and what the process takes.
+        async fn get_memory(
+            &self,
+            request: tonic::Request<super::GetMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMemoryResponse>,
             tonic::Status,
         >;
         async fn list_datasets(
@@ -2946,6 +3013,49 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ListModelsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/GetMemory" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetMemorySvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::GetMemoryRequest>
+                    for GetMemorySvc<T> {
+                        type Response = super::GetMemoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetMemoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_memory(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetMemorySvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -7,6 +7,36 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class GetMemoryRequest(_message.Message):
+    __slots__ = ("project",)
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    def __init__(self, project: _Optional[str] = ...) -> None: ...
+
+class GetMemoryResponse(_message.Message):
+    __slots__ = ("capacity", "allowed", "resident", "models", "alarms")
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    ALARMS_FIELD_NUMBER: _ClassVar[int]
+    capacity: int
+    allowed: int
+    resident: int
+    models: _containers.RepeatedCompositeFieldContainer[ModelMemory]
+    alarms: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, capacity: _Optional[int] = ..., allowed: _Optional[int] = ..., resident: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelMemory, _Mapping]]] = ..., alarms: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ModelMemory(_message.Message):
+    __slots__ = ("name", "bytes", "arithmetic")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    bytes: int
+    arithmetic: str
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., arithmetic: _Optional[str] = ...) -> None: ...
+
 class GetCatalogRequest(_message.Message):
     __slots__ = ("project",)
     PROJECT_FIELD_NUMBER: _ClassVar[int]

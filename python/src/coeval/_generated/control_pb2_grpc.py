@@ -79,6 +79,11 @@ class ControlStub:
                 request_serializer=coeval_dot_v1_dot_control__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_control__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.GetMemory = channel.unary_unary(
+                '/coeval.v1.Control/GetMemory',
+                request_serializer=coeval_dot_v1_dot_control__pb2.GetMemoryRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.GetMemoryResponse.FromString,
+                _registered_method=True)
         self.ListDatasets = channel.unary_unary(
                 '/coeval.v1.Control/ListDatasets',
                 request_serializer=coeval_dot_v1_dot_control__pb2.ListDatasetsRequest.SerializeToString,
@@ -155,6 +160,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMemory(self, request, context):
+        """The ledger: what models take of this process's memory, and what the process takes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListDatasets(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -216,6 +228,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=coeval_dot_v1_dot_control__pb2.ListModelsRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_control__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMemory,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.GetMemoryRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.GetMemoryResponse.SerializeToString,
             ),
             'ListDatasets': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDatasets,
@@ -471,6 +488,33 @@ class Control:
             '/coeval.v1.Control/ListModels',
             coeval_dot_v1_dot_control__pb2.ListModelsRequest.SerializeToString,
             coeval_dot_v1_dot_control__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/GetMemory',
+            coeval_dot_v1_dot_control__pb2.GetMemoryRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.GetMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,
