@@ -697,3 +697,69 @@ fn a_model_file_is_measured_in_a_process_of_its_own() {
     let said = project.run(&["model", "certify", "delay", file]);
     assert!(said.err.contains("mat1 and mat2 shapes cannot be multiplied"), "{}", said.err);
 }
+
+#[test]
+fn a_version_goes_from_its_file_to_the_traffic_and_back() {
+    if !cfg!(feature = "torch") {
+        eprintln!("skipped: this build has no torch");
+        return;
+    }
+    let project = Project::new();
+    project.free_ports();
+    std::fs::write(project.path("features/model.yaml"), MODEL).unwrap();
+    assert_eq!(project.run(&["apply"]).status, 0);
+    let server = Server::start(&project);
+    let on = |command: &[&str]| project.run(&[command, &["--server", &server.address]].concat());
+    let first = Path::new(env!("CARGO_MANIFEST_DIR")).join("../inference/tests/data/delay.pt");
+    // The same model in another file: the archive has a comment of one letter.
+    let mut bytes = std::fs::read(&first).unwrap();
+    let end = bytes.len() - 2;
+    bytes[end] = 1;
+    bytes.push(b'x');
+    let second = project.path("second.pt");
+    std::fs::write(&second, bytes).unwrap();
+    for file in [&first, &second] {
+        let said = on(&["model", "register", "delay", file.to_str().unwrap()]);
+        assert_eq!(said.status, 0, "{}", said.err);
+    }
+    let golden = project.path("golden.arrow");
+    std::fs::write(&golden, "no rows").unwrap();
+    let said = on(&["model", "register", "delay", second.to_str().unwrap(), "--golden", golden.to_str().unwrap()]);
+    assert_eq!(said.status, 1);
+    assert!(said.err.contains("the golden rows cannot be used: the file is not in the Arrow IPC"), "{}", said.err);
+
+    #[track_caller]
+    fn check(said: &Said, expected: &str) {
+        assert_eq!(said.status, 0, "{}", said.err);
+        assert!(said.out.contains(expected), "{}", said.out);
+    }
+    check(
+        &on(&["model", "deploy", "delay", "1", "--why", "first"]),
+        "delay: version 1 is the first, and has the traffic",
+    );
+    let said = on(&["model", "deploy", "delay", "2", "--why", "second"]);
+    check(&said, "answers requests that name it; the traffic goes to version 1");
+    check(&said, "`coeval rollout promote delay 2 --why ...` moves the traffic to it");
+    check(
+        &on(&["model", "approve", "delay", "2", "--why", "reviewed", "--who", "eve"]),
+        "version 2 is approved by eve",
+    );
+    let promoted = on(&["rollout", "promote", "delay", "2", "--why", "better"]);
+    check(&promoted, "delay: the traffic goes to version 2, before to 1");
+    let shown = on(&["model", "show", "delay"]);
+    check(&shown, "delay version 2, champion");
+    check(&shown, ": reviewed");
+    check(&shown, "batches of at most 8");
+    let rolled_back = on(&["rollout", "rollback", "delay", "--why", "worse"]);
+    check(&rolled_back, "delay: the traffic goes to version 1, before to 2");
+    let said = on(&["rollout", "rollback", "delay", "--why", "again"]);
+    assert_eq!(said.status, 1);
+    assert!(said.err.contains("has no previous champion to go back to"), "{}", said.err);
+    let said = on(&["model", "retire", "delay", "1", "--why", "none"]);
+    assert!(said.err.contains("version 1 of model `delay` is the champion"), "{}", said.err);
+    check(&on(&["model", "retire", "delay", "2", "--why", "replaced"]), "delay: version 2 is on no gateway any more");
+    let listed = on(&["model", "list", "--json"]);
+    let listed: serde_json::Value = serde_json::from_str(&listed.out).unwrap();
+    let states: Vec<&str> = listed.as_array().unwrap().iter().map(|model| model["state"].as_str().unwrap()).collect();
+    assert_eq!(states, ["champion", "registered"]);
+}

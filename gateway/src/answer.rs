@@ -350,17 +350,11 @@ impl Gateway {
             reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());
         }
         reasons.extend(served.missing.iter().map(|name| format!("model `{name}` is not loaded")));
+        // One that has failed is told by its own endpoint, and by `problems` where requests may need it.
         for (name, versions) in &served.versions {
-            for (number, version) in versions.iter().filter(|(_, version)| version.standing > Standing::Preparing) {
-                match (&version.state.failure, version.state.loading) {
-                    (_, true) => reasons.push(format!("version {number} of model `{name}` is being loaded")),
-                    // The champion and the one before are told above.
-                    (Some(failure), _) if version.standing == Standing::Active => {
-                        reasons.push(format!("version {number} of model `{name}`: {}", failure.message));
-                    }
-                    _ => {}
-                }
-            }
+            let active = versions.iter().filter(|(_, version)| version.standing > Standing::Preparing);
+            let loading = active.filter(|(_, version)| version.state.loading);
+            reasons.extend(loading.map(|(number, _)| format!("version {number} of model `{name}` is being loaded")));
         }
         if let Some(events) = &self.events {
             reasons.extend(events.backfilling());

@@ -27,30 +27,29 @@ const LOOK_AGAIN: Duration = Duration::from_millis(150);
 /// Texts of a record are names, digests and words, not files.
 const TEXT_BYTES_MAX: usize = 64 << 10;
 
-/// Who asks for a change, of what, and why.
+/// Who asks for a change, and why.
 struct Asked<'a> {
-    key: Key,
     who: &'a str,
     why: Option<&'a str>,
 }
 
-fn asked<'a>(
-    gateway: &Gateway,
-    project: &str,
-    model: &str,
-    version: u32,
-    who: &'a str,
-    why: &'a str,
-) -> Result<Asked<'a>, Failure> {
+fn asked<'a>(gateway: &Gateway, project: &str, who: &'a str, why: &'a str) -> Result<Asked<'a>, Failure> {
     gateway.check_project(project)?;
-    if version == 0 {
-        return Err(Failure::invalid("the request names no version; versions begin at 1"));
-    }
     if who.len() > TEXT_BYTES_MAX || why.len() > TEXT_BYTES_MAX {
         return Err(Failure::invalid(format!("`who` and `why` take at most {TEXT_BYTES_MAX} bytes")));
     }
-    let model: ModelName = model.parse().map_err(|error: NameError| Failure::invalid(error.to_string()))?;
-    Ok(Asked { key: (model, ModelVersion(version)), who, why: Some(why).filter(|why| !why.is_empty()) })
+    Ok(Asked { who, why: Some(why).filter(|why| !why.is_empty()) })
+}
+
+fn named(model: &str) -> Result<ModelName, Failure> {
+    model.parse().map_err(|error: NameError| Failure::invalid(error.to_string()))
+}
+
+fn version_named(model: &str, version: u32) -> Result<Key, Failure> {
+    if version == 0 {
+        return Err(Failure::invalid("the request names no version; versions begin at 1"));
+    }
+    Ok((named(model)?, ModelVersion(version)))
 }
 
 async fn submit(gateway: &Gateway, change: DeploymentChange, asked: &Asked<'_>) -> Result<Receipt, Failure> {
@@ -78,22 +77,23 @@ pub async fn deploy(
     request: v1::DeployModelRequest,
 ) -> Result<v1::DeployModelResponse, Failure> {
     let v1::DeployModelRequest { project, model, version, who, why } = &request;
-    let asked = asked(&gateway, project, model, *version, who, why)?;
-    let (name, number) = asked.key.clone();
+    let asked = asked(&gateway, project, who, why)?;
+    let key = version_named(model, *version)?;
+    let (name, number) = key.clone();
     let _deploying = gateway.deploying.lock().await;
     gateway.follower.follow(Retry::Later).await;
     let by = gateway.presence.incarnation.clone();
     let prepare = DeploymentChange::Prepare(Prepare { model: name.clone(), version: number, by });
     let existed = judge(&gateway, &prepare)?;
     if !existed {
-        can_run(&gateway, &asked.key).await?;
+        can_run(&gateway, &key).await?;
         let receipt = submit(&gateway, prepare, &asked).await?;
         if receipt.outcome == Outcome::Appended {
-            finish(&gateway, &asked, receipt.entry).await?;
+            finish(&gateway, &asked, &key, receipt.entry).await?;
         }
     }
     gateway.follower.follow(Retry::Later).await;
-    let reports = reports(&gateway, &asked.key);
+    let reports = reports(&gateway, &gateway.presence.others(), &key);
     let mut notes: Vec<String> = reports.iter().flat_map(|report| report.notes.iter().cloned()).collect();
     notes.sort();
     notes.dedup();
@@ -112,10 +112,10 @@ async fn can_run(gateway: &Gateway, (name, version): &Key) -> Result<(), Failure
 }
 
 /// Waits for every gateway, and writes down how it ended.
-async fn finish(gateway: &Gateway, asked: &Asked<'_>, prepare: EntryNumber) -> Result<(), Failure> {
-    let (model, version) = asked.key.clone();
+async fn finish(gateway: &Gateway, asked: &Asked<'_>, key: &Key, prepare: EntryNumber) -> Result<(), Failure> {
+    let (model, version) = key.clone();
     let gathered = tokio::select! {
-        gathered = tokio::time::timeout(PREPARE_MAX, gather(gateway, &asked.key, prepare)) => gathered,
+        gathered = tokio::time::timeout(PREPARE_MAX, gather(gateway, key, prepare)) => gathered,
         () = gateway.drain.cancelled() => {
             let reason = "the gateway that began the deploy is shutting down".to_owned();
             Ok(Err(BTreeMap::from([(gateway.presence.incarnation.clone(), reason)])))
@@ -127,7 +127,7 @@ async fn finish(gateway: &Gateway, asked: &Asked<'_>, prepare: EntryNumber) -> R
             return submit(gateway, activate, asked).await.map(|_| ());
         }
         Ok(Err(reasons)) => reasons,
-        Err(_) => unready(gateway, &asked.key, prepare),
+        Err(_) => unready(gateway, key, prepare),
     };
     let listed = listed(gateway, &reasons);
     let give_up = GiveUp { model: model.clone(), version, prepare, reasons };
@@ -224,11 +224,10 @@ fn unready(gateway: &Gateway, key: &Key, prepare: EntryNumber) -> BTreeMap<Incar
     late.map(|(incarnation, _)| (incarnation, reason.clone())).collect()
 }
 
-/// What every live gateway last said of a version; this one first.
-pub fn reports(gateway: &Gateway, key: &Key) -> Vec<v1::GatewayVersion> {
+/// What this gateway and the others last said of a version. One that has not heard of it is left out.
+pub fn reports(gateway: &Gateway, others: &[Report], key: &Key) -> Vec<v1::GatewayVersion> {
     let presence = &gateway.presence;
     let own = presence.own_version(key).map(|report| shown(presence.incarnation.to_string(), String::new(), report));
-    let others = presence.others();
     let others = others.iter().filter_map(|report| {
         Some(shown(report.incarnation.to_string(), report.address.clone(), report.version(&key.0, key.1)?.clone()))
     });
@@ -255,49 +254,55 @@ fn shown(gateway: String, address: String, report: VersionReport) -> v1::Gateway
 
 pub async fn promote(gateway: &Gateway, request: &v1::PromoteModelRequest) -> Result<v1::TrafficResponse, Failure> {
     let v1::PromoteModelRequest { project, model, version, who, why } = request;
-    let asked = asked(gateway, project, model, *version, who, why)?;
-    let (name, number) = asked.key.clone();
+    let asked = asked(gateway, project, who, why)?;
+    let key = version_named(model, *version)?;
+    let (name, number) = key.clone();
     gateway.follower.follow(Retry::Later).await;
     let (before, _) = traffic(gateway, &name);
     let from = Some(ModelVersion(before)).filter(|from| from.0 > 0);
     let change = DeploymentChange::Promote { model: name.clone(), version: number, from };
     if !judge(gateway, &change)? {
-        // It is active, but a gateway that has started since may not be able to run it.
-        presence_now(gateway).await?;
-        if let Some(unready) = reports(gateway, &asked.key).iter().find(|report| report.state != "ready") {
-            let v1::GatewayVersion { gateway, state, reason, .. } = unready;
-            let text = format!(
-                "version {number} of model `{name}` is {state} on gateway {gateway}: {reason}; requests that go there could not be \
-                 answered by it, so the traffic stays"
-            );
-            return Err(Failure::new(Kind::Precondition, text));
-        }
+        all_have(gateway, &key).await?;
         submit(gateway, change, &asked).await?;
     }
     moved(gateway, &name, before, who).await
 }
 
-async fn presence_now(gateway: &Gateway) -> Result<(), Failure> {
-    let looked = gateway.presence.look().await;
-    looked.map_err(|error| Failure::unavailable("the other gateways cannot be asked", &error))
+/// A version that is active may still be missing on a gateway that has started since, or be broken there.
+async fn all_have(gateway: &Gateway, key: &Key) -> Result<(), Failure> {
+    let presence = &gateway.presence;
+    let looked = presence.look().await;
+    looked.map_err(|error| Failure::unavailable("the other gateways cannot be asked", &error))?;
+    let others = presence.others();
+    let others = others.iter().map(|report| (&report.incarnation, report.version(&key.0, key.1).cloned()));
+    let own = presence.own_version(key);
+    for (incarnation, report) in std::iter::once((&presence.incarnation, own)).chain(others) {
+        let why = match report {
+            Some(report) if report.state == ReportedState::Ready => continue,
+            Some(report) if report.state == ReportedState::Failed => report.reason,
+            _ => "it is still being loaded".to_owned(),
+        };
+        let text = format!(
+            "version {} of model `{}` is not ready on gateway {incarnation}, so the traffic stays where it is: {why}",
+            key.1, key.0
+        );
+        return Err(Failure::new(Kind::Precondition, text));
+    }
+    Ok(())
 }
 
 pub async fn rollback(gateway: &Gateway, request: &v1::RollbackModelRequest) -> Result<v1::TrafficResponse, Failure> {
     let v1::RollbackModelRequest { project, model, who, why } = request;
+    let asked = asked(gateway, project, who, why)?;
+    let name = named(model)?;
     gateway.follower.follow(Retry::Later).await;
-    let asked = asked(gateway, project, model, 1, who, why)?;
-    let name = asked.key.0.clone();
     let (before, previous) = traffic(gateway, &name);
-    let change = match (before, previous) {
-        (_, 0) => {
-            let refusal = Refusal::from(DeploymentError::NoPrevious { model: name });
-            return Err(RegistryError::from(refusal).into());
-        }
-        (from, to) => {
-            DeploymentChange::Rollback { model: name.clone(), from: ModelVersion(from), to: ModelVersion(to) }
-        }
-    };
-    submit(gateway, change, &asked).await?;
+    if previous == 0 {
+        let refusal = Refusal::from(DeploymentError::NoPrevious { model: name });
+        return Err(RegistryError::from(refusal).into());
+    }
+    let (from, to) = (ModelVersion(before), ModelVersion(previous));
+    submit(gateway, DeploymentChange::Rollback { model: name.clone(), from, to }, &asked).await?;
     moved(gateway, &name, before, who).await
 }
 
@@ -310,8 +315,8 @@ async fn moved(gateway: &Gateway, model: &ModelName, before: u32, who: &str) -> 
 
 pub async fn retire(gateway: &Gateway, request: &v1::RetireModelRequest) -> Result<v1::RetireModelResponse, Failure> {
     let v1::RetireModelRequest { project, model, version, force, who, why } = request;
-    let asked = asked(gateway, project, model, *version, who, why)?;
-    let (model, version) = asked.key.clone();
+    let asked = asked(gateway, project, who, why)?;
+    let (model, version) = version_named(model, *version)?;
     let change = DeploymentChange::Retire { model, version, previous_too: *force };
     let receipt = submit(gateway, change, &asked).await?;
     gateway.follower.follow(Retry::Later).await;
@@ -323,8 +328,8 @@ pub async fn approve(
     request: &v1::ApproveModelRequest,
 ) -> Result<v1::ApproveModelResponse, Failure> {
     let v1::ApproveModelRequest { project, model, version, who, why } = request;
-    let asked = asked(gateway, project, model, *version, who, why)?;
-    let (model, version) = asked.key.clone();
+    let asked = asked(gateway, project, who, why)?;
+    let (model, version) = version_named(model, *version)?;
     let receipt = submit(gateway, DeploymentChange::Approve { model, version }, &asked).await?;
     Ok(v1::ApproveModelResponse { control_entry: receipt.entry.0 })
 }

@@ -392,6 +392,9 @@ fn settings_have_defaults() {
     assert_eq!((settings.offline.engine.as_str(), settings.offline.memory_bytes), ("local", 4 << 30));
     assert_eq!((settings.serve.grpc.as_str(), settings.serve.http.as_str()), ("127.0.0.1:7400", "127.0.0.1:7401"));
     assert_eq!((settings.serve.request_time, settings.serve.beyond_loopback), (RequestTime::Refused, false));
+    assert_eq!(settings.serve.golden_checks.as_secs(), 30);
+    let settings = read_settings(&[("coeval.yaml", "project: p\nserve: {golden_checks: 5m}\n")], None).unwrap();
+    assert_eq!(settings.serve.golden_checks.as_secs(), 300);
 }
 
 #[test]

@@ -328,6 +328,7 @@ fn project<'a>(state: &'a State, gateway: &Gateway) -> Option<&'a Project> {
 fn models(gateway: &Gateway, project: &Project) -> Vec<v1::ModelInfo> {
     let versions =
         project.models.iter().flat_map(|(name, versions)| versions.values().map(move |record| (name, record)));
+    let others = gateway.presence.others();
     let info = versions.map(|(name, record)| {
         let model = &record.model;
         let approvals = record.approvals.values().map(|fact| v1::Approval {
@@ -355,7 +356,7 @@ fn models(gateway: &Gateway, project: &Project) -> Vec<v1::ModelInfo> {
             state: project.standing(name.as_str(), record.version).to_string(),
             approvals: approvals.collect(),
             golden_digest: model.golden_rows.as_ref().map(|golden| golden.sha256.to_string()).unwrap_or_default(),
-            gateways: deploy::reports(gateway, &(name.clone(), record.version)),
+            gateways: deploy::reports(gateway, &others, &(name.clone(), record.version)),
             given_up: reasons.unwrap_or_default(),
         }
     });

@@ -211,6 +211,15 @@ async fn start_over(
     request_time: RequestTime,
     runtime: Option<Arc<dyn Runtime>>,
 ) -> Server {
+    start_with_models(objects, request_time, runtime, ModelPlaces::default()).await
+}
+
+async fn start_with_models(
+    objects: Arc<dyn object_store::ObjectStore>,
+    request_time: RequestTime,
+    runtime: Option<Arc<dyn Runtime>>,
+    models: ModelPlaces,
+) -> Server {
     let clock_time = Arc::new(AtomicI64::new(NOW));
     let clock: Clock = Arc::new(move || clock_time.load(Ordering::SeqCst));
     let registry = Registry::open(objects, &Path::from("shops"), wall_clock(&clock)).await.unwrap();
@@ -238,7 +247,7 @@ async fn start_over(
         store: Arc::new(store),
         events: Some(events.clone()),
         runtime,
-        models: ModelPlaces::default(),
+        models,
         flight: None,
     };
     let listeners = Listeners {

@@ -112,6 +112,46 @@ async fn requests_that_gather_share_a_batch() {
 }
 
 #[tokio::test]
+async fn a_check_shares_batches_with_requests_and_is_in_no_count() {
+    let gate = Gate::new();
+    let limits = BatchLimits::new(8, 64).with_tiers(2);
+    let failing = EchoRuntime::new().with_hook({
+        let gate = gate.clone();
+        move |inputs| {
+            gate.pass();
+            match inputs[0].data() {
+                TensorData::Float32(values) if values.contains(&13.0) => Err(ModelError::Runtime("unlucky".into())),
+                _ => Ok(()),
+            }
+        }
+    });
+    let server = start_with(failing, ServerOptions::new(limits)).await;
+    let later = Instant::now() + LONG;
+    assert_eq!(server.check(request(&[1.0, 2.0, 3.0]), later).await.unwrap().outputs, answer(&[1.0, 2.0, 3.0]));
+    assert!(server.check(request(&[13.0]), later).await.is_err());
+    let alone = server.metrics();
+    assert_eq!((alone.requests, alone.rows, alone.batches, alone.padding_rows, alone.failures), (0, 0, 0, 0, 0));
+
+    gate.close();
+    let first = spawn(&server, &[1.0], LONG);
+    until_held(&gate).await;
+    let beside = tokio::spawn({
+        let server = server.clone();
+        async move { server.check(request(&[7.0]), later).await }
+    });
+    let second = spawn(&server, &[2.0], LONG);
+    until_queued(&server, 2).await;
+    gate.open();
+    assert_eq!(first.await.unwrap().unwrap().outputs, answer(&[1.0]));
+    let (second, beside) = (second.await.unwrap().unwrap(), beside.await.unwrap().unwrap());
+    assert_eq!((second.outputs, beside.outputs), (answer(&[2.0]), answer(&[7.0])));
+    assert_eq!(second.batch_rows, 2, "they ran together");
+    let metrics = server.metrics();
+    assert_eq!((metrics.requests, metrics.rows, metrics.batches), (2, 2, 2));
+    assert_eq!(metrics.breaker_openings, 0);
+}
+
+#[tokio::test]
 async fn a_large_request_is_split_and_put_together_again() {
     let server = start(EchoRuntime::new(), 2, 4, 64).await;
     let values: Vec<f32> = (0..11_u8).map(f32::from).collect();

@@ -424,8 +424,56 @@ async fn a_challenger_that_fails_shows_at_its_own_endpoint() {
     assert_eq!(status.code(), Code::Unavailable);
     // What cannot answer gets no traffic.
     let status = server.promote("small", 2).await.unwrap_err();
-    assert!(status.message().contains("so the traffic stays"), "{status}");
+    assert!(status.message().contains("so the traffic stays where it is: "), "{status}");
     assert_eq!(server.asked("small", 0).await.unwrap().0, 1);
+    server.stop().await;
+}
+
+/// A program that stands for the binary that measures: it says these steps, and ends itself as the kernel would where
+/// memory has run out.
+fn certifier(folder: &std::path::Path, rows: &[usize], ending: &str) -> std::path::PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let steps = rows.iter().map(|rows| {
+        format!("echo '{{\"Trying\":{{\"rows\":{rows}}}}}'\necho '{{\"Ran\":{{\"rows\":{rows},\"forward_micros\":1,\"bytes\":8}}}}'\n")
+    });
+    let counted = folder.join("runs");
+    let text = format!(
+        "#!/bin/sh\ncat > /dev/null\necho run >> {}\necho '{{\"Loaded\":{{\"file_bytes\":3,\"weight_bytes\":4}}}}'\n{}{ending}\n",
+        counted.display(),
+        steps.collect::<String>()
+    );
+    let path = folder.join(format!("certifier-{}", rows.len()));
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn a_model_is_measured_in_a_child_once_and_a_child_that_is_killed_refuses_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let start = async |certifier| {
+        let models = ModelPlaces { cache: Some(folder.path().join("models")), certifier: Some(certifier) };
+        let runtime: Option<Arc<dyn Runtime>> = Some(Arc::new(Staged::new()));
+        start_with_models(objects.clone(), RequestTime::Refused, runtime, models).await
+    };
+    let killed = certifier(folder.path(), &[1, 2], "echo '{\"Trying\":{\"rows\":4}}'\nkill -9 $$");
+    let mut server = start(killed).await;
+    server.register("buys", b"one").await.unwrap();
+    let status = server.deploy("buys", 1).await.unwrap_err();
+    let text = "it could not be certified: the process that measures it ended with signal: 9 (SIGKILL) while it ran a batch of 4 \
+                rows, most likely because memory ran out; the largest batch that worked has 2 rows; lower `batching.max_rows`";
+    assert!(status.message().ends_with(text), "{status}");
+    server.stop().await;
+
+    let good = certifier(folder.path(), &[1, 2, 4], "echo '\"Done\"'");
+    let mut server = start(good.clone()).await;
+    server.deploy("buys", 1).await.unwrap();
+    server.stop().await;
+    // What is known of a file is not measured again.
+    let mut server = start(good).await;
+    assert_eq!(server.asked("buys", 0).await.unwrap().0, 1);
+    assert_eq!(std::fs::read_to_string(folder.path().join("runs")).unwrap(), "run\nrun\n");
     server.stop().await;
 }
 
