@@ -15,7 +15,7 @@ use feature_defs::plan::{ModelPlan, Plan, SourceSchemas, ViewPlan, compile_defin
 use feature_defs::value::Type;
 use inference::batch::{BatchLimits, Policy};
 use inference::executor::{FORWARD_MAX, MemoryLimits, ModelServer, ServerOptions};
-use inference::model::{Artefact, Device, LoadOptions, Runtime};
+use inference::model::{Artefact, Device, Devices, LoadOptions, Runtime};
 use inference::placement::{self, Placed};
 use registry::Registry;
 use registry::id::{EntryNumber, ProjectName};
@@ -420,18 +420,19 @@ impl Follower {
             let text = format!("model `{name}` has a runtime that this version cannot run; export it as torchscript");
             return Err(Failure::new(Kind::Unsupported, text));
         }
-        if let Some(device) = plan.devices.iter().find(|device| *device != "cpu") {
-            let text = format!("model `{name}` is placed on `{device}`, but this version runs models on `cpu` only");
-            return Err(Failure::new(Kind::Unsupported, text));
-        }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         placement::check_threads(plan.executors as usize, plan.threads as usize, cores)?;
         let bytes = self.registry.artifacts().get(&record.model.artifact).await?;
         let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
         let served = self.served();
         // The version that it replaces runs until it is there, so that both are in memory for a while.
-        let taken = served.models.values().filter_map(|other| Some(other.server.footprint()?.bytes())).sum();
-        let memory = MemoryLimits { capacity: inference::memory::capacity(), others: taken };
+        let devices = placed_on(&plan);
+        let beside = served.models.values().filter(|other| placed_on(&other.plan).overlaps(devices));
+        let taken = beside.filter_map(|other| Some(other.server.footprint()?.bytes())).sum();
+        // It may have to open libtorch, which takes a while.
+        let asked = runtime.clone();
+        let capacity = tokio::task::spawn_blocking(move || capacity(&*asked, devices)).await.unwrap_or(None);
+        let memory = MemoryLimits { capacity, others: taken };
         let options = ServerOptions { memory, ..options(&plan) };
         let version = record.version.0;
         let server =
@@ -483,10 +484,25 @@ fn options(plan: &ModelPlan) -> ServerOptions {
         .with_deadline(declared_deadline(plan));
     ServerOptions {
         executors: plan.executors as usize,
-        load: LoadOptions { device: Device::Cpu, threads: plan.threads as usize },
+        devices: placed_on(plan),
+        load: LoadOptions { threads: plan.threads as usize, ..LoadOptions::default() },
         forward_max: forward_max(plan),
         ..ServerOptions::new(limits)
     }
+}
+
+/// Where a model is placed. The check of the definitions has seen the names.
+fn placed_on(plan: &ModelPlan) -> Devices {
+    Devices::from_names(plan.devices.iter().map(String::as_str)).unwrap_or(Devices::CPU)
+}
+
+/// The memory of the smallest of the devices.
+fn capacity(runtime: &dyn Runtime, devices: Devices) -> Option<u64> {
+    let of = |device| match device {
+        Device::Cpu => inference::memory::capacity(),
+        Device::Cuda(_) => runtime.device_memory(device).map(|memory| memory.total),
+    };
+    devices.iter().filter_map(of).min()
 }
 
 /// When a forward is taken not to end: long after everybody who waited for it has gone.

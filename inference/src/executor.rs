@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::batch::{BatchLimits, Rejected, Waited};
 use crate::breaker::Open;
 use crate::memory::{Footprint, MemoryError};
-use crate::model::{Artefact, LoadError, LoadOptions, ModelError, ModelMemory, ModelSpec, Runtime};
+use crate::model::{Artefact, Devices, LoadError, LoadOptions, ModelError, ModelMemory, ModelSpec, Runtime};
 use crate::tensor::TensorBatch;
 
 mod metrics;
@@ -41,6 +41,9 @@ pub struct ServerOptions {
     /// Threads with a copy of the model each.
     pub executors: usize,
     pub limits: BatchLimits,
+    /// Where the executors run, in turn.
+    pub devices: Devices,
+    /// Its device is that of the executor.
     pub load: LoadOptions,
     /// A forward that takes longer, and longer than twenty of its usual ones, is given up.
     pub forward_max: Duration,
@@ -62,6 +65,7 @@ impl ServerOptions {
         ServerOptions {
             executors: 1,
             limits,
+            devices: Devices::CPU,
             load: LoadOptions::default(),
             forward_max: FORWARD_MAX,
             memory: MemoryLimits { capacity: None, others: 0 },
@@ -181,8 +185,8 @@ impl ModelServer {
     ) -> Result<ModelServer, StartError> {
         let executors = options.executors.max(1);
         let (alive, ended) = mpsc::channel(1);
-        let ServerOptions { limits, load, forward_max, memory, .. } = options;
-        let recipe = Recipe { runtime, artefact, load, forward_max, memory, executors };
+        let ServerOptions { limits, devices, load, forward_max, memory, .. } = options;
+        let recipe = Recipe { runtime, artefact, devices, load, forward_max, memory, executors };
         let shared = Arc::new(Shared::new(name, spec, limits, executors, recipe));
         // Whatever goes wrong below, dropping the server tells the threads that did start to end.
         let mut server = ModelServer { shared, warm_up: Vec::new(), ended: tokio::sync::Mutex::new(ended) };

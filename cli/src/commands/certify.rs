@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use gateway::certify::{Job, Step, footprint};
+use gateway::certify::{Job, Step, capacity, footprint};
 use inference::memory::{self, Footprint, Size, shown};
 use serde_json::json;
 
@@ -48,7 +48,7 @@ pub async fn run(place: &Place, model: &str, file: &Path, output: &Output) -> Re
         }
         _ => return Err(ended_early(format!("the process {ended} while it loaded the model"))),
     }
-    let capacity = memory::capacity();
+    let capacity = capacity(&steps);
     output.json(&json!({
         "model": model,
         "file_bytes": footprint.file_bytes,
@@ -63,8 +63,8 @@ pub async fn run(place: &Place, model: &str, file: &Path, output: &Output) -> Re
         Ok(()) => {
             let allowed = memory::allowed(capacity);
             let (needed, percent) = (shown(footprint.bytes()), memory::PERCENT_MAX);
-            output
-                .line(format!("{needed} of the {} that models may take, {percent} % of this machine", shown(allowed)));
+            let whose = if job.device == "cpu" { "this machine" } else { &job.device };
+            output.line(format!("{needed} of the {} that models may take, {percent} % of {}", shown(allowed), whose));
             Ok(())
         }
         Err(error) => Err(CliError::Failed(error.to_string())),

@@ -13,7 +13,7 @@ use super::{InferError, MemoryLimits, Outcome, WarmUp};
 use crate::batch::{BatchLimits, Batcher, Member, Permit, Rejected, Request, Ticket, Waited};
 use crate::breaker::{Breaker, Open};
 use crate::memory::{self, Footprint, Size};
-use crate::model::{Artefact, LoadOptions, ModelError, ModelSpec, Runtime};
+use crate::model::{Artefact, Devices, LoadOptions, ModelError, ModelSpec, Runtime};
 use crate::tensor::{Tensor, TensorBatch};
 
 /// A forward is not given up before so many times what it usually takes.
@@ -25,6 +25,7 @@ const LOOKS_PER_BOUND: u32 = 4;
 pub(super) struct Recipe {
     pub runtime: Arc<dyn Runtime>,
     pub artefact: Artefact,
+    pub devices: Devices,
     pub load: LoadOptions,
     pub forward_max: Duration,
     pub memory: MemoryLimits,

@@ -439,6 +439,33 @@ async fn a_forward_that_does_not_end_is_given_up_and_its_executor_replaced_once(
 }
 
 #[tokio::test]
+async fn executors_load_on_the_devices_in_turn() {
+    #[derive(Default)]
+    struct Noting(std::sync::Mutex<Vec<String>>);
+    impl Runtime for Noting {
+        fn load(
+            &self,
+            artefact: &Artefact,
+            spec: &ModelSpec,
+            options: &LoadOptions,
+        ) -> Result<Box<dyn crate::model::Model>, LoadError> {
+            self.0.lock().unwrap().push(format!("{} with {} threads", options.device, options.threads));
+            EchoRuntime::new().load(artefact, spec, options)
+        }
+    }
+    let noting = Arc::new(Noting::default());
+    let devices = Devices::from_names(["cuda:1", "cuda:0"]).unwrap();
+    let load = LoadOptions { threads: 2, ..LoadOptions::default() };
+    let options = ServerOptions { executors: 3, devices, load, ..ServerOptions::new(BatchLimits::new(2, 8)) };
+    let artefact = Artefact::new("echo", *b"echo");
+    let server = ModelServer::start("echo", noting.clone(), artefact, spec(), options).await.unwrap();
+    let mut loaded = noting.0.lock().unwrap().clone();
+    loaded.sort();
+    assert_eq!(loaded, ["cuda:0 with 2 threads", "cuda:0 with 2 threads", "cuda:1 with 2 threads"]);
+    server.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_lost_device_is_not_tried_again_and_only_a_new_process_helps() {
     let gate = Gate::new();
     let (held, runs) = (gate.clone(), Arc::new(AtomicUsize::new(0)));

@@ -11,7 +11,7 @@ use super::shared::{Answer, Caller, Job, Reply, Running, Shared, Stage, State, r
 use super::{InferError, MemoryLimits, StartError, WarmUp, chain};
 use crate::batch::{Decision, Member, Permit};
 use crate::memory;
-use crate::model::{Model, ModelError, ModelSpec};
+use crate::model::{LoadOptions, Model, ModelError, ModelSpec};
 use crate::tensor::Tensor;
 
 /// Every size is run at least so often before its time counts: runtimes profile on the first call, specialise on the
@@ -143,7 +143,8 @@ impl Executor {
         let name = || shared.name.clone();
         let prepared = catch_unwind(AssertUnwindSafe(|| {
             let (spec, recipe) = (&shared.spec, &shared.recipe);
-            let loaded = recipe.runtime.load(&recipe.artefact, spec, &recipe.load);
+            let load = LoadOptions { device: recipe.devices.of_executor(self.index), ..recipe.load };
+            let loaded = recipe.runtime.load(&recipe.artefact, spec, &load);
             let mut model = loaded.map_err(|source| StartError::Load { model: name(), source })?;
             let mut warm_up = Vec::new();
             for rows in shared.limits.padded_sizes() {
