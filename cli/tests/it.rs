@@ -696,6 +696,12 @@ fn a_model_file_is_measured_in_a_process_of_its_own() {
     project.edit("features/model.yaml", "features: [\"trip:a\", \"trip:b\", \"trip:c\"]}", "features: [\"trip:a\"]}");
     let said = project.run(&["model", "certify", "delay", file]);
     assert!(said.err.contains("mat1 and mat2 shapes cannot be multiplied"), "{}", said.err);
+    // A device that is not there: libtorch says so, or has no parts for it.
+    project.edit("features/model.yaml", "max_rows: 8}", "max_rows: 8}\n    placement: {devices: [\"cuda:63\"]}");
+    let said = project.run(&["model", "certify", "delay", file]);
+    assert_eq!(said.status, 1);
+    let reasons = ["there is no device `cuda:63` here; there is cpu", "libtorch_cuda.so"];
+    assert!(reasons.iter().any(|reason| said.err.contains(reason)), "{}", said.err);
 }
 
 #[test]

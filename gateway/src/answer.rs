@@ -317,9 +317,10 @@ impl Gateway {
             }
             reasons.extend(model.checks.problem().map(|problem| format!("model `{}`: {problem}", model.name)));
         }
-        if let Some(Open { left, failures }) = self.follower.versions.device.open() {
+        for (device, shared) in self.follower.versions.devices.all() {
+            let Some(Open { left, failures }) = shared.open() else { continue };
             reasons.push(format!(
-                "the last {failures} forwards were short of memory or did not end; models answer again in {left:.1?}"
+                "{device}: the last {failures} forwards were short of memory or did not end; models answer again in {left:.1?}"
             ));
         }
         if let (age, Some(_)) = self.follower.log_health() {

@@ -37,6 +37,8 @@ pub struct Job {
     pub max_rows: usize,
     pub executors: usize,
     pub threads: usize,
+    /// The first one that it is placed on.
+    pub device: String,
 }
 
 /// One step of measuring.
@@ -45,6 +47,8 @@ pub enum Step {
     Loaded {
         file_bytes: u64,
         weight_bytes: u64,
+        /// The memory of the device.
+        capacity: Option<u64>,
     },
     /// A batch of this size is about to run.
     Trying {
@@ -73,6 +77,7 @@ impl Job {
             max_rows: plan.max_rows as usize,
             executors: plan.executors as usize,
             threads: plan.threads as usize,
+            device: plan.devices.first().map_or_else(|| Device::Cpu.to_string(), Clone::clone),
         }
     }
 
@@ -114,10 +119,15 @@ impl Job {
         let runtime = default_runtime().ok_or("this build has no torch, so it cannot run models")?;
         let spec = self.spec().ok_or("the definition of the model has a type that tensors do not have")?;
         let artefact = Artefact::read(&self.file).map_err(|error| chain(&error))?;
-        let load = LoadOptions { device: Device::Cpu, threads: self.threads };
+        let device = Device::from_name(&self.device).ok_or_else(|| format!("`{}` is not a device", self.device))?;
+        let load = LoadOptions { device, threads: self.threads };
         let mut model = runtime.load(&artefact, &spec, &load).map_err(|error| chain(&error))?;
         let memory = model.memory().unwrap_or_default();
-        say(Step::Loaded { file_bytes: artefact.bytes.len() as u64, weight_bytes: memory.weights });
+        let capacity = match device {
+            Device::Cpu => inference::memory::capacity(),
+            Device::Cuda(_) => runtime.device_memory(device).map(|memory| memory.total),
+        };
+        say(Step::Loaded { file_bytes: artefact.bytes.len() as u64, weight_bytes: memory.weights, capacity });
         for rows in self.sizes() {
             say(Step::Trying { rows });
             let inputs = spec.zeros(rows);
@@ -135,6 +145,11 @@ impl Job {
     }
 }
 
+/// The memory of the device, as the steps so far say.
+pub fn capacity(steps: &[Step]) -> Option<u64> {
+    steps.iter().find_map(|step| if let Step::Loaded { capacity, .. } = step { *capacity } else { None })
+}
+
 /// What the steps so far say of the model, and the size that was being tried when they ended.
 pub fn footprint(job: &Job, steps: &[Step]) -> (Footprint, Option<usize>) {
     let mut footprint = Footprint {
@@ -147,7 +162,7 @@ pub fn footprint(job: &Job, steps: &[Step]) -> (Footprint, Option<usize>) {
     let mut trying = None;
     for step in steps {
         match *step {
-            Step::Loaded { file_bytes, weight_bytes } => {
+            Step::Loaded { file_bytes, weight_bytes, .. } => {
                 (footprint.file_bytes, footprint.weight_bytes) = (file_bytes, weight_bytes);
             }
             Step::Trying { rows } => trying = Some(rows),
@@ -174,6 +189,7 @@ mod tests {
             max_rows: 6,
             executors: 2,
             threads: 1,
+            device: "cpu".to_owned(),
         }
     }
 
@@ -181,7 +197,7 @@ mod tests {
     fn what_is_known_of_a_model_follows_from_the_steps_that_were_said() {
         let ran = |rows| Step::Ran { rows, forward_micros: 10, bytes: 100 * rows as u64 };
         let steps = [
-            Step::Loaded { file_bytes: 50, weight_bytes: 40 },
+            Step::Loaded { file_bytes: 50, weight_bytes: 40, capacity: Some(1000) },
             Step::Trying { rows: 1 },
             ran(1),
             Step::Trying { rows: 2 },
@@ -189,6 +205,7 @@ mod tests {
             Step::Trying { rows: 4 },
         ];
         let (known, trying) = footprint(&job(), &steps);
+        assert_eq!((capacity(&steps), capacity(&steps[1..])), (Some(1000), None));
         assert_eq!((known.bytes(), known.sizes.len(), trying), (50 + 2 * (40 + 200), 2, Some(4)));
         assert_eq!(job().sizes(), [1, 2, 4, 6]);
     }

@@ -68,14 +68,14 @@ impl MemoryWatch {
     }
 
     /// Looks once; to be called every second or so.
-    pub fn look(&self, served: &Served, device: &SharedDevice) {
+    pub fn look(&self, served: &Served, cpu: &SharedDevice) {
         let held = served.loaded().filter_map(|model| {
             let version = (model.name.to_string(), model.version);
             Some((version, model.server.held()?))
         });
         let state = MemoryState {
-            capacity: device.capacity().unwrap_or(0),
-            reserved: device.reserved(),
+            capacity: cpu.capacity().unwrap_or(0),
+            reserved: cpu.reserved(),
             resident: inference::memory::resident().unwrap_or(0),
         };
         self.see(self.began.elapsed(), state, held.collect());

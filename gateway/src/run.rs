@@ -302,7 +302,9 @@ async fn keep_up(
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            gateway.memory.look(&gateway.served(), &gateway.follower.versions.device);
+            if let Some(cpu) = gateway.follower.versions.devices.cpu() {
+                gateway.memory.look(&gateway.served(), &cpu);
+            }
         }
     };
     tokio::select! {

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use feature_defs::catalog::{BatchingPolicy, Runtime as RuntimeKind};
 use feature_defs::plan::ModelPlan;
 use inference::batch::{BatchLimits, Policy};
-use inference::device::SharedDevice;
+use inference::device::{SharedDevice, SharedDevices};
 use inference::executor::{FORWARD_MAX, ModelServer, ServerOptions};
 use inference::memory::{Footprint, MemoryError};
-use inference::model::{Artefact, Device, LoadOptions, ModelSpec, Runtime};
+use inference::model::{Artefact, Device, Devices, LoadOptions, ModelSpec, Runtime};
 use inference::placement::{self, Placed};
 use registry::Registry;
 use registry::id::{EntryNumber, ModelName, ModelVersion};
@@ -77,7 +77,7 @@ pub struct Versions {
     runtime: Option<Arc<dyn Runtime>>,
     places: ModelPlaces,
     /// What the models share.
-    pub device: Arc<SharedDevice>,
+    pub devices: SharedDevices,
     slots: Mutex<Slots>,
     /// Loads go one after the other.
     turn: Semaphore,
@@ -158,7 +158,7 @@ impl Versions {
             registry,
             runtime,
             places,
-            device: Arc::new(SharedDevice::cpu()),
+            devices: SharedDevices::new(),
             slots: Mutex::default(),
             turn: Semaphore::new(1),
             changed: Notify::new(),
@@ -309,17 +309,14 @@ impl Versions {
             let text = format!("model `{name}` has a runtime that this version cannot run; export it as torchscript");
             return Err(Failure::new(Kind::Unsupported, text));
         }
-        if let Some(device) = plan.devices.iter().find(|device| *device != "cpu") {
-            let text = format!("model `{name}` is placed on `{device}`, but this version runs models on `cpu` only");
-            return Err(Failure::new(Kind::Unsupported, text));
-        }
-        placement::check_threads(plan.executors as usize, plan.threads as usize, self.device.slots())?;
+        // Those on an accelerator leave the cores to others.
+        placement::check_threads(on_device(plan, Device::Cpu), plan.threads as usize, cores())?;
         Ok(runtime)
     }
 
     /// Fetches, measures, loads, warms up and checks a version, or says why it cannot be served here.
     async fn load(
-        &self,
+        self: &Arc<Self>,
         record: &ModelRecord,
         plan: Arc<ModelPlan>,
         stop: &CancellationToken,
@@ -342,6 +339,12 @@ impl Versions {
             Some(artifact) => Some(golden::read(artifacts.get(artifact).await?, spec_of(&plan)).await?),
             None => None,
         };
+        // It may have to open libtorch, which takes a while.
+        let (asked, first) = (runtime.clone(), placed_on(&plan).of_executor(0));
+        let versions = self.clone();
+        let device = tokio::task::spawn_blocking(move || versions.devices.get(first, &*asked)).await;
+        let device = device.map_err(|error| Failure::internal("looking at a device ended early", &error))?;
+        let cpu: Arc<SharedDevice> = self.devices.cpu().unwrap_or_else(|| device.clone());
         let too_large = |error: MemoryError| Failure::new(Kind::Precondition, error.to_string());
         if let (Some((files, path)), Some(binary)) = (kept, &self.places.certifier) {
             // The child takes memory of the same machine. What it will need is what is to be found out; a copy of the file is
@@ -354,24 +357,27 @@ impl Versions {
                 weight_bytes: file_bytes,
                 sizes: Vec::new(),
             };
-            let held = self.device.hold(least).map_err(too_large)?;
+            let held = cpu.hold(least).map_err(too_large)?;
             let certified = certify(&files, &path, binary, record, &plan, stop).await?;
             drop(held);
             // Found out here, nothing of it is loaded; the model's own entry follows with its server.
-            drop(self.device.hold(certified).map_err(too_large)?);
+            let executors = on_device(&plan, first);
+            let file_bytes = if first == Device::Cpu { certified.file_bytes } else { 0 };
+            let part = Footprint { executors, file_bytes, ..certified };
+            drop(device.hold(part).map_err(too_large)?);
         }
-        let neighbours = self.neighbours(name);
+        let neighbours = self.neighbours(name, placed_on(&plan));
         let artefact = Artefact::new(record.model.artifact.location.clone(), bytes.as_ref());
         let start = async |plan: &ModelPlan, limits: Option<BatchLimits>| {
             let options = options(plan);
             let options = limits.map_or(options, |limits| ServerOptions { limits, ..options });
             let named = format!("{name}/{}", record.version);
-            let (device, runtime, artefact) = (self.device.clone(), runtime.clone(), artefact.clone());
-            ModelServer::start_on(device, &named, runtime, artefact, spec_of(plan), options).await
+            let (runtime, artefact) = (runtime.clone(), artefact.clone());
+            ModelServer::start_on(&self.devices, &named, runtime, artefact, spec_of(plan), options).await
         };
         let server = start(&plan, None).await?;
         let placed = |server: &ModelServer| of_plan(name, &plan, server.longest_forward());
-        placement::check(&placed(&server), &neighbours, self.device.slots())?;
+        placement::check(&placed(&server), &neighbours, cores())?;
         let (server, checks) = match golden::check(&server, golden.as_ref()).await? {
             Checked { checks, influence: None } => (server, checks),
             Checked { influence: Some(influence), .. } => {
@@ -386,11 +392,11 @@ impl Versions {
         Ok(ServedModel { name, version, plan, server: Arc::new(server), checks: Arc::new(checks) })
     }
 
-    /// The models of other names with what they need of the cores.
-    fn neighbours(&self, name: &str) -> Vec<Placed> {
+    /// The models of other names on the same devices, with what they need of the cores.
+    fn neighbours(&self, name: &str, devices: Devices) -> Vec<Placed> {
         let slots = self.lock();
         let ready = slots.by_key.values().filter_map(|slot| slot.ready.as_ref()).map(|(model, _)| model);
-        let others = ready.filter(|model| *model.name != *name);
+        let others = ready.filter(|model| *model.name != *name && placed_on(&model.plan).overlaps(devices));
         others.map(|model| of_plan(&model.name, &model.plan, model.server.longest_forward())).collect()
     }
 }
@@ -450,10 +456,26 @@ fn options(plan: &ModelPlan) -> ServerOptions {
         .with_deadline(declared_deadline(plan));
     ServerOptions {
         executors: plan.executors as usize,
-        load: LoadOptions { device: Device::Cpu, threads: plan.threads as usize },
+        devices: placed_on(plan),
+        load: LoadOptions { threads: plan.threads as usize, ..LoadOptions::default() },
         forward_max: forward_max(plan),
         ..ServerOptions::new(limits)
     }
+}
+
+/// Where a model is placed. The check of the definitions has seen the names.
+fn placed_on(plan: &ModelPlan) -> Devices {
+    Devices::from_names(plan.devices.iter().map(String::as_str)).unwrap_or(Devices::CPU)
+}
+
+/// How many of its executors are there.
+fn on_device(plan: &ModelPlan, device: Device) -> usize {
+    let devices = placed_on(plan);
+    (0..plan.executors as usize).filter(|index| devices.of_executor(*index) == device).count()
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// When a forward is taken not to end: long after everybody who waited for it has gone.
@@ -466,7 +488,7 @@ fn forward_max(plan: &ModelPlan) -> Duration {
 fn of_plan(name: &str, plan: &ModelPlan, batch: Duration) -> Placed {
     Placed {
         name: name.to_owned(),
-        executors: plan.executors as usize,
+        executors: on_device(plan, Device::Cpu),
         threads: plan.threads as usize,
         batch,
         deadline: declared_deadline(plan),

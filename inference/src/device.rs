@@ -9,11 +9,15 @@ use crate::batch::TURN_AGAIN;
 use crate::breaker::{Breaker, Open};
 use crate::ledger::{EntryId, Ledger};
 use crate::memory::{Footprint, MemoryError};
+use crate::model::{Device, Runtime};
 use crate::turns::{SeatId, Turns};
 
 /// A model that warms up gives way for so long to those that are served, and then waits for its turn like them: under a load
 /// that never pauses it would never be ready.
 const GIVE_WAY_MAX: Duration = Duration::from_millis(100);
+
+/// Forwards of all models at once on an accelerator: one that computes, and one whose inputs or outputs are on their way.
+const ACCELERATOR_SLOTS: usize = 2;
 
 /// A device with its models.
 #[derive(Debug)]
@@ -24,6 +28,51 @@ pub struct SharedDevice {
     breaker: Mutex<Breaker>,
     /// The zero of the breaker's time.
     epoch: Instant,
+}
+
+/// The devices of a process, each from when it is first asked for.
+#[derive(Debug)]
+pub struct SharedDevices(Mutex<BTreeMap<Device, Arc<SharedDevice>>>);
+
+impl SharedDevices {
+    /// This machine's.
+    pub fn new() -> SharedDevices {
+        SharedDevices::with_cpu(SharedDevice::cpu())
+    }
+
+    pub fn with_cpu(cpu: SharedDevice) -> SharedDevices {
+        SharedDevices(Mutex::new(BTreeMap::from([(Device::Cpu, Arc::new(cpu))])))
+    }
+
+    /// A device; the runtime says how much memory an accelerator has, which may have to open its library.
+    pub fn get(&self, device: Device, runtime: &dyn Runtime) -> Arc<SharedDevice> {
+        if let Some(known) = self.devices().get(&device) {
+            return known.clone();
+        }
+        let memory = runtime.device_memory(device).map(|memory| memory.total);
+        let new = || Arc::new(SharedDevice::new(ACCELERATOR_SLOTS, memory));
+        self.devices().entry(device).or_insert_with(new).clone()
+    }
+
+    /// The CPU.
+    pub fn cpu(&self) -> Option<Arc<SharedDevice>> {
+        self.devices().get(&Device::Cpu).cloned()
+    }
+
+    /// Those that were asked for, the CPU first.
+    pub fn all(&self) -> Vec<(Device, Arc<SharedDevice>)> {
+        self.devices().iter().map(|(device, shared)| (*device, shared.clone())).collect()
+    }
+
+    fn devices(&self) -> MutexGuard<'_, BTreeMap<Device, Arc<SharedDevice>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Default for SharedDevices {
+    fn default() -> SharedDevices {
+        SharedDevices::new()
+    }
 }
 
 #[derive(Debug)]
@@ -146,6 +195,7 @@ pub struct Seat {
 impl Seat {
     /// For a model whose forwards take `threads` slots each, and whose executors sleep on `wake`.
     pub fn new(device: Arc<SharedDevice>, threads: usize, wake: Arc<Condvar>) -> Arc<Seat> {
+        // An accelerator has no threads to share out.
         let id = {
             let mut taking = device.taking();
             let id = taking.turns.join(threads);

@@ -19,9 +19,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::batch::{BatchLimits, Rejected, Waited};
 use crate::breaker::Open;
-use crate::device::SharedDevice;
+use crate::device::{SharedDevice, SharedDevices};
 use crate::memory::{Footprint, MemoryError};
-use crate::model::{Artefact, LoadError, LoadOptions, ModelError, ModelMemory, ModelSpec, Runtime};
+use crate::model::{Artefact, Devices, LoadError, LoadOptions, ModelError, ModelMemory, ModelSpec, Runtime};
 use crate::tensor::TensorBatch;
 
 mod metrics;
@@ -42,6 +42,9 @@ pub struct ServerOptions {
     /// Threads with a copy of the model each.
     pub executors: usize,
     pub limits: BatchLimits,
+    /// Where the executors run, in turn.
+    pub devices: Devices,
+    /// Its device is that of the executor.
     pub load: LoadOptions,
     /// A forward that takes longer, and longer than twenty of its usual ones, is given up.
     pub forward_max: Duration,
@@ -50,7 +53,8 @@ pub struct ServerOptions {
 impl ServerOptions {
     /// One executor with one thread.
     pub fn new(limits: BatchLimits) -> ServerOptions {
-        ServerOptions { executors: 1, limits, load: LoadOptions::default(), forward_max: FORWARD_MAX }
+        let (devices, load) = (Devices::CPU, LoadOptions::default());
+        ServerOptions { executors: 1, limits, devices, load, forward_max: FORWARD_MAX }
     }
 }
 
@@ -170,14 +174,14 @@ impl ModelServer {
         options: ServerOptions,
     ) -> Result<ModelServer, StartError> {
         let slots = options.executors.max(1).saturating_mul(options.load.threads.max(1));
-        let device = Arc::new(SharedDevice::new(slots, None));
-        ModelServer::start_on(device, name, runtime, artefact, spec, options).await
+        let alone = SharedDevices::with_cpu(SharedDevice::new(slots, None));
+        ModelServer::start_on(&alone, name, runtime, artefact, spec, options).await
     }
 
     /// Loads the model on every executor, runs every padded batch size there until it is steady, and only then
     /// returns. Nothing is left running if that fails.
     pub async fn start_on(
-        device: Arc<SharedDevice>,
+        on: &SharedDevices,
         name: &str,
         runtime: Arc<dyn Runtime>,
         artefact: Artefact,
@@ -186,9 +190,9 @@ impl ModelServer {
     ) -> Result<ModelServer, StartError> {
         let executors = options.executors.max(1);
         let (alive, ended) = mpsc::channel(1);
-        let ServerOptions { limits, load, forward_max, .. } = options;
-        let recipe = Recipe { runtime, artefact, load, forward_max, executors };
-        let shared = Arc::new(Shared::new(name, spec, limits, recipe, device));
+        let ServerOptions { limits, devices, load, forward_max, .. } = options;
+        let recipe = Recipe { runtime, artefact, devices, load, forward_max, executors };
+        let shared = Arc::new(Shared::new(name, spec, limits, recipe, on));
         // Whatever goes wrong below, dropping the server tells the threads that did start to end.
         let mut server = ModelServer { shared, warm_up: Vec::new(), ended: tokio::sync::Mutex::new(ended) };
         let mut reports = Vec::new();
@@ -208,7 +212,7 @@ impl ModelServer {
         }
         server.shared.reserve(&server.warm_up)?;
         server.shared.learn(&server.warm_up);
-        server.shared.seat.open();
+        server.shared.open();
         tokio::spawn(shared::watch(Arc::downgrade(&server.shared)));
         Ok(server)
     }

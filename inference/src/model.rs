@@ -178,6 +178,51 @@ impl std::fmt::Display for Device {
     }
 }
 
+/// The devices that the executors of a model are spread over, in turn. There is at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Devices {
+    cpu: bool,
+    /// One bit for each.
+    cuda: u64,
+}
+
+impl Devices {
+    pub const CPU: Devices = Devices { cpu: true, cuda: 0 };
+
+    /// From their names in definitions; if one is no name of a device, that one. None at all is the CPU.
+    pub fn from_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Devices, String> {
+        let mut devices = Devices { cpu: false, cuda: 0 };
+        for name in names {
+            match Device::from_name(name) {
+                Some(Device::Cpu) => devices.cpu = true,
+                Some(Device::Cuda(index)) if index < 64 => devices.cuda |= 1 << index,
+                _ => return Err(name.to_owned()),
+            }
+        }
+        Ok(if devices.len() == 0 { Devices::CPU } else { devices })
+    }
+
+    /// The CPU first, then the others by number.
+    pub fn iter(self) -> impl Iterator<Item = Device> {
+        let cuda = (0..64).filter(move |index| self.cuda & (1 << index) != 0).map(Device::Cuda);
+        self.cpu.then_some(Device::Cpu).into_iter().chain(cuda)
+    }
+
+    /// The device of an executor, by its number.
+    pub fn of_executor(self, index: usize) -> Device {
+        self.iter().nth(index % self.len().max(1)).unwrap_or_default()
+    }
+
+    /// Whether there is a device in both.
+    pub fn overlaps(self, other: Devices) -> bool {
+        (self.cpu && other.cpu) || self.cuda & other.cuda != 0
+    }
+
+    fn len(self) -> usize {
+        usize::from(self.cpu) + self.cuda.count_ones() as usize
+    }
+}
+
 /// Bytes of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {

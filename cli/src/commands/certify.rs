@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::path::Path;
 
-use gateway::certify::{Job, Step, child, footprint};
+use gateway::certify::{Job, Step, capacity, child, footprint};
 use inference::memory::{self, Footprint, Size, shown};
 use serde_json::json;
 
@@ -35,7 +35,7 @@ pub async fn run(place: &Place, model: &str, file: &Path, output: &Output) -> Re
     let (footprint, _) = footprint(&job, &measured.steps);
     show(&footprint, output);
     child::verdict(&job, &measured).map_err(ended_early)?;
-    let capacity = memory::capacity();
+    let capacity = capacity(&measured.steps);
     output.json(&json!({
         "model": model,
         "file_bytes": footprint.file_bytes,
@@ -50,8 +50,8 @@ pub async fn run(place: &Place, model: &str, file: &Path, output: &Output) -> Re
         Ok(()) => {
             let allowed = memory::allowed(capacity);
             let (needed, percent) = (shown(footprint.bytes()), memory::PERCENT_MAX);
-            output
-                .line(format!("{needed} of the {} that models may take, {percent} % of this machine", shown(allowed)));
+            let whose = if job.device == "cpu" { "this machine" } else { &job.device };
+            output.line(format!("{needed} of the {} that models may take, {percent} % of {}", shown(allowed), whose));
             Ok(())
         }
         Err(error) => Err(CliError::Failed(error.to_string())),

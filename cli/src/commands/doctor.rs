@@ -234,7 +234,8 @@ async fn running(server: &Server) -> Option<Vec<Finding>> {
 /// The models' ledger: its sum, its entries, and what is not in it.
 fn memory_findings(memory: &GetMemoryResponse) -> Vec<Finding> {
     const WHAT: &str = "memory";
-    let taken = memory.models.iter().map(|model| model.bytes).sum();
+    let on_cpu = memory.models.iter().filter(|model| model.device == "cpu");
+    let taken = on_cpu.map(|model| model.bytes).sum();
     let of = match memory.capacity {
         0 => String::new(),
         capacity => format!(" of the {} that they may, {PERCENT_MAX} % of {}", shown(memory.allowed), shown(capacity)),
@@ -243,7 +244,7 @@ fn memory_findings(memory: &GetMemoryResponse) -> Vec<Finding> {
     let mut findings =
         vec![finding(WHAT, Ok(format!("models take {}{of}; the process has {resident} in RAM", shown(taken))))];
     let model = |model: &ModelMemory| {
-        finding(WHAT, Ok(format!("{}: {} = {}", model.name, shown(model.bytes), model.arithmetic)))
+        finding(WHAT, Ok(format!("{} on {}: {} = {}", model.name, model.device, shown(model.bytes), model.arithmetic)))
     };
     findings.extend(memory.models.iter().map(model));
     let alarm = |text: &String| Finding { what: WHAT, health: Health::Warning, text: text.clone() };
@@ -280,8 +281,12 @@ mod tests {
 
     #[test]
     fn the_ledger_is_a_sum_its_entries_and_what_grows() {
-        let model =
-            ModelMemory { name: "delay/2".to_owned(), bytes: 3 << 20, arithmetic: "the file of 3.0 MiB".to_owned() };
+        let model = ModelMemory {
+            name: "delay/2".to_owned(),
+            bytes: 3 << 20,
+            arithmetic: "the file of 3.0 MiB".to_owned(),
+            device: "cpu".to_owned(),
+        };
         let memory = GetMemoryResponse {
             capacity: 10 << 30,
             allowed: 8 << 30,
@@ -297,7 +302,7 @@ mod tests {
             lines,
             [
                 (Health::Ok, sum.to_owned()),
-                (Health::Ok, "delay/2: 3.0 MiB = the file of 3.0 MiB".to_owned()),
+                (Health::Ok, "delay/2 on cpu: 3.0 MiB = the file of 3.0 MiB".to_owned()),
                 (Health::Warning, "it grows".to_owned()),
             ]
         );

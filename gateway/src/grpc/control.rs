@@ -150,12 +150,15 @@ impl ControlService for Control {
         request: Request<v1::GetMemoryRequest>,
     ) -> Result<Response<v1::GetMemoryResponse>, Status> {
         self.gateway.check_project(&request.into_inner().project)?;
-        let device = &self.gateway.follower.versions.device;
-        let capacity = device.capacity().unwrap_or(0);
-        let models = device.footprints().into_iter().map(|footprint| v1::ModelMemory {
-            bytes: footprint.bytes(),
-            arithmetic: footprint.arithmetic(),
-            name: footprint.name,
+        let devices = &self.gateway.follower.versions.devices;
+        let capacity = devices.cpu().and_then(|cpu| cpu.capacity()).unwrap_or(0);
+        let models = devices.all().into_iter().flat_map(|(device, shared)| {
+            shared.footprints().into_iter().map(move |footprint| v1::ModelMemory {
+                bytes: footprint.bytes(),
+                arithmetic: footprint.arithmetic(),
+                name: footprint.name,
+                device: device.to_string(),
+            })
         });
         Ok(Response::new(v1::GetMemoryResponse {
             capacity,

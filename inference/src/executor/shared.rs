@@ -12,9 +12,9 @@ use super::thread::Executor;
 use super::{InferError, Outcome, WarmUp};
 use crate::batch::{BatchLimits, Batcher, Member, Permit, Rejected, Request, Ticket, Waited};
 use crate::breaker::{Breaker, Open};
-use crate::device::{Seat, SharedDevice, Turn};
+use crate::device::{Seat, SharedDevices, Turn};
 use crate::memory::{self, Footprint, MemoryError, Size};
-use crate::model::{Artefact, LoadOptions, ModelError, ModelSpec, Runtime};
+use crate::model::{Artefact, Device, Devices, LoadOptions, ModelError, ModelSpec, Runtime};
 use crate::tensor::{Tensor, TensorBatch};
 
 /// A forward is not given up before so many times what it usually takes.
@@ -26,6 +26,7 @@ const LOOKS_PER_BOUND: u32 = 4;
 pub(super) struct Recipe {
     pub runtime: Arc<dyn Runtime>,
     pub artefact: Artefact,
+    pub devices: Devices,
     pub load: LoadOptions,
     pub forward_max: Duration,
     pub executors: usize,
@@ -41,7 +42,8 @@ pub(super) struct Shared {
     state: Mutex<State>,
     /// Notified when an entry is queued, when the stage changes, and when there is room on the device.
     pub wake: Arc<Condvar>,
-    pub seat: Arc<Seat>,
+    /// One per device, in the order of the recipe's.
+    seats: Vec<(Device, Arc<Seat>)>,
     pub metrics: Metrics,
 }
 
@@ -179,10 +181,14 @@ impl State {
 }
 
 impl Shared {
-    pub fn new(name: &str, spec: ModelSpec, limits: BatchLimits, recipe: Recipe, device: Arc<SharedDevice>) -> Shared {
+    pub fn new(name: &str, spec: ModelSpec, limits: BatchLimits, recipe: Recipe, on: &SharedDevices) -> Shared {
         let executors = recipe.executors;
         let wake = Arc::new(Condvar::new());
-        let seat = Seat::new(device, recipe.load.threads, wake.clone());
+        let seats = recipe.devices.iter().map(|device| {
+            let threads = recipe.load.threads;
+            (device, Seat::new(on.get(device, &*recipe.runtime), threads, wake.clone()))
+        });
+        let seats = seats.collect();
         Shared {
             name: name.to_owned(),
             spec,
@@ -203,7 +209,7 @@ impl Shared {
                 stuck: None,
             }),
             wake,
-            seat,
+            seats,
             metrics: Metrics::default(),
         }
     }
@@ -231,9 +237,29 @@ impl Shared {
         }
     }
 
-    /// Enters what was measured into the ledger, if it fits.
+    /// The place of an executor's device.
+    pub fn seat(&self, executor: usize) -> &Arc<Seat> {
+        // There is at least one device.
+        &self.seats[executor % self.seats.len()].1
+    }
+
+    /// The model is warm and served from now on.
+    pub fn open(&self) {
+        self.seats.iter().for_each(|(_, seat)| seat.open());
+    }
+
+    /// What of a whole model's footprint one of its devices holds: its executors, and the file where that lies.
+    pub fn part_of(&self, whole: Footprint, device: Device) -> Footprint {
+        let devices = self.recipe.devices;
+        let executors = (0..self.recipe.executors).filter(|index| devices.of_executor(*index) == device).count();
+        let file_bytes = if device == Device::Cpu { whole.file_bytes } else { 0 };
+        Footprint { executors, file_bytes, ..whole }
+    }
+
+    /// Enters what was measured into the ledgers, if it fits.
     pub fn reserve(&self, warm_up: &[WarmUp]) -> Result<(), MemoryError> {
-        self.footprint(warm_up).map_or(Ok(()), |footprint| self.seat.reserve(footprint))
+        let Some(footprint) = self.footprint(warm_up) else { return Ok(()) };
+        self.seats.iter().try_for_each(|(device, seat)| seat.reserve(self.part_of(footprint.clone(), *device)))
     }
 
     /// What the model takes, by what was measured. Of several executors, the most counts.
@@ -295,11 +321,12 @@ impl Shared {
             count(&self.metrics.rejected, requests);
             return Err(InferError::MemoryShort { percent: state.memory_percent });
         }
-        let device = self.seat.device();
-        let of_device = match purpose {
-            Purpose::Request => device.admit(),
-            Purpose::Check => device.open().map_or(Ok(()), Err),
-        };
+        // As long as one of its devices is well, somebody can run it.
+        let well = self.seats.iter().map(|(_, seat)| match purpose {
+            Purpose::Request => seat.device().admit(),
+            Purpose::Check => seat.device().open().map_or(Ok(()), Err),
+        });
+        let of_device = well.reduce(Result::or).unwrap_or(Ok(()));
         if let Err(Open { left, failures }) = of_device {
             count(&self.metrics.rejected, requests);
             return Err(InferError::DeviceBreakerOpen { left, failures });
@@ -375,7 +402,7 @@ impl Shared {
             };
             state.ready -= 1;
             state.breaker.failed(now);
-            self.seat.device().failed();
+            self.seat(running.index).device().failed();
             count(&self.metrics.hangs, 1);
             count(&self.metrics.failures, 1);
             let error = ModelError::Hung(running.bound);

@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::*;
 use crate::batch::{Policy, WaitReason};
-use crate::device::{Seat, SharedDevice};
+use crate::device::{Seat, SharedDevice, SharedDevices};
 use crate::echo::{EchoRuntime, Gate};
 use crate::memory::Footprint;
 use crate::model::{InputSpec, OutputSpec};
@@ -489,6 +489,33 @@ async fn a_forward_that_does_not_end_is_given_up_and_its_executor_replaced_once(
 }
 
 #[tokio::test]
+async fn executors_load_on_the_devices_in_turn() {
+    #[derive(Default)]
+    struct Noting(std::sync::Mutex<Vec<String>>);
+    impl Runtime for Noting {
+        fn load(
+            &self,
+            artefact: &Artefact,
+            spec: &ModelSpec,
+            options: &LoadOptions,
+        ) -> Result<Box<dyn crate::model::Model>, LoadError> {
+            self.0.lock().unwrap().push(format!("{} with {} threads", options.device, options.threads));
+            EchoRuntime::new().load(artefact, spec, options)
+        }
+    }
+    let noting = Arc::new(Noting::default());
+    let devices = Devices::from_names(["cuda:1", "cuda:0"]).unwrap();
+    let load = LoadOptions { threads: 2, ..LoadOptions::default() };
+    let options = ServerOptions { executors: 3, devices, load, ..ServerOptions::new(BatchLimits::new(2, 8)) };
+    let artefact = Artefact::new("echo", *b"echo");
+    let server = ModelServer::start("echo", noting.clone(), artefact, spec(), options).await.unwrap();
+    let mut loaded = noting.0.lock().unwrap().clone();
+    loaded.sort();
+    assert_eq!(loaded, ["cuda:0 with 2 threads", "cuda:0 with 2 threads", "cuda:1 with 2 threads"]);
+    server.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_lost_device_is_not_tried_again_and_only_a_new_process_helps() {
     let gate = Gate::new();
     let (held, runs) = (gate.clone(), Arc::new(AtomicUsize::new(0)));
@@ -537,14 +564,15 @@ async fn a_model_that_does_not_fit_into_memory_is_refused_while_it_is_warmed_up(
             most.fetch_max(inputs[0].rows(), Ordering::SeqCst);
             Ok(())
         });
-        let device = Arc::new(SharedDevice::new(2, Some(capacity)));
+        let devices = SharedDevices::with_cpu(SharedDevice::new(2, Some(capacity)));
+        let device = devices.cpu().unwrap();
         let other = Seat::new(device.clone(), 1, Arc::default());
         let taken =
             Footprint { name: "other".to_owned(), file_bytes: others, executors: 0, weight_bytes: 0, sizes: vec![] };
         other.reserve(taken).unwrap();
         let options = ServerOptions { executors: 2, ..ServerOptions::new(BatchLimits::new(64, 64)) };
         let artefact = Artefact::new("echo", *b"echo");
-        let started = ModelServer::start_on(device.clone(), "echo", Arc::new(runtime), artefact, spec(), options).await;
+        let started = ModelServer::start_on(&devices, "echo", Arc::new(runtime), artefact, spec(), options).await;
         if started.is_err() {
             // The other executor may still be about to end.
             until(|| device.footprints().len() == 1).await;
@@ -588,10 +616,10 @@ async fn while_memory_is_short_lower_tiers_wait_and_are_refused() {
     assert_eq!(waited.reason(), WaitReason::MemoryPermit, "{waited:?}");
 }
 
-async fn start_on(device: &Arc<SharedDevice>, runtime: EchoRuntime, executors: usize) -> Arc<ModelServer> {
+async fn start_on(devices: &SharedDevices, runtime: EchoRuntime, executors: usize) -> Arc<ModelServer> {
     let options = ServerOptions { executors, ..ServerOptions::new(BatchLimits::new(1, 64)) };
     let artefact = Artefact::new("echo", *b"echo");
-    let started = ModelServer::start_on(device.clone(), "echo", Arc::new(runtime), artefact, spec(), options).await;
+    let started = ModelServer::start_on(devices, "echo", Arc::new(runtime), artefact, spec(), options).await;
     Arc::new(started.unwrap())
 }
 
@@ -602,10 +630,10 @@ fn submit(server: &Arc<ModelServer>) -> tokio::task::JoinHandle<Result<Outcome, 
 
 #[tokio::test]
 async fn no_model_holds_the_last_executor_of_a_device() {
-    let device = Arc::new(SharedDevice::new(2, None));
+    let devices = SharedDevices::with_cpu(SharedDevice::new(2, None));
     let gate = Gate::new();
-    let greedy = start_on(&device, EchoRuntime::new().with_gate(gate.clone()), 2).await;
-    let other = start_on(&device, EchoRuntime::new(), 1).await;
+    let greedy = start_on(&devices, EchoRuntime::new().with_gate(gate.clone()), 2).await;
+    let other = start_on(&devices, EchoRuntime::new(), 1).await;
     gate.close();
     let requests: Vec<_> = (0..4).map(|_| submit(&greedy)).collect();
     until_held(&gate).await;
@@ -631,10 +659,10 @@ async fn no_model_holds_the_last_executor_of_a_device() {
 
 #[tokio::test]
 async fn who_waits_for_another_model_on_the_device_is_told_so() {
-    let device = Arc::new(SharedDevice::new(1, None));
+    let devices = SharedDevices::with_cpu(SharedDevice::new(1, None));
     let gate = Gate::new();
-    let slow = start_on(&device, EchoRuntime::new().with_gate(gate.clone()), 1).await;
-    let other = start_on(&device, EchoRuntime::new(), 1).await;
+    let slow = start_on(&devices, EchoRuntime::new().with_gate(gate.clone()), 1).await;
+    let other = start_on(&devices, EchoRuntime::new(), 1).await;
     gate.close();
     let held = submit(&slow);
     until_held(&gate).await;
@@ -665,20 +693,21 @@ async fn what_a_model_keeps_after_its_forwards_is_known() {
 
 #[tokio::test]
 async fn want_of_memory_again_and_again_closes_the_device_to_all_its_models() {
-    let device = Arc::new(SharedDevice::new(2, None));
+    let devices = SharedDevices::with_cpu(SharedDevice::new(2, None));
     let warm = Arc::new(AtomicBool::new(false));
     let is_warm = warm.clone();
     let short = EchoRuntime::new().with_hook(move |_| match is_warm.load(Ordering::SeqCst) {
         true => Err(ModelError::OutOfMemory("no room".to_owned())),
         false => Ok(()),
     });
-    let short = start_on(&device, short, 1).await;
-    let other = start_on(&device, EchoRuntime::new(), 1).await;
+    let short = start_on(&devices, short, 1).await;
+    let other = start_on(&devices, EchoRuntime::new(), 1).await;
     warm.store(true, Ordering::SeqCst);
     for _ in 0..3 {
         assert!(matches!(submit(&short).await.unwrap(), Err(InferError::Model(ModelError::OutOfMemory(_)))));
     }
     assert!(matches!(submit(&other).await.unwrap(), Err(InferError::DeviceBreakerOpen { failures: 3, .. })));
+    let device = devices.cpu().unwrap();
     assert!(device.open().is_some());
     // One is let through after a second, and shows that the device is well.
     tokio::time::sleep(Duration::from_millis(1_050)).await;

@@ -11,7 +11,7 @@ use super::shared::{Answer, Caller, Job, Purpose, Reply, Running, Shared, Stage,
 use super::{InferError, StartError, WarmUp, chain};
 use crate::batch::{Decision, Member, Permit};
 use crate::memory::Footprint;
-use crate::model::{Model, ModelError, ModelSpec};
+use crate::model::{LoadOptions, Model, ModelError, ModelSpec};
 use crate::tensor::Tensor;
 
 /// Every size is run at least so often before its time counts: runtimes profile on the first call, specialise on the
@@ -144,21 +144,25 @@ impl Executor {
         let name = || shared.name.clone();
         let prepared = catch_unwind(AssertUnwindSafe(|| {
             let (spec, recipe) = (&shared.spec, &shared.recipe);
+            let seat = shared.seat(self.index);
             // A file is little more than its weights.
             let file_bytes = recipe.artefact.bytes.len() as u64;
-            shared.seat.reserve(Footprint {
+            let least = Footprint {
                 name: name(),
                 file_bytes,
                 executors: recipe.executors,
                 weight_bytes: file_bytes,
                 sizes: Vec::new(),
-            })?;
-            let loaded = recipe.runtime.load(&recipe.artefact, spec, &recipe.load);
+            };
+            seat.reserve(shared.part_of(least, recipe.devices.of_executor(self.index)))?;
+            let load = LoadOptions { device: recipe.devices.of_executor(self.index), ..recipe.load };
+            let loaded = recipe.runtime.load(&recipe.artefact, spec, &load);
             let mut model = loaded.map_err(|source| StartError::Load { model: name(), source })?;
             let mut warm_up = Vec::new();
             for rows in shared.limits.padded_sizes() {
                 if let Some(known) = shared.footprint(&warm_up) {
-                    shared.seat.may_try(&known.with_next(rows))?;
+                    let expected = shared.part_of(known.with_next(rows), recipe.devices.of_executor(self.index));
+                    seat.may_try(&expected)?;
                 }
                 let (forward, rounds) = self.warm_up(model.as_mut(), rows).map_err(|cause| {
                     let explanation = spec.explain_failure(rows, &cause);
@@ -178,7 +182,7 @@ impl Executor {
         let inputs = self.shared.spec.zeros(rows);
         let mut last = Duration::MAX;
         for round in 1.. {
-            let _turn = self.shared.seat.warm_up_turn();
+            let _turn = self.shared.seat(self.index).warm_up_turn();
             let start = Instant::now();
             let outputs = model.forward(&inputs)?;
             let forward = start.elapsed();
@@ -200,9 +204,9 @@ impl Executor {
             let now = self.shared.now();
             let waits = state.batcher.queue_rows() > 0;
             if !waits {
-                self.shared.seat.forgo();
+                self.shared.seat(self.index).forgo();
             }
-            let turn = if waits { self.shared.seat.turn() } else { None };
+            let turn = if waits { self.shared.seat(self.index).turn() } else { None };
             let permit = match &turn {
                 None => Permit::NoTurn,
                 Some(_) if state.stage == Stage::Closing => Permit::All,
@@ -254,7 +258,7 @@ impl Executor {
         if let Some(held) = held {
             state.held.insert(self.index, held);
         }
-        let device = self.shared.seat.device();
+        let device = self.shared.seat(self.index).device();
         match learned {
             Learned::Nothing => {}
             Learned::Failed => state.breaker.failed(self.shared.now()),

@@ -81,3 +81,25 @@ fn a_failing_width_is_blamed_on_the_input_that_has_it() {
     spec.inputs.pop();
     check(&spec, joined, &format!("the model's input `dense` is 2 wide, but the module failed on it: {joined}"));
 }
+
+#[test]
+fn executors_are_spread_over_the_devices_in_turn() {
+    let of = |names: &[&str], executors: usize| {
+        let devices = Devices::from_names(names.iter().copied()).unwrap();
+        (0..executors).map(|index| devices.of_executor(index).to_string()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(of(&["cpu"], 2), "cpu cpu");
+    assert_eq!(of(&[], 1), "cpu");
+    assert_eq!(of(&["cuda:3", "cuda"], 5), "cuda:0 cuda:3 cuda:0 cuda:3 cuda:0");
+    assert_eq!(of(&["cuda:1", "cpu", "cuda:1"], 3), "cpu cuda:1 cpu");
+    assert_eq!(Devices::from_names(["cpu", "gpu"]), Err("gpu".to_owned()));
+    assert_eq!(Devices::from_names(["cuda:64"]), Err("cuda:64".to_owned()));
+    assert_eq!(of(&["cuda:63"], 2), "cuda:63 cuda:63");
+    let overlap = |a: &[&str], b: &[&str]| {
+        let devices = |names: &[&str]| Devices::from_names(names.iter().copied()).unwrap();
+        devices(a).overlaps(devices(b))
+    };
+    assert!(overlap(&["cpu", "cuda:1"], &["cuda:1"]) && overlap(&["cpu"], &[]));
+    assert!(!overlap(&["cpu", "cuda:0"], &["cuda:1"]));
+    assert_eq!(Device::from_name("cuda:-1"), None);
+}

@@ -334,6 +334,5 @@ fn models_come_and_go_and_memory_stays_flat() {
     // The first quarter fills libtorch's own tables. After it, a module of 40 KiB may not leave its size behind each time.
     let (first, last) = (measured[0], measured[measured.len() - 1]);
     let left = last.saturating_sub(first) / (measured.len() as u64 - 1);
-    println!("{} KiB resident, {left} bytes left behind by a cycle", last >> 10);
     assert!(left < 32 << 10, "{left} bytes are left behind by every cycle: {measured:?}");
 }
