@@ -166,12 +166,31 @@ fn what_weights_and_forwards_take_is_counted_on_their_own_thread() {
     assert_eq!(std::thread::spawn(elsewhere).join().unwrap(), ffi::Memory::default());
 }
 
+/// What a process has in memory cannot be told apart from what other tests have put there.
+fn in_a_process_of_its_own(test: &str, body: impl FnOnce()) {
+    const INSIDE: &str = "COEVAL_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let mut process = std::process::Command::new(std::env::current_exe().unwrap());
+    process.args(["--exact", &format!("torch::tests::{test}"), "--nocapture"]).env(INSIDE, "1");
+    let ended = process.output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(ended.status.success(), "{said}{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(said.contains("1 passed"), "there is no test `{test}`: {said}");
+}
+
 #[test]
 fn libtorch_and_the_bindings_are_there_with_the_first_model() {
-    drop(load("delay.pt", &delay_spec(3)));
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    assert!(maps.contains("/libtorch_cpu.so") && maps.contains("libcoeval_torch.so"), "{maps}");
-    assert!(!maps.contains("libtorch_cuda.so"), "nobody asked for a CUDA device");
+    in_a_process_of_its_own("libtorch_and_the_bindings_are_there_with_the_first_model", || {
+        let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
+        let before = maps();
+        assert!(!before.contains("/libtorch_cpu.so") && !before.contains("libcoeval_torch.so"), "{before}");
+        drop(load("delay.pt", &delay_spec(3)));
+        let after = maps();
+        assert!(after.contains("/libtorch_cpu.so") && after.contains("libcoeval_torch.so"), "{after}");
+        assert!(!after.contains("/libtorch_cuda.so"), "nobody asked for a CUDA device");
+    });
 }
 
 /// A module that does what its first number says, see `make_models.py`.
@@ -313,26 +332,26 @@ fn resident() -> u64 {
 
 #[test]
 fn models_come_and_go_and_memory_stays_flat() {
-    const CYCLES: usize = 200;
-    let spec = spec(&[("x", Dtype::Float32, 16)], &["p"]);
-    let mut measured = Vec::new();
-    // On threads that come and go with them, as executors do.
-    let cycle = || {
-        let spec = spec.clone();
-        let cycle = move || {
-            let mut model = load("layers.pt", &spec);
-            model.forward(&spec.zeros(64)).unwrap();
-        };
-        std::thread::spawn(cycle).join().unwrap();
-    };
-    for number in 0..CYCLES {
-        cycle();
-        if number >= CYCLES / 4 {
-            measured.push(resident());
+    in_a_process_of_its_own("models_come_and_go_and_memory_stays_flat", || {
+        const CYCLES: usize = 200;
+        let spec = spec(&[("x", Dtype::Float32, 16)], &["p"]);
+        let mut measured = Vec::new();
+        for number in 0..CYCLES {
+            // On threads that come and go with them, as executors do.
+            let spec = spec.clone();
+            let cycle = move || {
+                let mut model = load("layers.pt", &spec);
+                model.forward(&spec.zeros(64)).unwrap();
+            };
+            std::thread::spawn(cycle).join().unwrap();
+            // The first quarter fills libtorch's own tables.
+            if number >= CYCLES / 4 {
+                measured.push(resident());
+            }
         }
-    }
-    // The first quarter fills libtorch's own tables. After it, a module of 40 KiB may not leave its size behind each time.
-    let (first, last) = (measured[0], measured[measured.len() - 1]);
-    let left = last.saturating_sub(first) / (measured.len() as u64 - 1);
-    assert!(left < 32 << 10, "{left} bytes are left behind by every cycle: {measured:?}");
+        // A module of 40 KiB may not leave its size behind each time.
+        let (first, last) = (measured[0], measured[measured.len() - 1]);
+        let left = last.saturating_sub(first) / (measured.len() as u64 - 1);
+        assert!(left < 32 << 10, "{left} bytes are left behind by every cycle: {measured:?}");
+    });
 }
