@@ -20,6 +20,7 @@ mod burst;
 mod cost;
 mod limits;
 mod queue;
+pub mod simulation;
 
 pub use cost::Costs;
 pub use limits::{BatchLimits, Policy};
