@@ -191,8 +191,8 @@ def inference(report: Report, place: Place, args: argparse.Namespace) -> None:
         one = said["slow_1_rows_ms"]
         rate = DEPLOY_SHARE * 1e3 / one
         seconds = args.seconds * LONG
-        for _ in range(2):
-            gateway.register("other", "slow.pt")
+        for file in ("slow.pt", "other.pt"):
+            gateway.register("other", file)
         found: dict[str, list[dict]] = {"quiet": [], "deploying": []}
         for turn in range(args.runs):
             for name, runs in found.items():

@@ -80,6 +80,8 @@ def main() -> None:
         steps = max(1, round(steps * args.slow_ms / trial))
     slow = torch.jit.script(Slow(steps).eval())
     slow.save(str(args.folder / "slow.pt"))
+    # As slow, with other weights: a file that was registered before is no new version.
+    torch.jit.script(Slow(steps).eval()).save(str(args.folder / "other.pt"))
     torch.jit.script(Small().eval()).save(str(args.folder / "small.pt"))
     torch.jit.script(Noop().eval()).save(str(args.folder / "noop.pt"))
     said = {"steps": steps, "torch": torch.__version__}

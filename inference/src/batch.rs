@@ -288,7 +288,8 @@ impl<T> Batcher<T> {
             return Err(Rejected::QueueBytesFull { queue_bytes, queue_bytes_max });
         }
         // Only behind a batch of others: while nobody waits, a wrong estimate must not refuse what would correct it.
-        if self.queue.rows() >= self.costs.rows_cap() {
+        // Which batch that is, is a matter of the tier's share, and not only of how many wait.
+        if self.queue.rows_ahead(tier.min(self.limits.tiers() - 1)) >= self.costs.rows_cap() {
             let (wait, left) = (self.estimated_wait(now, tier), deadline - now);
             if wait + wait / WAIT_MARGIN + self.costs.high(self.costs.rows_cap().max(rows)) > left {
                 return Err(Rejected::TooLate { wait, left });
