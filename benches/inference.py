@@ -150,7 +150,8 @@ def inference(report: Report, place: Place, args: argparse.Namespace) -> None:
         before, after = found["capacity"]
         report.checks.append(
             f"overload: capacity {before:.0f} rows/s before and {after:.0f} after; answered by tier {found['answered']}, "
-            f"refused {found['refused']}, late {found['late']}, failed {found['failed']}; requests were sent "
+            f"refused {found['refused']}, late {found['late']} ({found['dropped']} of them dropped), failed "
+            f"{found['failed']}; {found['rows_per_batch']:.1f} rows a batch; requests were sent "
             f"{found['behind_ms']['p99']:.2f} ms late (p99)"
         )
 

@@ -27,6 +27,9 @@ pub struct Overload {
     /// Admitted, and not answered by the deadline.
     pub late: [usize; 2],
     pub failed: usize,
+    /// Left the queue because they could not have been answered in time any more.
+    pub dropped: u64,
+    pub rows_per_batch: f64,
     pub goodput: f64,
     /// Of the admitted, in time.
     pub in_time: f64,
@@ -45,16 +48,16 @@ pub async fn run(subject: &Subject, times: f64, deadline: Duration, lasts: Durat
     let (before, _) = capacity::served(&server, subject, measure).await?;
     let offered = times * before;
     let mut random = Random::new(7);
-    let with_tiers = |seed, lasts| -> Arrivals {
+    let mut with_tiers = |seed, lasts| -> Arrivals {
         let tiers = poisson(seed, offered, lasts).into_iter();
         tiers.map(|(at, _)| (at, (random.draw() % 2) as usize)).collect()
     };
-    let mut with_tiers = with_tiers;
     open::run(&server, subject, &with_tiers(11, lasts / 10), deadline).await?;
     let arrivals = with_tiers(12, lasts);
-    let watch = Watch::start()?;
+    let (watch, metrics) = (Watch::start()?, server.metrics());
     let seen = open::run(&server, subject, &arrivals, deadline).await?;
-    let resident = watch.stop()?;
+    let (resident, after_all) = (watch.stop()?, server.metrics());
+    let batches = (after_all.batches - metrics.batches).max(1);
     let (after, _) = capacity::served(&server, subject, measure).await?;
     let count = |end| [0, 1].map(|tier| seen.calls.iter().filter(|call| call.end == end && call.tier == tier).count());
     let (answered, late) = (count(End::Answered), count(End::Late));
@@ -68,6 +71,8 @@ pub async fn run(subject: &Subject, times: f64, deadline: Duration, lasts: Durat
         refused: count(End::Refused),
         late,
         failed: count(End::Failed).iter().sum(),
+        dropped: after_all.dropped - metrics.dropped,
+        rows_per_batch: (after_all.rows - metrics.rows) as f64 / batches as f64,
         goodput: sum(answered) / seen.seconds.max(lasts.as_secs_f64()),
         in_time: sum(answered) / (sum(answered) + sum(late)),
         answer_ms: Spread::of(seen.millis(End::Answered)),

@@ -14,7 +14,7 @@ fn simulate_on(
     patience: Duration,
     noise: Option<u64>,
 ) -> Seen {
-    let seen = crate::batch::simulation::simulate(device, limits, arrivals, patience, noise);
+    let seen = simulation::simulate(device, limits, arrivals, patience, noise);
     assert_eq!(seen.left, 0, "somebody was left waiting");
     seen
 }
