@@ -507,11 +507,14 @@ impl<T> Batcher<T> {
     /// The members of the next batch: not empty, of at most `cap` rows unless a single entry has more.
     fn take_batch(&mut self, now: Duration, cap: usize, tiers: usize) -> Vec<Taken<T>> {
         let Batcher { queue, costs, .. } = self;
+        // While more waits than one batch takes, small batches for the sake of disturbed forwards would make all of it late.
+        let pressed = queue.rows() > cap;
         let (mut rows, mut tightest) = (0, Duration::MAX);
         queue.take(now, tiers, |entry| {
             let with = rows + entry.rows;
             let strictest = tightest.min(entry.deadline);
-            let in_time = now.saturating_add(costs.high(with)) <= strictest;
+            let takes = if pressed { costs.typical(with) } else { costs.high(with) };
+            let in_time = now.saturating_add(takes) <= strictest;
             let fits = rows == 0 || (with <= cap && in_time);
             if fits {
                 (rows, tightest) = (with, strictest);
