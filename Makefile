@@ -4,7 +4,7 @@
 ONLINE ?= embedded
 export ONLINE
 
-.PHONY: setup demo test lint fmt clean bench-pit bench-windows bench-flight bench-online
+.PHONY: setup demo test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference
 
 setup: ## what `demo` needs: compilers, a Python environment, libtorch
 	@scripts/setup.sh
@@ -21,7 +21,7 @@ lint: ## formatting and clippy only
 fmt: ## format the Rust code
 	@cargo fmt --all
 
-bench-pit bench-windows bench-flight bench-online: bench-%: ## ours and what users would pick instead, in turn on the same files
+bench-pit bench-windows bench-flight bench-online bench-inference: bench-%: ## ours and what users would pick instead, in turn on the same files
 	@scripts/bench.sh $*
 
 clean: ## remove what was built (the Python environment stays)

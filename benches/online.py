@@ -78,11 +78,21 @@ def many_schema() -> pa.Schema:
     return pa.schema(fields + [(f"f{i}", pa.float64()) for i in range(MATERIALIZED_FEATURES)])
 
 
-def definitions(data: Path) -> str:
+def definitions_of_wide(data: Path, views: int, *sources: str) -> str:
+    """So many views of 50 features; other sources belong between the first of them and the views."""
     lines = ["entities:", "  - {name: thing, keys: [{name: entity, type: int64}]}", "sources:"]
-    for name in [*(f"wide{view}" for view in range(VIEWS)), "many"]:
-        lines.append(f"  - {{name: {name}, files: {data}/{name}.parquet, event_time: at}}")
-    lines += [
+    for view in range(views):
+        lines.append(f"  - {{name: wide{view}, files: {data}/wide{view}.parquet, event_time: at}}")
+    lines += [*sources, "feature_views:"]
+    for view in range(views):
+        lines.append(f"  - name: wide{view}\n    entity: thing\n    source: wide{view}\n    features:")
+        lines += [f"      - {{name: f{i}, type: float64}}" for i in range(FEATURES)]
+    return "\n".join(lines)
+
+
+def definitions(data: Path) -> str:
+    sources = [
+        f"  - {{name: many, files: {data}/many.parquet, event_time: at}}",
         "  - name: events",
         "    stream: true",
         "    schema: [{name: entity, type: int64}, {name: amount, type: float64}, {name: at, type: timestamp},"
@@ -90,11 +100,8 @@ def definitions(data: Path) -> str:
         "    event_time: at",
         "    event_id: id",
         f"    history: {data}/events.parquet",
-        "feature_views:",
     ]
-    for view in range(VIEWS):
-        lines.append(f"  - name: wide{view}\n    entity: thing\n    source: wide{view}\n    features:")
-        lines += [f"      - {{name: f{i}, type: float64}}" for i in range(FEATURES)]
+    lines = [definitions_of_wide(data, VIEWS, *sources)]
     lines.append("  - name: many\n    entity: thing\n    source: many\n    features:")
     lines += [f"      - {{name: f{i}, type: float64}}" for i in range(MATERIALIZED_FEATURES)]
     aggregates = {"events_count": "count", "amount_sum": "sum, of: amount", "amount_mean": "mean, of: amount"}
@@ -174,13 +181,13 @@ def wait_for_port(port: int, seconds: float = 60) -> None:
 class Ours(Process):
     """`coeval serve` over a project of its own."""
 
-    def __init__(self, place: Place, folder: Path, data: Path, online: str) -> None:
+    def __init__(self, place: Place, folder: Path, data: Path, online: str, text: str | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         ports = f"grpc: 127.0.0.1:{free_port()}, http: 127.0.0.1:{free_port()}"
         settings = f"project: bench\nonline: {online}\nserve: {{{ports}}}\n"
         (folder / "coeval.yaml").write_text(settings)
-        (folder / "definitions.yaml").write_text(definitions(data))
+        (folder / "definitions.yaml").write_text(text or definitions(data))
         self.place, self.folder = place, folder
         ready = folder / "ready.json"
         self.log = (folder / "server.log").open("w")

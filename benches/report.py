@@ -57,6 +57,7 @@ class Place:
     data: Path
     server: Path | None = None
     feast: Path | None = None
+    torch: Path | None = None
 
 
 def say(text: str) -> None:

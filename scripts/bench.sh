@@ -2,14 +2,14 @@
 # The benchmarks: builds our program, installs the engines it is compared with, and runs them in turn. docs/benchmarks.md
 # says what is measured.
 #
-#     scripts/bench.sh pit|windows|flight|online [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
+#     scripts/bench.sh pit|windows|flight|online|inference [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
 #
 # Generated files (about 12 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's
 # cache.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-[ $# -gt 0 ] || fail "say which benchmark: pit, windows, flight or online"
+[ $# -gt 0 ] || fail "say which benchmark: pit, windows, flight, online or inference"
 have cargo || fail "cargo not found; run \`make setup\` first"
 place=${COEVAL_BENCH:-$cache/bench}
 peers=$place/peers
@@ -25,9 +25,9 @@ if [ "$(cat "$peers/.coeval-stamp" 2>/dev/null)" != "$wanted" ]; then
     printf '%s\n' "$wanted" >"$peers/.coeval-stamp"
 fi
 
-online=()
+more=()
+features=()
 if [ "$1" = online ]; then
-    have redis-server || scripts/setup.sh redis
     feast=$place/feast
     wanted=$({
         python3 --version
@@ -39,14 +39,21 @@ if [ "$1" = online ]; then
         "$feast/bin/pip" install --quiet --disable-pip-version-check -r benches/peers/requirements-feast.txt >&2
         printf '%s\n' "$wanted" >"$feast/.coeval-stamp"
     fi
-    claim_builds
-    use_libtorch
-    step "building the server (release; the first time this takes a while)"
-    cargo build --release --locked -p cli --features torch
-    online=(--server "$CARGO_TARGET_DIR/release/coeval" --feast "$feast/bin/python")
+    more=(--feast "$feast/bin/python")
 fi
 
 claim_builds
+if [ "$1" = online ] || [ "$1" = inference ]; then
+    have redis-server || scripts/setup.sh redis
+    use_libtorch
+    step "building the server (release; the first time this takes a while)"
+    cargo build --release --locked -p cli --features torch
+    more+=(--server "$CARGO_TARGET_DIR/release/coeval")
+fi
+if [ "$1" = inference ]; then
+    features=(--features torch)
+    more+=(--torch "$python")
+fi
 step "building the benchmark program (release; the first time this takes a while)"
-cargo build --release --locked -p benches
-exec "$peers/bin/python" benches/run.py "$@" --bench "$CARGO_TARGET_DIR/release/bench" --data "$place/data" "${online[@]}"
+cargo build --release --locked -p benches "${features[@]}"
+exec "$peers/bin/python" benches/run.py "$@" --bench "$CARGO_TARGET_DIR/release/bench" --data "$place/data" "${more[@]}"

@@ -15,6 +15,8 @@ pub mod serve;
 
 pub mod online;
 
+pub mod models;
+
 pub mod process;
 
 #[cfg(test)]

@@ -5,14 +5,13 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use std::sync::Arc;
 use std::time::Duration;
 
 use benches::definitions::{Known, Setup, Tails, Workload};
 use benches::online::load::Pace;
 use benches::online::requests::Asked as AskedFeatures;
 use benches::online::{self, push};
-use benches::{floor, managed, process, serve, training_set};
+use benches::{floor, managed, models, process, serve, training_set};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use offline_store::point_in_time::Order;
 use serde_json::{Value, json};
@@ -108,6 +107,11 @@ enum Command {
     },
     /// Put rows with the function that materialization calls
     RawWrites { redis: String, function: String, rows: u64, blob_bytes: usize },
+    /// What serving adds to a model
+    Models {
+        #[command(subcommand)]
+        command: models::command::Command,
+    },
     /// Push events at a rate and wait until each is visible
     Push { address: String, project: String, source: String, keys: i64, rate: u64, seconds: u64 },
 }
@@ -226,8 +230,8 @@ fn main() -> anyhow::Result<()> {
         }
         Command::Load { address, asked, pace } => {
             let (warm_up, lasts) = pace.times();
-            let requests = Arc::new(asked.requests());
-            let found = runtime.block_on(online::load::run(&address, requests, pace.pace(), warm_up, lasts))?;
+            let requests = asked.requests();
+            let found = runtime.block_on(online::load::run(&address, &requests, pace.pace(), warm_up, lasts))?;
             say(serde_json::to_value(found)?)
         }
         Command::LoadHttp { address, service, keys, entities, pace } => {
@@ -237,7 +241,7 @@ fn main() -> anyhow::Result<()> {
             say(serde_json::to_value(runtime.block_on(load)?)?)
         }
         Command::Record { address, redis, out, asked } => {
-            let recorded = runtime.block_on(online::record::run(&redis, &address, &asked.requests()))?;
+            let recorded = runtime.block_on(online::record::run(&redis, &address, &asked.requests().bodies))?;
             std::fs::write(&out, serde_json::to_vec(&recorded)?)?;
             say(json!({"calls": recorded.calls.len()}))
         }
@@ -253,6 +257,7 @@ fn main() -> anyhow::Result<()> {
             let events = push::Events { project, source, keys, rate, lasts: Duration::from_secs(seconds) };
             say(serde_json::to_value(runtime.block_on(push::run(&address, &events))?)?)
         }
+        Command::Models { command } => say(runtime.block_on(models::command::run(command))?),
         Command::Serve { folder, views, limits } => {
             let setup = limits.setup(folder);
             let ready = |address| println!("{address}");

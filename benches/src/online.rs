@@ -12,4 +12,4 @@ pub mod record;
 pub mod requests;
 pub mod writes;
 
-mod raw;
+pub mod raw;

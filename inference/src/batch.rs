@@ -20,6 +20,7 @@ mod burst;
 mod cost;
 mod limits;
 mod queue;
+pub mod simulation;
 
 pub use cost::Costs;
 pub use limits::{BatchLimits, Policy};
@@ -296,7 +297,8 @@ impl<T> Batcher<T> {
             return Err(Rejected::QueueBytesFull { queue_bytes, queue_bytes_max });
         }
         // Only behind a batch of others: while nobody waits, a wrong estimate must not refuse what would correct it.
-        if self.queue.rows() >= self.costs.rows_cap() {
+        // Which batch that is, is a matter of the tier's share, and not only of how many wait.
+        if self.queue.rows_ahead(tier.min(self.limits.tiers() - 1)) >= self.costs.rows_cap() {
             let (wait, left) = (self.estimated_wait(now, tier), deadline - now);
             if wait + wait / WAIT_MARGIN + self.costs.high(self.costs.rows_cap().max(rows)) > left {
                 return Err(Rejected::TooLate { wait, left });
@@ -528,11 +530,14 @@ impl<T> Batcher<T> {
     /// The members of the next batch: not empty, of at most `cap` rows unless a single entry has more.
     fn take_batch(&mut self, now: Duration, cap: usize, tiers: usize) -> Vec<Taken<T>> {
         let Batcher { queue, costs, .. } = self;
+        // While more waits than one batch takes, small batches for the sake of disturbed forwards would make all of it late.
+        let pressed = queue.rows() > cap;
         let (mut rows, mut tightest) = (0, Duration::MAX);
         queue.take(now, tiers, |entry| {
             let with = rows + entry.rows;
             let strictest = tightest.min(entry.deadline);
-            let in_time = now.saturating_add(costs.high(with)) <= strictest;
+            let takes = if pressed { costs.typical(with) } else { costs.high(with) };
+            let in_time = now.saturating_add(takes) <= strictest;
             let fits = rows == 0 || (with <= cap && in_time);
             if fits {
                 (rows, tightest) = (with, strictest);

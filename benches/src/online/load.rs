@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use bytes::Bytes;
 use http::uri::PathAndQuery;
+use prost::Message as _;
+use proto::v1;
 use serde::Serialize;
 use tonic::Request;
 use tonic::client::Grpc;
 use tonic::transport::{Channel, Endpoint};
 
-use super::raw::{GET_FEATURES, Raw};
+use super::raw::{PREDICT, Raw};
+use super::requests::Requests;
 
 /// How requests are sent.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +57,7 @@ struct Found {
 /// Sends for `warm_up`, which is not counted, and then for `lasts`.
 pub async fn run(
     address: &str,
-    requests: Arc<Vec<Bytes>>,
+    requests: &Requests,
     pace: Pace,
     warm_up: Duration,
     lasts: Duration,
@@ -72,23 +75,34 @@ pub async fn run(
     let ends = began + lasts;
     let bytes = Arc::new(AtomicU64::new(0));
     let found = match pace {
-        Pace::Closed { callers } => closed(&connections, callers, &requests, began, ends, &bytes).await?,
-        Pace::Open { rate } => open(&connections, rate, &requests, began, ends, &bytes).await?,
+        Pace::Closed { callers } => closed(&connections, callers, requests, began, ends, &bytes).await?,
+        Pace::Open { rate } => open(&connections, rate, requests, began, ends, &bytes).await?,
     };
     Ok(summary(found, lasts, bytes.load(Ordering::Relaxed)))
 }
 
-async fn call(client: &mut Grpc<Channel>, request: Bytes) -> Result<u64, String> {
+async fn call(client: &mut Grpc<Channel>, path: &'static str, request: Bytes) -> Result<Bytes, String> {
     client.ready().await.map_err(|error| error.to_string())?;
-    let path = PathAndQuery::from_static(GET_FEATURES);
-    let answer = client.unary(Request::new(request), path, Raw).await;
-    answer.map(|answer| answer.get_ref().len() as u64).map_err(|status| status.to_string())
+    let answer = client.unary(Request::new(request), PathAndQuery::from_static(path), Raw).await;
+    answer.map(|answer| answer.into_inner()).map_err(|status| status.to_string())
+}
+
+/// How long an answer is, or why it is none: a prediction can fail row by row.
+fn judge(path: &str, answer: Result<Bytes, String>) -> Result<u64, String> {
+    let answer = answer?;
+    let length = answer.len() as u64;
+    if path == PREDICT {
+        let answer = v1::PredictResponse::decode(answer).map_err(|error| error.to_string())?;
+        let failed = answer.outcomes.iter().find(|outcome| outcome.status() != v1::RowStatus::Ok);
+        failed.map_or(Ok(()), |failed| Err(failed.reason.clone()))?;
+    }
+    Ok(length)
 }
 
 async fn closed(
     connections: &[Channel],
     callers: usize,
-    requests: &Arc<Vec<Bytes>>,
+    requests: &Requests,
     began: Instant,
     ends: Instant,
     bytes: &Arc<AtomicU64>,
@@ -105,11 +119,11 @@ async fn closed(
                 if started >= ends {
                     return found;
                 }
-                let request = requests[next % requests.len()].clone();
+                let request = requests.bodies[next % requests.bodies.len()].clone();
                 next += 1;
-                let answer = call(&mut client, request).await;
+                let answer = call(&mut client, requests.path, request).await;
                 if started >= began {
-                    found.add(started.elapsed(), answer, &bytes);
+                    found.add(started.elapsed(), judge(requests.path, answer), &bytes);
                 }
             }
         }));
@@ -124,7 +138,7 @@ async fn closed(
 async fn open(
     connections: &[Channel],
     rate: f64,
-    requests: &Arc<Vec<Bytes>>,
+    requests: &Requests,
     began: Instant,
     ends: Instant,
     bytes: &Arc<AtomicU64>,
@@ -141,18 +155,20 @@ async fn open(
         }
         tokio::time::sleep_until(due.into()).await;
         let mut client = Grpc::new(connections[sent as usize % connections.len()].clone());
-        let request = requests[sent as usize % requests.len()].clone();
+        let request = requests.bodies[sent as usize % requests.bodies.len()].clone();
+        let path = requests.path;
         sent += 1;
         if waiting.fetch_add(1, Ordering::Relaxed) >= OPEN_MAX {
             anyhow::bail!("{OPEN_MAX} requests wait for an answer: {rate} a second is more than this server answers");
         }
         let (waiting, to_found) = (waiting.clone(), to_found.clone());
         tokio::spawn(async move {
-            let answer = call(&mut client, request).await;
+            let answer = call(&mut client, path, request).await;
             waiting.fetch_sub(1, Ordering::Relaxed);
             if due >= began {
                 // The receiver outlives every call.
-                let _ = to_found.send((due.elapsed(), answer));
+                let took = due.elapsed();
+                let _ = to_found.send((took, judge(path, answer)));
             }
         });
     }
@@ -208,12 +224,11 @@ fn summary(mut found: Found, lasts: Duration, answer_bytes: u64) -> Outcome {
     }
 }
 
-/// Sends the first request, once.
-pub async fn one(address: &str, requests: Arc<Vec<Bytes>>) -> anyhow::Result<Bytes> {
+/// Sends one request, once.
+pub async fn one(address: &str, path: &'static str, request: Bytes) -> anyhow::Result<Bytes> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))?.tcp_nodelay(true);
     let mut client = Grpc::new(endpoint.connect().await?);
     client.ready().await?;
-    let request = requests.first().cloned().unwrap_or_default();
-    let answer = client.unary(Request::new(request), PathAndQuery::from_static(GET_FEATURES), Raw).await?;
+    let answer = client.unary(Request::new(request), PathAndQuery::from_static(path), Raw).await?;
     Ok(answer.into_inner())
 }

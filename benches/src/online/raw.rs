@@ -6,6 +6,7 @@ use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 
 /// The method of ours, and of the floor, which is asked the same way.
 pub const GET_FEATURES: &str = "/coeval.v1.Gateway/GetFeatures";
+pub const PREDICT: &str = "/coeval.v1.Gateway/Predict";
 
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Raw;

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 
+use super::raw::GET_FEATURES;
+
 /// The words of one command.
 pub type Command = Vec<Vec<u8>>;
 
@@ -29,8 +31,7 @@ pub async fn run(redis: &str, address: &str, requests: &[Bytes]) -> anyhow::Resu
     let mut client = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
     let mut recorded = Recorded::default();
     for request in requests {
-        let one = std::sync::Arc::new(vec![request.clone()]);
-        super::load::one(address, one).await?;
+        super::load::one(address, GET_FEATURES, request.clone()).await?;
         // Everything before this word belongs to the request.
         redis::cmd("ECHO").arg("coeval-bench-mark").exec_async(&mut client).await?;
         let mut call = Vec::new();

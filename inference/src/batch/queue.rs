@@ -76,7 +76,7 @@ impl<T> Queue<T> {
         let share = |distance: usize| SHARE_OVER_NEXT.saturating_pow(distance as u32) as usize;
         let others = self.tiers.iter().enumerate().map(|(index, other)| match other.rows {
             0 => 0,
-            rows if index < tier => rows.max(own.saturating_mul(share(tier - index))),
+            rows if index < tier => rows.max((own + 1).saturating_mul(share(tier - index))),
             rows if index > tier => rows.min(own / share(index - tier)),
             _ => own,
         });

@@ -3,9 +3,10 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::queue::PASSED_OVER_MAX;
+use super::simulation::Device;
 use super::*;
 
-mod simulation;
+mod policies;
 
 const NEVER: Duration = Duration::MAX;
 
@@ -66,15 +67,12 @@ fn poll_with(batcher: &mut Batcher<char>, now: u64, permit: Permit) -> String {
     text
 }
 
-/// A model of 12 ms and a tenth more for every row.
 fn warm_up<T>(batcher: &mut Batcher<T>) {
-    for rows in batcher.limits().padded_sizes() {
-        batcher.costs_mut().warmed_up(rows, forward(rows));
-    }
+    Device::USUAL.warm_up(batcher);
 }
 
 fn forward(rows: usize) -> Duration {
-    us(12_000 + 100 * rows as u64)
+    Device::USUAL.forward(rows)
 }
 
 #[test]

@@ -1622,7 +1622,7 @@ pub struct GetMemoryRequest {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetMemoryResponse {
-    /// Bytes of the machine or the control group; 0 where nobody says.
+    /// Bytes of the machine or the control group, for models on the CPU; 0 where nobody says.
     #[prost(uint64, tag = "1")]
     pub capacity: u64,
     /// Bytes of it that models may take.
@@ -1648,6 +1648,9 @@ pub struct ModelMemory {
     /// Where they come from, in words.
     #[prost(string, tag = "3")]
     pub arithmetic: ::prost::alloc::string::String,
+    /// `cpu`, `cuda:0`, ...
+    #[prost(string, tag = "4")]
+    pub device: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetCatalogRequest {

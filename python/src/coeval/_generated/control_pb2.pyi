@@ -28,14 +28,16 @@ class GetMemoryResponse(_message.Message):
     def __init__(self, capacity: _Optional[int] = ..., allowed: _Optional[int] = ..., resident: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelMemory, _Mapping]]] = ..., alarms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ModelMemory(_message.Message):
-    __slots__ = ("name", "bytes", "arithmetic")
+    __slots__ = ("name", "bytes", "arithmetic", "device")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     name: str
     bytes: int
     arithmetic: str
-    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., arithmetic: _Optional[str] = ...) -> None: ...
+    device: str
+    def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ..., arithmetic: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class GetCatalogRequest(_message.Message):
     __slots__ = ("project",)
