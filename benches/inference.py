@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import threading
@@ -69,6 +70,14 @@ class Gateway(Ours):
 
     def deploy(self, model: str, version: int = 1) -> None:
         self.run("model", "deploy", model, str(version), "--why", "bench")
+
+    def retire(self, model: str, version: int) -> None:
+        self.run("model", "retire", model, str(version), "--why", "bench")
+
+    def forget_files(self) -> None:
+        """The next deploy of any model fetches and measures it as if it came to this machine for the first time."""
+        for cached in self.folder.glob(".coeval/local/*/models"):
+            shutil.rmtree(cached, ignore_errors=True)
 
 
 def inference(report: Report, place: Place, args: argparse.Namespace) -> None:
@@ -194,6 +203,8 @@ def inference(report: Report, place: Place, args: argparse.Namespace) -> None:
         seconds = args.seconds * LONG
         for file in ("slow.pt", "other.pt"):
             gateway.register("other", file)
+        # Its champion; what is deployed beside the load is the other version.
+        gateway.deploy("other")
         found: dict[str, list[dict]] = {"quiet": [], "deploying": []}
         for turn in range(args.runs):
             for name, runs in found.items():
@@ -259,7 +270,7 @@ def both(runs: list[dict], what: str) -> tuple[float, float]:
 
 
 class Deployer:
-    """Deploys two versions of the second model in turn until it is stopped."""
+    """Deploys a version of the second model and retires it, over and over until it is stopped."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, self.going, self.deploys = gateway, True, 0
@@ -270,7 +281,9 @@ class Deployer:
     def _deploy(self) -> None:
         while self.going:
             try:
-                self.gateway.deploy("other", 1 + self.deploys % 2)
+                self.gateway.forget_files()
+                self.gateway.deploy("other", 2)
+                self.gateway.retire("other", 2)
             except Wrong as wrong:
                 self.wrong = wrong
                 return
