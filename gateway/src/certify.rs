@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn a_child_that_is_killed_is_a_reason_with_the_largest_batch_that_worked() {
         let steps = vec![
-            Step::Loaded { file_bytes: 50, weight_bytes: 40 },
+            Step::Loaded { file_bytes: 50, weight_bytes: 40, capacity: None },
             Step::Trying { rows: 1 },
             Step::Ran { rows: 1, forward_micros: 10, bytes: 100 },
             Step::Trying { rows: 2 },

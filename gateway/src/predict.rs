@@ -64,6 +64,8 @@ pub enum Cause {
     Memory,
     /// The model failed on it.
     Model,
+    /// The model returned NaN for it.
+    NotANumber,
     /// No executor has a working model.
     Unavailable,
 }
@@ -78,6 +80,7 @@ impl Cause {
             Cause::Breaker => "breaker",
             Cause::Memory => "memory",
             Cause::Model => "model",
+            Cause::NotANumber => "nan",
             Cause::Unavailable => "unavailable",
         }
     }
@@ -366,6 +369,17 @@ fn tensor(input: &EncodedInput, rows: &[usize]) -> Result<Tensor, inference::ten
     Tensor::try_new(vec![rows.len(), width], data)
 }
 
+/// Whether a row of an output has NaN.
+fn has_nan(tensor: &Tensor, row: usize) -> bool {
+    let width: usize = tensor.row_shape().iter().product();
+    let range = row * width..(row + 1) * width;
+    match tensor.data() {
+        TensorData::Float32(values) => values[range].iter().any(|value| value.is_nan()),
+        TensorData::Float64(values) => values[range].iter().any(|value| value.is_nan()),
+        TensorData::Int32(_) | TensorData::Int64(_) | TensorData::Bool(_) => false,
+    }
+}
+
 /// Why a row has no answer of the model.
 struct Unanswered {
     cause: Cause,
@@ -483,7 +497,13 @@ impl<'a> Answers<'a> {
                 };
             }
         }
-        for row in group {
+        for (place, row) in group.iter().enumerate() {
+            // No answer that anybody could decide by.
+            if let Some((name, _)) = outcome.outputs.iter().find(|(_, tensor)| has_nan(tensor, place)) {
+                self.values.iter_mut().for_each(|values| values[*row] = Value::Null);
+                self.leave(*row, Cause::NotANumber, format!("the model returned NaN for `{name}`"));
+                continue;
+            }
             self.rows[*row] = Some(RowOutcome {
                 status: RowStatus::Answered,
                 reason: String::new(),

@@ -107,7 +107,8 @@ fn end_of(error: &InferError) -> End {
         | InferError::TooLarge { .. }
         | InferError::TooLate { .. }
         | InferError::MemoryShort { .. }
-        | InferError::BreakerOpen { .. } => End::Refused,
+        | InferError::BreakerOpen { .. }
+        | InferError::DeviceBreakerOpen { .. } => End::Refused,
         InferError::Expired | InferError::Dropped => End::Late,
         InferError::Model(_) | InferError::ShuttingDown | InferError::Unavailable(_) => End::Failed,
     }

@@ -587,6 +587,14 @@ async fn a_model_goes_from_file_to_prediction() {
     let (_, metrics) = server.http("GET", "/metrics", "").await;
     let counted = "coeval_predicted_rows_total{model=\"buys\",version=\"1\",status=\"fallback\"} 9";
     assert!(metrics.contains(counted), "{metrics}");
+
+    // NaN is no answer.
+    let rows = vec![texts("shop", &[Some("a"); 2]), numbers("total", &[Some(f64::NAN), Some(1.0)])];
+    let answer = server.predict(asked_to_predict("buys", rows)).await.unwrap();
+    assert_eq!(floats(&answer.outputs[0]), [0.5, 6.0]);
+    assert_eq!(answer.outcomes[0].status(), Fallback);
+    assert_eq!(answer.outcomes[0].reason, "the model returned NaN for `score`");
+    assert_eq!(answer.outcomes[1].status(), Ok);
     server.stop().await;
 }
 
