@@ -56,8 +56,8 @@ impl Runtime for TorchRuntime {
         };
         let held = || torch.memory(device).map(|memory| memory.allocated).map_err(failed);
         let before = held()?;
-        let as_written = Module::load(torch, &artefact.bytes, device).map_err(failed)?;
-        let (module, tuning) = tuning::tuned(as_written, &artefact.bytes, spec, device);
+        let load = || Module::load(torch, &artefact.bytes, device);
+        let (module, tuning) = tuning::tuned(load, &artefact.bytes, spec, device).map_err(failed)?;
         let loaded = held()?;
         let weights = bytes(loaded - before);
         tracing::info!(origin = artefact.origin, %device, %tuning, "a module is loaded");

@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::ffi::{Form, Module};
+use super::ffi::{Error, Form, Module};
 use crate::model::{Device, ModelSpec, Trial, TrialOutcome, Tuning};
 use crate::tensor::{Dtype, Tensor, TensorData};
 
@@ -15,7 +15,7 @@ use crate::tensor::{Dtype, Tensor, TensorData};
 const SIZES: [usize; 2] = [1, 32];
 /// A module this slow is run as it was loaded: trying it would hold up its start, and others', for seconds.
 const FORWARD_MAX: Duration = Duration::from_millis(100);
-const ROUNDS_MIN: usize = 3;
+const ROUNDS_MIN: usize = 5;
 const ROUNDS_MAX: usize = 30;
 /// For the rounds of one size, all forms together.
 const ROUNDS_TIME: Duration = Duration::from_millis(150);
@@ -40,19 +40,34 @@ struct Chosen {
 static CHOSEN: Mutex<Vec<Chosen>> = Mutex::new(Vec::new());
 
 /// The module in the form that was chosen for this artefact, or is now.
-pub fn tuned(loaded: Module, artefact: &Arc<[u8]>, spec: &ModelSpec, device: Device) -> (Module, Tuning) {
+///
+/// It is loaded once more for that: as long as one form of a module lives, libtorch keeps the weights of all the others that
+/// were made from it.
+pub fn tuned(
+    load: impl Fn() -> Result<Module, Error>,
+    artefact: &Arc<[u8]>,
+    spec: &ModelSpec,
+    device: Device,
+) -> Result<(Module, Tuning), Error> {
     let mut chosen = CHOSEN.lock().unwrap_or_else(PoisonError::into_inner);
     chosen.retain(|chosen| chosen.artefact.strong_count() > 0);
     let same = |chosen: &&Chosen| std::ptr::addr_eq(chosen.artefact.as_ptr(), Arc::as_ptr(artefact));
     if let Some(known) = chosen.iter().filter(same).find(|known| known.device == device) {
-        let form = FORMS.iter().find(|(_, name, _)| *name == known.tuning.form);
-        // What could be prepared once can be again, unless memory has become short; then the plain form is as good.
-        let module = form.and_then(|(form, ..)| loaded.prepare(*form).ok()).unwrap_or(loaded);
-        return (module, known.tuning.clone());
+        return Ok((in_form(load()?, known.tuning.form), known.tuning.clone()));
     }
-    let (module, tuning) = choose(loaded, spec);
+    let (untouched, tuning) = choose(load()?, spec);
     chosen.push(Chosen { artefact: Arc::downgrade(artefact), device, tuning: tuning.clone() });
-    (module, tuning)
+    let module = match untouched {
+        Some(module) => module,
+        None => in_form(load()?, tuning.form),
+    };
+    Ok((module, tuning))
+}
+
+/// What could be prepared once can be again, unless memory has become short; then the plain form is as good.
+fn in_form(loaded: Module, form: &str) -> Module {
+    let form = FORMS.iter().find(|(_, name, _)| *name == form);
+    form.and_then(|(form, ..)| loaded.prepare(*form).ok()).unwrap_or(loaded)
 }
 
 /// An input on which the module works, and what it returns.
@@ -69,16 +84,17 @@ struct Candidate {
     best: Vec<Duration>,
 }
 
-fn choose(mut loaded: Module, spec: &ModelSpec) -> (Module, Tuning) {
-    let as_loaded = |module, trials| (module, Tuning { form: AS_LOADED, trials });
+/// The best form; and the module again if it was not made into others.
+fn choose(mut loaded: Module, spec: &ModelSpec) -> (Option<Module>, Tuning) {
+    let as_loaded = |module| (Some(module), Tuning { form: AS_LOADED, trials: Vec::new() });
     let started = Instant::now();
     if loaded.forward(&spec.zeros(1)).is_err() || started.elapsed() > FORWARD_MAX {
         // Warm-up says why it fails.
-        return as_loaded(loaded, Vec::new());
+        return as_loaded(loaded);
     }
     let samples = samples(&mut loaded, spec);
     if samples.is_empty() || !samples.iter().all(|sample| agrees(&mut loaded, sample)) {
-        return as_loaded(loaded, Vec::new());
+        return as_loaded(loaded);
     }
     let mut trials = Vec::new();
     let mut candidates = vec![Candidate { module: loaded, name: AS_LOADED, percent_max: 100, best: Vec::new() }];
@@ -107,10 +123,7 @@ fn choose(mut loaded: Module, spec: &ModelSpec) -> (Module, Tuning) {
         let fast_enough = took(&next).as_nanos() * 100 <= took(&best).as_nanos() * next.percent_max;
         if fast_enough { next } else { best }
     });
-    match winner {
-        Some(Candidate { module, name, .. }) => (module, Tuning { form: name, trials }),
-        None => unreachable!("the loaded module is a candidate"),
-    }
+    (None, Tuning { form: winner.map_or(AS_LOADED, |winner| winner.name), trials })
 }
 
 /// Runs all in turn, so that what disturbs one of them disturbs the others too.

@@ -16,6 +16,11 @@ fn load(artefact: &Artefact) -> Module {
     Module::load(Torch::get().unwrap(), &artefact.bytes, Device::Cpu).unwrap()
 }
 
+fn tune(artefact: &Artefact, width: usize) -> (Module, Tuning) {
+    let load = || Module::load(Torch::get().unwrap(), &artefact.bytes, Device::Cpu);
+    tuned(load, &artefact.bytes, &spec(width), Device::Cpu).unwrap()
+}
+
 fn floats(values: &[f32]) -> Tensor {
     Tensor::try_new(vec![values.len()], TensorData::Float32(values.to_vec())).unwrap()
 }
@@ -36,7 +41,7 @@ fn every_form_returns_what_the_module_returned_as_it_was_loaded() {
 #[test]
 fn a_form_that_was_tried_is_told_and_kept_for_all_copies() {
     let artefact = artefact("layers.pt");
-    let (mut module, tuning) = tuned(load(&artefact), &artefact.bytes, &spec(16), Device::Cpu);
+    let (mut module, tuning) = tune(&artefact, 16);
     let took: Vec<&str> = tuning
         .trials
         .iter()
@@ -46,7 +51,7 @@ fn a_form_that_was_tried_is_told_and_kept_for_all_copies() {
     assert_eq!(took, ["as loaded", "frozen", "optimised"], "{tuning}");
     assert!(took.contains(&tuning.form));
     // The times would not be the same ones if it had been measured again.
-    let (mut copy, again) = tuned(load(&artefact), &artefact.bytes, &spec(16), Device::Cpu);
+    let (mut copy, again) = tune(&artefact, 16);
     assert_eq!(again, tuning);
     let inputs = seeded(&spec(16), 5);
     assert_eq!(module.forward(&inputs).unwrap(), copy.forward(&inputs).unwrap());
@@ -59,11 +64,11 @@ fn a_form_that_was_tried_is_told_and_kept_for_all_copies() {
 #[test]
 fn a_module_that_is_never_the_same_runs_as_it_was_loaded() {
     let counter = artefact("counter.pt");
-    let (_, tuning) = tuned(load(&counter), &counter.bytes, &spec(2), Device::Cpu);
+    let (_, tuning) = tune(&counter, 2);
     assert_eq!(tuning, Tuning { form: AS_LOADED, trials: Vec::new() });
     // As does one that fails on inputs of its declaration; warm-up says why.
     let layers = artefact("layers.pt");
-    let (_, tuning) = tuned(load(&layers), &layers.bytes, &spec(15), Device::Cpu);
+    let (_, tuning) = tune(&layers, 15);
     assert_eq!(tuning, Tuning { form: AS_LOADED, trials: Vec::new() });
 }
 
@@ -93,4 +98,21 @@ fn seeded_inputs_are_the_same_every_time_and_fit_small_embeddings() {
     assert!(values.iter().any(|value| *value < -1.0) && values.iter().any(|value| *value > 1.0));
     let TensorData::Int64(values) = inputs[1].data() else { panic!("whole numbers") };
     assert!(values.contains(&0) && values.contains(&1) && values.iter().all(|value| [0, 1].contains(value)));
+}
+
+#[test]
+fn what_was_tried_and_not_taken_leaves_no_weights_behind() {
+    let artefact = artefact("layers.pt");
+    let held = || Torch::get().unwrap().memory(Device::Cpu).unwrap().allocated;
+    let before = held();
+    let (module, tuning) = tune(&artefact, 16);
+    let tuned = held() - before;
+    drop(module);
+    assert_eq!(held(), before);
+    let module = in_form(load(&artefact), tuning.form);
+    // malloc rounds as it likes, from one time to the next.
+    let untried = held() - before;
+    assert!(tuned.abs_diff(untried) < 1024, "{tuned} bytes against {untried}: {tuning}");
+    drop(module);
+    assert_eq!(held(), before);
 }
