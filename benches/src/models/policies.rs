@@ -1,12 +1,9 @@
 //! Policies in turn on the same arrivals: once in virtual time, once on a real model.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use inference::batch::simulation::{Arrivals, Device, bursts_of_32, poisson, simulate};
 use inference::batch::{BatchLimits, Policy};
-use inference::executor::ModelServer;
 use serde::Serialize;
 
 use super::open::{self, End};
@@ -170,10 +167,6 @@ pub async fn real(subject: &Subject, blocks: u64, lasts: Duration, only: &[Strin
     let (one, full) = (raw(1)?, raw(ROWS_MAX)?);
     let scale = Device::USUAL.forward(1).as_secs_f64() / one.as_secs_f64();
     let rates = Rates { scale, capacity: ROWS_MAX as f64 / full.as_secs_f64() };
-    let mut servers: BTreeMap<String, Arc<ModelServer>> = BTreeMap::new();
-    for contender in CONTENDERS {
-        servers.insert(contender.name(), subject.serve(contender.limits()).await?);
-    }
     let mut found = Vec::new();
     let wanted = |name: &str| only.is_empty() || only.iter().any(|only| only == name);
     for block in 1..=blocks {
@@ -182,13 +175,15 @@ pub async fn real(subject: &Subject, blocks: u64, lasts: Duration, only: &[Strin
             let arrivals = workload.arrivals(block, rates, lasts);
             // Who goes first differs, so that a slow minute hits everybody in turn.
             let mut order = CONTENDERS;
-            order.rotate_left(block as usize % CONTENDERS.len());
+            order.rotate_left((block as usize + 1) * 4 % CONTENDERS.len());
             for contender in order {
-                let Some(server) = servers.get(&contender.name()) else { continue };
-                // What a policy learns from the workload it has learned after some requests; they are not counted.
+                // A server of its own, so that nothing learned from another workload is left. What there is to learn from
+                // this one is learned after some requests; they are not counted.
+                let server = subject.serve(contender.limits()).await?;
                 let lead = workload.arrivals(1_000 + block, rates, lasts / 5);
-                open::run(server, subject, &lead, PATIENCE).await?;
-                let seen = open::run(server, subject, &arrivals, PATIENCE).await?;
+                open::run(&server, subject, &lead, PATIENCE).await?;
+                let seen = open::run(&server, subject, &arrivals, PATIENCE).await?;
+                server.shutdown().await;
                 let millis = seen.millis(End::Answered);
                 found.push(Found {
                     workload: name.to_owned(),
