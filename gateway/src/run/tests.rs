@@ -1106,7 +1106,7 @@ async fn what_does_not_fit_the_machine_is_not_deployed() {
     let status = server.deploy("buys", 1).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
     let text =
-        "model `buys/1` needs 1048576.0 GiB of memory (the file of 7 bytes + 1 executors x (1048576.0 GiB of weights";
+        "model `buys/1` needs 1048576.0 GiB of memory (the file of 7 bytes + 1 executor x (1048576.0 GiB of weights";
     assert!(status.message().contains(text), "{}", status.message());
     assert!(server.running.gateway().served().models.is_empty());
     server.stop().await;
