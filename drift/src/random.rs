@@ -1,0 +1,169 @@
+//! Numbers from a seed, the same on every machine: verdicts must be reproducible, so the generator and everything drawn
+//! from it are ours, over a pinned libm.
+
+/// The finaliser of SplitMix64: every bit of the result depends on every bit of `x`. Fixed for ever, because buckets of
+/// blocks and hashes of categories are stored.
+#[inline]
+pub fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// The hash of a text or a key. Fixed for ever, as [`mix`] is.
+#[inline]
+pub fn hash(bytes: &[u8]) -> u64 {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mut state = bytes.len() as u64 ^ GOLDEN;
+    for word in words {
+        state = fold(state ^ u64::from_le_bytes(*word));
+    }
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    mix(fold(state ^ u64::from_le_bytes(last)))
+}
+
+/// 2^64 / φ, odd.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Both halves of a product of 128 bits: no bit of a word is lost before the next word comes in.
+#[inline]
+fn fold(x: u64) -> u64 {
+    let product = u128::from(x) * u128::from(0xd6e8_feb8_6659_fd93_u64);
+    (product as u64 ^ (product >> 64) as u64).wrapping_add(GOLDEN)
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
+    /// A generator of its own for one of several purposes under one seed.
+    pub fn of(seed: u64, purpose: u64) -> Random {
+        Random(mix(seed ^ mix(purpose.wrapping_add(GOLDEN))))
+    }
+
+    #[inline]
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(GOLDEN);
+        mix(self.0)
+    }
+
+    /// Uniform in (0, 1), both ends excluded, so that its logarithm exists.
+    #[inline]
+    pub fn unit(&mut self) -> f64 {
+        ((self.bits() >> 12) as f64 + 0.5) * (1.0 / (1_u64 << 52) as f64)
+    }
+
+    /// Uniform in 0..`end`; 0 where there is nothing to choose from.
+    #[inline]
+    pub fn below(&mut self, end: u64) -> u64 {
+        ((u128::from(self.bits()) * u128::from(end)) >> 64) as u64
+    }
+
+    /// Standard normal (Box and Muller 1958).
+    pub fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * libm::log(self.unit())).sqrt();
+        radius * libm::cos(std::f64::consts::TAU * self.unit())
+    }
+
+    /// Poisson: by counting for small means, by Hörmann's transformed rejection (PTRS, 1993) for others.
+    pub fn poisson(&mut self, mean: f64) -> f64 {
+        if mean.is_nan() || mean <= 0.0 {
+            return 0.0;
+        }
+        if mean < 10.0 {
+            let limit = libm::exp(-mean);
+            let mut product = self.unit();
+            let mut count = 0.0;
+            while product > limit {
+                product *= self.unit();
+                count += 1.0;
+            }
+            return count;
+        }
+        let log_mean = libm::log(mean);
+        let b = 0.931 + 2.53 * mean.sqrt();
+        let a = -0.059 + 0.02483 * b;
+        let inverse_alpha = 1.1239 + 1.1328 / (b - 3.4);
+        let v_r = 0.9277 - 3.6224 / (b - 2.0);
+        // Three tries in four succeed; the bound is for numbers nobody draws.
+        for _ in 0..1_000 {
+            let u = self.unit() - 0.5;
+            let v = self.unit();
+            let us = 0.5 - u.abs();
+            let k = ((2.0 * a / us + b) * u + mean + 0.43).floor();
+            if us >= 0.07 && v <= v_r {
+                return k;
+            }
+            if k < 0.0 || (us < 0.013 && v > us) {
+                continue;
+            }
+            let accept = libm::log(v) + libm::log(inverse_alpha) - libm::log(a / (us * us) + b);
+            if accept <= k * log_mean - mean - libm::lgamma(k + 1.0) {
+                return k;
+            }
+        }
+        mean.round()
+    }
+
+    /// Chi-squared with `freedom` degrees, at least one: twice a gamma variate (Marsaglia and Tsang 2000).
+    pub fn chi_squared(&mut self, freedom: f64) -> f64 {
+        // The method wants a shape of at least one; a smaller one is the larger one's, shrunk.
+        let shape = freedom.max(1.0) / 2.0;
+        let (shape, shrink) = if shape < 1.0 {
+            (shape + 1.0, libm::pow(self.unit(), 1.0 / shape))
+        } else {
+            (shape, 1.0)
+        };
+        let d = shape - 1.0 / 3.0;
+        let c = 1.0 / (9.0 * d).sqrt();
+        for _ in 0..1_000 {
+            let x = self.normal();
+            let v = (1.0 + c * x) * (1.0 + c * x) * (1.0 + c * x);
+            if v > 0.0 && libm::log(self.unit()) < 0.5 * x * x + d - d * v + d * libm::log(v) {
+                return 2.0 * d * v * shrink;
+            }
+        }
+        freedom
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moments(draws: impl Iterator<Item = f64>) -> (f64, f64) {
+        let draws: Vec<f64> = draws.collect();
+        let mean = draws.iter().sum::<f64>() / draws.len() as f64;
+        (mean, draws.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / draws.len() as f64)
+    }
+
+    fn check(name: &str, (mean, variance): (f64, f64), expected: (f64, f64)) {
+        let close = |x: f64, y: f64| (x - y).abs() <= 0.05 * y.abs().max(0.5);
+        assert!(close(mean, expected.0) && close(variance, expected.1), "{name}: {mean} {variance}");
+    }
+
+    #[test]
+    fn draws_have_the_moments_of_their_distributions() {
+        let mut random = Random::new(7);
+        let mut draw = |f: fn(&mut Random) -> f64| moments((0..40_000).map(|_| f(&mut random)));
+        check("unit", draw(Random::unit), (0.5, 1.0 / 12.0));
+        check("normal", draw(Random::normal), (0.0, 1.0));
+        check("poisson 0.3", draw(|random| random.poisson(0.3)), (0.3, 0.3));
+        check("poisson 25", draw(|random| random.poisson(25.0)), (25.0, 25.0));
+        check("poisson 5000", draw(|random| random.poisson(5_000.0)), (5_000.0, 5_000.0));
+        check("chi 1", draw(|random| random.chi_squared(1.0)), (1.0, 2.0));
+        check("chi 63", draw(|random| random.chi_squared(63.0)), (63.0, 126.0));
+    }
+
+    #[test]
+    fn numbers_that_are_stored_never_change() {
+        assert_eq!(mix(1), 0x5692_161d_100b_05e5);
+        assert_eq!([hash(b"JFK"), hash(b"La Guardia")], [3_686_450_790_519_592_800, 9_860_540_856_356_685_825]);
+    }
+}
