@@ -6,8 +6,8 @@
 //!
 //! Two ways lead to the reference. [`Builder::profile`] needs one pass: outcomes, moments, different values and what was
 //! never seen are exact, and the bins hold the sample, which is then what drift is compared with (and its noise is counted
-//! as that of 8,192 values). Where training data can be read twice, [`Builder::layout`] and a [`Counter`] over it make bins
-//! exact too.
+//! as that of 8,192 values). Where training data can be read twice, [`Builder::layout`], a [`Counter`] over it and
+//! [`Builder::profile_of`] make bins exact too.
 //!
 //! [`Counter`]: crate::counts::Counter
 
@@ -15,8 +15,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::DriftError;
-use crate::categories::{CATEGORIES_MAX, Categories, Category, Filter, LABEL_BYTES_MAX};
-use crate::counts::{Counts, Outcomes, Rows};
+use crate::categories::{CATEGORIES_MAX, Categories, Category, Filter, Homes, LABEL_BYTES_MAX};
+use crate::counts::{BUCKETS, Counts, Outcomes, Rows};
 use crate::directions::{DIMENSION_MAX, Directions, PROJECTIONS_MAX, Vectors};
 use crate::distinct::Distinct;
 use crate::histogram::{BINS_MAX, Edges};
@@ -103,7 +103,7 @@ impl<T> Sample<T> {
 enum Kept {
     Presence,
     Numbers { scale: Scale, sample: Sample<i64>, lowest: i64, highest: i64 },
-    Categories { sample: Sample<(u64, Box<str>)>, seen: Filter },
+    Categories { sample: Sample<(u64, Box<str>)>, seen: Filter, homes: Homes },
     Vectors { dimension: usize, sample: Sample<Box<[f32]>> },
 }
 
@@ -136,7 +136,10 @@ impl Builder {
             Kind::Numbers(scale) => {
                 Kept::Numbers { scale, sample: Sample::new(options.sample), lowest: i64::MAX, highest: i64::MIN }
             }
-            Kind::Categories => Kept::Categories { sample: Sample::new(options.sample), seen: Filter::default() },
+            Kind::Categories => {
+                let (seen, homes) = Default::default();
+                Kept::Categories { sample: Sample::new(options.sample), seen, homes }
+            }
             Kind::Vectors { dimension } => {
                 within("dimension", dimension, 1..=DIMENSION_MAX)?;
                 let size = options.sample.min(VECTORS_BYTES_MAX / (4 * dimension));
@@ -178,13 +181,14 @@ impl Builder {
         let priorities = self.priorities();
         let count = values.len();
         match &mut self.kept {
-            Kept::Categories { sample, seen } => {
+            Kept::Categories { sample, seen, homes } => {
                 rows.check(count)?;
                 let mut values = values;
                 self.outcomes.sort(rows, 0..count, |_| false, |i, bucket, has_value| {
                     let Some(value) = values.next().filter(|_| has_value) else { return };
                     let hash = hash(value);
                     seen.add(hash);
+                    homes.add(hash, bucket as u8);
                     self.distinct.add([hash].into_iter());
                     sample.offer(priorities(i), bucket as u8, || (hash, label(value)));
                 });
@@ -249,9 +253,13 @@ impl Builder {
                 sample.merge(other);
                 (*lowest, *highest) = ((*lowest).min(other_lowest), (*highest).max(other_highest));
             }
-            (Kept::Categories { sample, seen }, Kept::Categories { sample: other, seen: other_seen }) => {
+            (
+                Kept::Categories { sample, seen, homes },
+                Kept::Categories { sample: other, seen: other_seen, homes: other_homes },
+            ) => {
                 sample.merge(other);
                 seen.merge(&other_seen);
+                homes.merge(&other_homes);
             }
             (Kept::Vectors { dimension, sample }, Kept::Vectors { dimension: others, sample: other })
                 if *dimension == others =>
@@ -283,9 +291,9 @@ impl Builder {
                 };
                 Layout::Ordered { scale: *scale, edges }
             }
-            Kept::Categories { sample, seen } => {
+            Kept::Categories { sample, seen, homes } => {
                 sample.settle();
-                let categories = frequent(sample, options.categories);
+                let categories = frequent(sample, homes, options.categories);
                 let seen = seen.clone().frozen(self.distinct.estimate());
                 Layout::Categories(Categories::new(categories, seen).map_err(DriftError::Stored)?)
             }
@@ -327,9 +335,9 @@ impl Builder {
                     parts[0].count(usize::from(*bucket), bin[0]);
                 }
             }
-            (Layout::Categories(categories), Kept::Categories { sample, .. }) => {
+            (Layout::Categories(categories), Kept::Categories { sample, homes, .. }) => {
                 for (_, bucket, (hash, _)) in &sample.items {
-                    parts[0].count(usize::from(*bucket), categories.find(*hash));
+                    parts[0].count(usize::from(*bucket), bin_of_training(categories, homes, *hash));
                 }
             }
             (Layout::Vectors(vectors), Kept::Vectors { sample, .. }) => {
@@ -355,6 +363,31 @@ impl Builder {
         Profile::new(layout, counts).ok_or(DriftError::OtherLayout)
     }
 
+    /// The profile of training data that was counted in a second pass, over the [`Builder::layout`] of the first.
+    pub fn profile_of(&mut self, layout: Arc<Layout>, mut counts: Counts) -> Result<Profile, DriftError> {
+        if !counts.fits(&layout) {
+            return Err(DriftError::OtherLayout);
+        }
+        // Training has seen all of its own; how much it would not have seen is known of the sample.
+        if let (Layout::Categories(categories), Kept::Categories { sample, homes, .. }) = (&*layout, &mut self.kept) {
+            sample.settle();
+            let (mut others, mut unseen) = ([0_u64; BUCKETS], [0_u64; BUCKETS]);
+            for (_, bucket, (hash, _)) in &sample.items {
+                let bin = usize::from(bin_of_training(categories, homes, *hash));
+                others[usize::from(*bucket)] += u64::from(bin >= categories.other());
+                unseen[usize::from(*bucket)] += u64::from(bin == categories.unseen());
+            }
+            let bins = categories.bins();
+            for (cells, (others, unseen)) in counts.parts[0].cells.chunks_mut(bins).zip(others.into_iter().zip(unseen)) {
+                let tail = cells[categories.other()].saturating_add(cells[categories.unseen()]);
+                let share = u128::from(tail) * u128::from(unseen) / u128::from(others.max(1));
+                cells[categories.unseen()] = share as u64;
+                cells[categories.other()] = tail - share as u64;
+            }
+        }
+        Profile::new(layout, counts).ok_or(DriftError::OtherLayout)
+    }
+
     fn wrong_kind(&self, given: &'static str) -> DriftError {
         let profiled = match &self.kept {
             Kept::Presence => "presence",
@@ -366,10 +399,18 @@ impl Builder {
     }
 }
 
+/// The bin of a value of training, as if its bucket had been left out.
+fn bin_of_training(categories: &Categories, homes: &Homes, hash: u64) -> u8 {
+    let bin = categories.find(hash);
+    let is_unseen = usize::from(bin) == categories.other() && homes.tell() && homes.is_of_one_bucket(hash);
+    if is_unseen { categories.unseen() as u8 } else { bin }
+}
+
 /// The most frequent categories of a sample; of equals, the one with the smaller hash.
-fn frequent(sample: &Sample<(u64, Box<str>)>, most: usize) -> Vec<Category> {
+fn frequent(sample: &Sample<(u64, Box<str>)>, homes: &Homes, most: usize) -> Vec<Category> {
     let mut counts: HashMap<u64, (usize, &str)> = HashMap::new();
-    for (.., (hash, label)) in &sample.items {
+    let tell = homes.tell();
+    for (.., (hash, label)) in sample.items.iter().filter(|(.., (hash, _))| !tell || !homes.is_of_one_bucket(*hash)) {
         counts.entry(*hash).or_insert((0, label)).0 += 1;
     }
     let mut categories: Vec<(u64, (usize, &str))> = counts.into_iter().collect();

@@ -27,7 +27,7 @@ pub mod rates;
 mod report;
 
 pub mod random;
-mod special;
+pub mod special;
 mod wide;
 
 #[derive(Debug, Error, PartialEq)]

@@ -115,9 +115,10 @@ impl Floor {
     /// The same seed and counts give the same floor.
     pub fn new(reference: &Clustered, serving: &Clustered, ordered: bool, replicates: usize, seed: u64) -> Floor {
         let bins = reference.totals.len();
-        let smooth = 1.0 / (reference.rows + 0.5 * bins as f64);
-        // Half a row in a bin, so that a value beyond all of training's is rare and not impossible.
-        let shares: Vec<f64> = reference.totals.iter().map(|count| (count + 0.5) * smooth).collect();
+        // Half an effective row in a bin, so that a value beyond all of training's is rare and not impossible.
+        let half = 0.5 * reference.design_effect;
+        let smooth = 1.0 / (reference.rows + half * bins as f64);
+        let shares: Vec<f64> = reference.totals.iter().map(|count| (count + half) * smooth).collect();
         let mut floor = Floor { replicates: Default::default(), powers_end: [0.0; 2] };
         // A mean of the k-th power of a square of Student's exists while 2k is less than its degrees of freedom.
         floor.powers_end = [0.5 * reference.freedom().min(serving.freedom()), f64::INFINITY];
