@@ -1,7 +1,7 @@
 //! False alarms and power by simulation, as a table on standard output and as JSON.
 //!
 //!     cargo run --release -p drift --example calibration -- [--windows 1000] [--sizes 200,1000,10000,1000000]
-//!         [--training 20000] [--power 200] [--passes 1] [--alpha 0.01] [--effects 1e-9] [--json FILE] [--write FOLDER] [--explain 0|1|2]
+//!         [--training 20000] [--power 200] [--passes 1] [--alpha 0.01] [--effects 1e-9] [--dependence 0|1|2] [--json FILE] [--write FOLDER] [--explain 0|1|2]
 //!
 //! `--effects` says what matters; next to nothing leaves the decision to the noise floor. `--explain` prints the verdict on
 //! one window of one dependence.
@@ -25,6 +25,8 @@ struct Asked {
     power: u64,
     passes: Passes,
     policy: Policy,
+    /// All, or one.
+    dependences: Vec<Dependence>,
     json: Option<String>,
     write: Option<String>,
 }
@@ -39,7 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let policy = &asked.policy;
     println!("False alarms: windows of 6 features in which anything was alarmed, alpha {}", policy.alpha);
     println!("{:32} {:>9} {:>8} {:>18} {:>18} {:>13}", "", "rows", "windows", "alarms (95 % <)", "p <= 0.01", "insufficient");
-    for dependence in DEPENDENCES {
+    for dependence in asked.dependences.iter().copied() {
         for rows in &asked.sizes {
             // A window of a million rows costs as much as a hundred others.
             let windows = if *rows > 100_000 { asked.windows.div_ceil(10) } else { asked.windows };
@@ -80,7 +82,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("\nPower, {what}: share of windows found (share of them in which the feature could not be judged)");
         let heads: Vec<String> = changes.iter().map(|change| format!("{:>13}", change.shift + change.nulls)).collect();
         println!("{:32} {:>9} {}", "", "rows", heads.concat());
-        for dependence in DEPENDENCES {
+        for dependence in asked.dependences.iter().copied() {
             for rows in &asked.sizes {
                 let windows = if *rows > 100_000 { asked.power.div_ceil(10) } else { asked.power };
                 let mut cells = String::new();
@@ -114,7 +116,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn write(asked: &Asked, folder: &str) -> Result<(), Box<dyn std::error::Error>> {
     std::fs::create_dir_all(folder)?;
     let mut cases = Vec::new();
-    for dependence in DEPENDENCES {
+    for dependence in asked.dependences.iter().copied() {
         for rows in asked.sizes.iter().filter(|rows| **rows <= 100_000) {
             for shift in [0.0, 0.2, 0.5] {
                 for seed in 0..asked.windows {
@@ -161,6 +163,7 @@ fn asked() -> Result<Asked, Box<dyn std::error::Error>> {
         power: 200,
         passes: Passes::One,
         policy: Policy::default(),
+        dependences: DEPENDENCES.to_vec(),
         json: None,
         write: None,
     };
@@ -177,6 +180,9 @@ fn asked() -> Result<Asked, Box<dyn std::error::Error>> {
             "--effects" => {
                 asked.policy.effects = [value.parse()?; 5];
                 asked.policy.rate_effect = value.parse()?;
+            }
+            "--dependence" => {
+                asked.dependences = vec![*DEPENDENCES.get(value.parse::<usize>()?).ok_or("--dependence is 0, 1 or 2")?];
             }
             "--explain" => {
                 let rows = *asked.sizes.first().ok_or("--explain needs a size before it")?;

@@ -291,9 +291,9 @@ impl Builder {
                 };
                 Layout::Ordered { scale: *scale, edges }
             }
-            Kept::Categories { sample, seen, homes } => {
+            Kept::Categories { sample, seen, .. } => {
                 sample.settle();
-                let categories = frequent(sample, homes, options.categories);
+                let categories = frequent(sample, options.categories);
                 let seen = seen.clone().frozen(self.distinct.estimate());
                 Layout::Categories(Categories::new(categories, seen).map_err(DriftError::Stored)?)
             }
@@ -407,17 +407,33 @@ fn bin_of_training(categories: &Categories, homes: &Homes, hash: u64) -> u8 {
 }
 
 /// The most frequent categories of a sample; of equals, the one with the smaller hash.
-fn frequent(sample: &Sample<(u64, Box<str>)>, homes: &Homes, most: usize) -> Vec<Category> {
-    let mut counts: HashMap<u64, (usize, &str)> = HashMap::new();
-    let tell = homes.tell();
-    for (.., (hash, label)) in sample.items.iter().filter(|(.., (hash, _))| !tell || !homes.is_of_one_bucket(*hash)) {
-        counts.entry(*hash).or_insert((0, label)).0 += 1;
+///
+/// Whoever is picked for being frequent is less frequent afterwards, so only what occurs in many blocks is picked: in
+/// [`BUCKETS_OF_CATEGORY`] of all 64 buckets, or the same share of those there are.
+fn frequent(sample: &Sample<(u64, Box<str>)>, most: usize) -> Vec<Category> {
+    struct Found<'a> {
+        count: usize,
+        buckets: u64,
+        label: &'a str,
     }
-    let mut categories: Vec<(u64, (usize, &str))> = counts.into_iter().collect();
-    categories.sort_by_key(|(hash, (count, _))| (std::cmp::Reverse(*count), *hash));
+    let mut found: HashMap<u64, Found<'_>> = HashMap::new();
+    let mut buckets = 0_u64;
+    for (_, bucket, (hash, label)) in &sample.items {
+        let found = found.entry(*hash).or_insert(Found { count: 0, buckets: 0, label });
+        found.count += 1;
+        found.buckets |= 1 << bucket;
+        buckets |= 1 << bucket;
+    }
+    let least = (buckets.count_ones() * BUCKETS_OF_CATEGORY).div_ceil(BUCKETS as u32);
+    let mut categories: Vec<(u64, Found<'_>)> =
+        found.into_iter().filter(|(_, found)| found.buckets.count_ones() >= least).collect();
+    categories.sort_by_key(|(hash, found)| (std::cmp::Reverse(found.count), *hash));
     categories.truncate(most);
-    categories.into_iter().map(|(hash, (_, label))| Category { hash, label: label.into() }).collect()
+    categories.into_iter().map(|(hash, found)| Category { hash, label: found.label.into() }).collect()
 }
+
+/// A category of so many blocks has a share that is known within a third or so.
+const BUCKETS_OF_CATEGORY: u32 = 12;
 
 /// As much of a text as is shown.
 fn label(value: &[u8]) -> Box<str> {

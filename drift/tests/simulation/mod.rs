@@ -22,7 +22,7 @@ pub enum Dependence {
     Independent,
     /// Thirty rows have the values of one source row, which is their block.
     SourceRows,
-    /// The same, and a tenth of a source row's variance is its day's: the day is the block.
+    /// The same, and three tenths of a source row's variance are its day's: the day is the block.
     Days,
 }
 
@@ -31,7 +31,7 @@ pub const DEPENDENCES: [Dependence; 3] = [Dependence::Independent, Dependence::S
 pub const ROWS_OF_SOURCE_ROW: usize = 30;
 
 /// The share of the variance that a day has.
-const DAY_VARIANCE: f64 = 0.1;
+const DAY_VARIANCE: f64 = 0.3;
 
 /// Days of a window, where its rows suffice, and of a training set.
 const WINDOW_DAYS: usize = 30;
