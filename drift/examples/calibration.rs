@@ -16,7 +16,7 @@ use drift::verdict::{Policy, Verdict};
 #[path = "../tests/simulation/mod.rs"]
 mod simulation;
 
-use simulation::{Change, DEPENDENCES, Dependence, Passes, tally, upper_bound};
+use simulation::{Change, DEPENDENCES, Dependence, Passes, false_alarms, power, upper_bound};
 
 struct Asked {
     windows: u64,
@@ -43,10 +43,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:32} {:>9} {:>8} {:>18} {:>18} {:>13}", "", "rows", "windows", "alarms (95 % <)", "p <= 0.01", "insufficient");
     for dependence in asked.dependences.iter().copied() {
         for rows in &asked.sizes {
-            // A window of a million rows costs as much as a hundred others.
+            // A window of a million rows costs as much as many others.
             let windows = if *rows > 100_000 { asked.windows.div_ceil(10) } else { asked.windows };
-            let tally =
-                tally(policy, dependence, asked.training, *rows, Change::default(), asked.passes, 0..windows);
+            let tally = false_alarms(policy, dependence, asked.training, *rows, asked.passes, 0..windows);
             let share = |events: u64| events as f64 / tally.windows.max(1) as f64;
             println!(
                 "{:32} {:>9} {:>8} {:>8.4} ({:.4}) {:>8.4} ({:.4}) {:>13.3}",
@@ -86,9 +85,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             for rows in &asked.sizes {
                 let windows = if *rows > 100_000 { asked.power.div_ceil(10) } else { asked.power };
                 let mut cells = String::new();
-                for change in changes {
-                    let seeds = 1_000_000..1_000_000 + windows;
-                    let tally = tally(policy, dependence, asked.training, *rows, *change, asked.passes, seeds);
+                let seeds = 1_000_000..1_000_000 + windows;
+                let tallies = power(policy, dependence, asked.training, *rows, changes, seeds);
+                for (change, tally) in changes.iter().zip(tallies) {
                     let share = |events: u64| events as f64 / tally.windows.max(1) as f64;
                     cells += &format!("  {:>4.2} ({:>4.2})", share(tally.found), share(tally.insufficient));
                     lines.push(format!(

@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 /// Categories at most: with OTHER and UNSEEN a bin's number fits a byte.
 pub const CATEGORIES_MAX: usize = 254;
 
+/// In place of a category's number: there are never so many.
+const NOBODY: u8 = u8::MAX;
+
 /// Of a label; the rest of a longer one is only hashed.
 pub const LABEL_BYTES_MAX: usize = 64;
 
@@ -157,8 +160,10 @@ pub struct Category {
 pub struct Categories {
     categories: Vec<Category>,
     seen: Filter,
-    /// Open addressing over the hashes: the place of a category, or `u8::MAX`. At most half full.
-    table: Vec<u8>,
+    /// Open addressing over the hashes, and the number of the category of each; `NOBODY` where there is none. At most a
+    /// quarter full.
+    hashes: Vec<u64>,
+    numbers: Vec<u8>,
 }
 
 impl Categories {
@@ -166,22 +171,22 @@ impl Categories {
         if categories.len() > CATEGORIES_MAX {
             return Err("a dictionary has more categories than fit");
         }
-        let mut table = vec![u8::MAX; (2 * categories.len()).next_power_of_two().max(2)];
-        let mask = table.len() - 1;
+        let places = (4 * categories.len()).next_power_of_two().max(4);
+        let (mut hashes, mut numbers) = (vec![0; places], vec![NOBODY; places]);
         for (number, category) in categories.iter().enumerate() {
             if category.label.len() > LABEL_BYTES_MAX {
                 return Err("the label of a category is longer than allowed");
             }
-            let mut place = category.hash as usize & mask;
-            while let Some(other) = categories.get(usize::from(table[place])) {
-                if other.hash == category.hash {
+            let mut place = category.hash as usize & (places - 1);
+            while numbers[place] != NOBODY {
+                if hashes[place] == category.hash {
                     return Err("a dictionary has a category twice");
                 }
-                place = (place + 1) & mask;
+                place = (place + 1) & (places - 1);
             }
-            table[place] = number as u8;
+            (hashes[place], numbers[place]) = (category.hash, number as u8);
         }
-        Ok(Categories { categories, seen, table })
+        Ok(Categories { categories, seen, hashes, numbers })
     }
 
     pub fn categories(&self) -> &[Category] {
@@ -207,15 +212,18 @@ impl Categories {
 
     #[inline]
     pub fn find(&self, hash: u64) -> u8 {
-        let mask = self.table.len() - 1;
+        let mask = self.hashes.len() - 1;
         let mut place = hash as usize & mask;
         loop {
-            let number = self.table[place];
-            match self.categories.get(usize::from(number)) {
-                Some(category) if category.hash == hash => return number,
-                Some(_) => place = (place + 1) & mask,
-                None => return (self.categories.len() + usize::from(!self.seen.contains(hash))) as u8,
+            // An empty place has the hash 0, which only its number tells from a category's.
+            let number = self.numbers[place];
+            if self.hashes[place] == hash && number != NOBODY {
+                return number;
             }
+            if number == NOBODY {
+                return (self.categories.len() + usize::from(!self.seen.contains(hash))) as u8;
+            }
+            place = (place + 1) & mask;
         }
     }
 

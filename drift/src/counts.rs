@@ -296,12 +296,24 @@ impl Counter {
         let (outcomes, parts) = self.counts.parts_mut();
         let [part] = parts else { return Err(DriftError::OtherLayout) };
         let mut values = values;
-        outcomes.sort(rows, 0..rows.buckets.len(), |_| false, |_, bucket, has_value| {
-            let Some(value) = values.next().filter(|_| has_value) else { return };
-            let hash = hash(value);
-            part.count(bucket, categories.find(hash));
-            part.distinct.add([hash].into_iter());
-        });
+        let (mut hashes, mut buckets, mut bins) = ([0_u64; PIECE], [0_u8; PIECE], [0_u8; PIECE]);
+        for from in (0..rows.buckets.len()).step_by(PIECE) {
+            let range = from..(from + PIECE).min(rows.buckets.len());
+            let mut count = 0;
+            outcomes.sort(rows, range, |_| false, |_, bucket, has_value| {
+                let value = values.next().unwrap_or_default();
+                if has_value {
+                    let place = count % PIECE;
+                    (hashes[place], buckets[place]) = (hash(value), bucket as u8);
+                    count += 1;
+                }
+            });
+            hashes[..count].iter().zip(&mut bins).for_each(|(hash, bin)| *bin = categories.find(*hash));
+            for (bucket, bin) in buckets[..count].iter().zip(&bins[..count]) {
+                part.count(usize::from(*bucket), *bin);
+            }
+            part.distinct.add(hashes[..count].iter().copied());
+        }
         Ok(())
     }
 

@@ -96,12 +96,19 @@ pub struct Change {
 /// The share of nulls of the first feature.
 const NULLS: f64 = 0.03;
 
-pub fn generate(dependence: Dependence, rows: usize, days: usize, change: Change, random: &mut Random) -> Data {
+pub fn generate(
+    dependence: Dependence,
+    shapes: &[Shape],
+    rows: usize,
+    days: usize,
+    change: Change,
+    random: &mut Random,
+) -> Data {
     let each = if dependence == Dependence::Independent { 1 } else { ROWS_OF_SOURCE_ROW };
     let source_rows = rows.div_ceil(each);
-    let mut columns = vec![Column::default(); SHAPES.len()];
+    let mut columns = vec![Column::default(); shapes.len()];
     columns[0].validity = vec![0; rows.div_ceil(8)];
-    let moods: Vec<f64> = (0..days * SHAPES.len()).map(|_| random.normal()).collect();
+    let moods: Vec<f64> = (0..days * shapes.len()).map(|_| random.normal()).collect();
     let first = random.bits();
     let mut buckets = Vec::with_capacity(rows);
     for source_row in 0..source_rows {
@@ -112,14 +119,14 @@ pub fn generate(dependence: Dependence, rows: usize, days: usize, change: Change
         };
         let copies = each.min(rows - source_row * each);
         buckets.extend(std::iter::repeat_n(bucket, copies));
-        for (number, (shape, column)) in SHAPES.into_iter().zip(&mut columns).enumerate() {
+        for (number, (shape, column)) in shapes.iter().zip(&mut columns).enumerate() {
             let mut latent = random.normal();
             if dependence == Dependence::Days {
-                let mood = moods[day * SHAPES.len() + number];
+                let mood = moods[day * shapes.len() + number];
                 latent = DAY_VARIANCE.sqrt() * mood + (1.0 - DAY_VARIANCE).sqrt() * latent;
             }
             latent += if number == 0 { change.shift } else { 0.0 };
-            column.push(shape, latent, copies);
+            column.push(*shape, latent, copies);
             if number == 0 && random.unit() >= NULLS + change.nulls {
                 let from = source_row * each;
                 (from..from + copies).for_each(|row| column.validity[row / 8] |= 1 << (row % 8));
@@ -253,8 +260,8 @@ pub fn training_and_window(
     seed: u64,
 ) -> (Data, Data) {
     let mut random = Random::of(seed, 11);
-    let training = generate(dependence, training_rows, TRAINING_DAYS, Change::default(), &mut random);
-    let window = generate(dependence, window_rows, WINDOW_DAYS, change, &mut random);
+    let training = generate(dependence, &SHAPES, training_rows, TRAINING_DAYS, Change::default(), &mut random);
+    let window = generate(dependence, &SHAPES, window_rows, WINDOW_DAYS, change, &mut random);
     (training, window)
 }
 
@@ -304,22 +311,47 @@ pub fn upper_bound(events: u64, of: u64) -> f64 {
     high
 }
 
-/// Many training sets and windows with nothing different between them, or with `change`.
-pub fn tally(
+/// Many training sets and windows with nothing different between them.
+pub fn false_alarms(
     policy: &Policy,
     dependence: Dependence,
     training_rows: usize,
     window_rows: usize,
-    change: Change,
     passes: Passes,
     seeds: std::ops::Range<u64>,
 ) -> Tally {
     let mut tally = Tally::default();
     for seed in seeds {
-        let (training, window) = training_and_window(dependence, training_rows, window_rows, change, seed);
+        let (training, window) =
+            training_and_window(dependence, training_rows, window_rows, Change::default(), seed);
         let profiles = profiles(&training, passes);
         let counts = count(&window, &profiles);
         tally.add(&judge_window(policy, &profiles, &counts));
     }
     tally
+}
+
+/// Windows whose first feature changed, one tally for each change.
+pub fn power(
+    policy: &Policy,
+    dependence: Dependence,
+    training_rows: usize,
+    window_rows: usize,
+    changes: &[Change],
+    seeds: std::ops::Range<u64>,
+) -> Vec<Tally> {
+    let mut tallies = vec![Tally::default(); changes.len()];
+    for seed in seeds {
+        let (training, window) =
+            training_and_window(dependence, training_rows, window_rows, Change::default(), seed);
+        let profiles = profiles(&training, Passes::One);
+        let mut counts = count(&window, &profiles);
+        for (change, tally) in changes.iter().zip(&mut tallies) {
+            let mut random = Random::of(seed, 12);
+            let window = generate(dependence, &SHAPES[..1], window_rows, WINDOW_DAYS, *change, &mut random);
+            counts[0] = window.count(0, profiles[0].layout().clone());
+            tally.add(&judge_window(policy, &profiles, &counts));
+        }
+    }
+    tallies
 }
