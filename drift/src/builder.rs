@@ -336,8 +336,9 @@ impl Builder {
                 }
             }
             (Layout::Categories(categories), Kept::Categories { sample, homes, .. }) => {
+                let several = buckets_of(sample) > 1;
                 for (_, bucket, (hash, _)) in &sample.items {
-                    parts[0].count(usize::from(*bucket), bin_of_training(categories, homes, *hash));
+                    parts[0].count(usize::from(*bucket), bin_of_training(categories, homes, several, *hash));
                 }
             }
             (Layout::Vectors(vectors), Kept::Vectors { sample, .. }) => {
@@ -371,9 +372,10 @@ impl Builder {
         // Training has seen all of its own; how much it would not have seen is known of the sample.
         if let (Layout::Categories(categories), Kept::Categories { sample, homes, .. }) = (&*layout, &mut self.kept) {
             sample.settle();
+            let several = buckets_of(sample) > 1;
             let (mut others, mut unseen) = ([0_u64; BUCKETS], [0_u64; BUCKETS]);
             for (_, bucket, (hash, _)) in &sample.items {
-                let bin = usize::from(bin_of_training(categories, homes, *hash));
+                let bin = usize::from(bin_of_training(categories, homes, several, *hash));
                 others[usize::from(*bucket)] += u64::from(bin >= categories.other());
                 unseen[usize::from(*bucket)] += u64::from(bin == categories.unseen());
             }
@@ -399,10 +401,10 @@ impl Builder {
     }
 }
 
-/// The bin of a value of training, as if its bucket had been left out.
-fn bin_of_training(categories: &Categories, homes: &Homes, hash: u64) -> u8 {
+/// The bin of a value of training, as if its bucket had been left out; where there is but one, that tells nothing.
+fn bin_of_training(categories: &Categories, homes: &Homes, several: bool, hash: u64) -> u8 {
     let bin = categories.find(hash);
-    let is_unseen = usize::from(bin) == categories.other() && homes.tell() && homes.is_of_one_bucket(hash);
+    let is_unseen = several && usize::from(bin) == categories.other() && homes.is_of_one_bucket(hash);
     if is_unseen { categories.unseen() as u8 } else { bin }
 }
 
@@ -417,19 +419,22 @@ fn frequent(sample: &Sample<(u64, Box<str>)>, most: usize) -> Vec<Category> {
         label: &'a str,
     }
     let mut found: HashMap<u64, Found<'_>> = HashMap::new();
-    let mut buckets = 0_u64;
     for (_, bucket, (hash, label)) in &sample.items {
         let found = found.entry(*hash).or_insert(Found { count: 0, buckets: 0, label });
         found.count += 1;
         found.buckets |= 1 << bucket;
-        buckets |= 1 << bucket;
     }
-    let least = (buckets.count_ones() * BUCKETS_OF_CATEGORY).div_ceil(BUCKETS as u32);
+    let least = (buckets_of(sample) * BUCKETS_OF_CATEGORY).div_ceil(BUCKETS as u32);
     let mut categories: Vec<(u64, Found<'_>)> =
         found.into_iter().filter(|(_, found)| found.buckets.count_ones() >= least).collect();
     categories.sort_by_key(|(hash, found)| (std::cmp::Reverse(found.count), *hash));
     categories.truncate(most);
     categories.into_iter().map(|(hash, found)| Category { hash, label: found.label.into() }).collect()
+}
+
+/// The buckets that a sample has values of.
+fn buckets_of<T>(sample: &Sample<T>) -> u32 {
+    sample.items.iter().fold(0_u64, |buckets, (_, bucket, _)| buckets | 1 << bucket).count_ones()
 }
 
 /// A category of so many blocks has a share that is known within a third or so.
@@ -444,3 +449,6 @@ fn label(value: &[u8]) -> Box<str> {
     }
     text[..end].into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -49,8 +49,7 @@ impl Filter {
     }
 
     fn places(&self, hash: u64) -> impl Iterator<Item = usize> + use<> {
-        let mask = self.0.len() * 64 - 1;
-        (0..FILTER_HASHES).map(move |i| (hash >> (16 * i)) as usize & 0xffff & mask)
+        places(hash, self.0.len() * 64 - 1)
     }
 
     /// Of filters that are still being filled.
@@ -76,6 +75,11 @@ impl Filter {
     }
 }
 
+/// The places of a category among as many as `mask` has.
+fn places(hash: u64, mask: usize) -> impl Iterator<Item = usize> {
+    (0..FILTER_HASHES).map(move |i| (hash >> (16 * i)) as usize & 0xffff & mask)
+}
+
 impl From<Filter> for String {
     fn from(filter: Filter) -> String {
         filter.0.iter().map(|word| format!("{word:016x}")).collect()
@@ -96,23 +100,19 @@ impl TryFrom<String> for Filter {
     }
 }
 
-/// In which buckets of blocks a category occurred: in none, in one, or in several. Categories that share a place pass for
-/// one that occurred wherever they did.
+/// Whether a category occurred in one bucket of blocks or in several, in the places that the filter has for it: what
+/// others put there hides as much of one as of the other, so that both are wrong about as many new categories.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Homes(Box<[u8]>);
 
 impl Homes {
-    const PLACES: usize = 1 << 16;
     const SEVERAL: u8 = u8::MAX;
-
-    fn place(hash: u64) -> usize {
-        (hash >> 24) as usize % Homes::PLACES
-    }
 
     #[inline]
     pub fn add(&mut self, hash: u64, bucket: u8) {
-        let home = &mut self.0[Homes::place(hash)];
-        *home = Homes::both(*home, bucket + 1);
+        for place in places(hash, FILTER_BITS - 1) {
+            self.0[place] = Homes::both(self.0[place], bucket + 1);
+        }
     }
 
     /// A union: in any order, and however often.
@@ -128,20 +128,15 @@ impl Homes {
         self.0.iter_mut().zip(&other.0).for_each(|(home, other)| *home = Homes::both(*home, *other));
     }
 
-    /// Whether all that is known of a category comes from one bucket, where others come from more.
+    /// Whether a category that occurred did so in one bucket only.
     pub fn is_of_one_bucket(&self, hash: u64) -> bool {
-        self.0[Homes::place(hash)] != Homes::SEVERAL
-    }
-
-    /// Whether anything occurred in several buckets. Where nothing did, buckets tell nothing.
-    pub fn tell(&self) -> bool {
-        self.0.contains(&Homes::SEVERAL)
+        places(hash, FILTER_BITS - 1).any(|place| self.0[place] != Homes::SEVERAL)
     }
 }
 
 impl Default for Homes {
     fn default() -> Homes {
-        Homes(vec![0; Homes::PLACES].into())
+        Homes(vec![0; FILTER_BITS].into())
     }
 }
 

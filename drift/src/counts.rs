@@ -432,3 +432,6 @@ pub(crate) fn check_format(format: u32) -> Result<(), String> {
     }
     Err(format!("profiles and counts of format {format} are not of format {FORMAT}, which this release reads: use one that wrote them"))
 }
+
+#[cfg(test)]
+mod tests;
