@@ -40,7 +40,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let policy = &asked.policy;
     println!("False alarms: windows of 6 features in which anything was alarmed, alpha {}", policy.alpha);
-    println!("{:32} {:>9} {:>8} {:>18} {:>18} {:>13}", "", "rows", "windows", "alarms (95 % <)", "p <= 0.01", "insufficient");
+    println!(
+        "{:32} {:>9} {:>8} {:>18} {:>18} {:>13}",
+        "", "rows", "windows", "alarms (95 % <)", "p <= 0.01", "insufficient"
+    );
     for dependence in asked.dependences.iter().copied() {
         for rows in &asked.sizes {
             // A window of a million rows costs as much as many others.
@@ -72,41 +75,49 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
 
-    let shifts = [0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0].map(|shift| Change { shift, nulls: 0.0 });
-    let nulls = [0.01, 0.02, 0.05, 0.1].map(|nulls| Change { shift: 0.0, nulls });
-    for (what, changes) in [("mean moved by deviations", &shifts[..]), ("nulls added", &nulls[..])] {
-        if asked.power == 0 {
-            break;
-        }
-        println!("\nPower, {what}: share of windows found (share of them in which the feature could not be judged)");
-        let heads: Vec<String> = changes.iter().map(|change| format!("{:>13}", change.shift + change.nulls)).collect();
-        println!("{:32} {:>9} {}", "", "rows", heads.concat());
-        for dependence in asked.dependences.iter().copied() {
-            for rows in &asked.sizes {
-                let windows = if *rows > 100_000 { asked.power.div_ceil(10) } else { asked.power };
-                let mut cells = String::new();
-                let seeds = 1_000_000..1_000_000 + windows;
-                let tallies = power(policy, dependence, asked.training, *rows, changes, seeds);
-                for (change, tally) in changes.iter().zip(tallies) {
-                    let share = |events: u64| events as f64 / tally.windows.max(1) as f64;
-                    cells += &format!("  {:>4.2} ({:>4.2})", share(tally.found), share(tally.insufficient));
-                    lines.push(format!(
-                        r#"{{"kind":"power","dependence":"{}","rows":{rows},"shift":{},"nulls":{},"windows":{},"found":{},"insufficient":{}}}"#,
-                        dependence.name(),
-                        change.shift,
-                        change.nulls,
-                        tally.windows,
-                        tally.found,
-                        tally.insufficient,
-                    ));
-                }
-                println!("{:32} {rows:>9} {cells}", dependence.name());
-                std::io::stdout().flush()?;
-            }
-        }
+    if asked.power > 0 {
+        let shifts = [0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0].map(|shift| Change { shift, nulls: 0.0 });
+        let nulls = [0.01, 0.02, 0.05, 0.1].map(|nulls| Change { shift: 0.0, nulls });
+        curves(&asked, "mean moved by deviations", &shifts, &mut lines)?;
+        curves(&asked, "nulls added", &nulls, &mut lines)?;
     }
     if let Some(file) = &asked.json {
         std::fs::write(file, format!("[\n{}\n]\n", lines.join(",\n")))?;
+    }
+    Ok(())
+}
+
+fn curves<const N: usize>(
+    asked: &Asked,
+    what: &str,
+    changes: &[Change; N],
+    lines: &mut Vec<String>,
+) -> Result<(), std::io::Error> {
+    println!("\nPower, {what}: share of windows found (share of them in which the feature could not be judged)");
+    let heads: Vec<String> = changes.iter().map(|change| format!("{:>13}", change.shift + change.nulls)).collect();
+    println!("{:32} {:>9} {}", "", "rows", heads.concat());
+    for dependence in asked.dependences.iter().copied() {
+        for rows in &asked.sizes {
+            let windows = if *rows > 100_000 { asked.power.div_ceil(10) } else { asked.power };
+            let seeds = 1_000_000..1_000_000 + windows;
+            let tallies = power(&asked.policy, dependence, asked.training, *rows, changes, seeds);
+            let mut cells = String::new();
+            for (change, tally) in changes.iter().zip(tallies) {
+                let share = |events: u64| events as f64 / tally.windows.max(1) as f64;
+                cells += &format!("  {:>4.2} ({:>4.2})", share(tally.found), share(tally.insufficient));
+                lines.push(format!(
+                    r#"{{"kind":"power","dependence":"{}","rows":{rows},"shift":{},"nulls":{},"windows":{},"found":{},"insufficient":{}}}"#,
+                    dependence.name(),
+                    change.shift,
+                    change.nulls,
+                    tally.windows,
+                    tally.found,
+                    tally.insufficient,
+                ));
+            }
+            println!("{:32} {rows:>9} {cells}", dependence.name());
+            std::io::stdout().flush()?;
+        }
     }
     Ok(())
 }

@@ -44,33 +44,56 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for (batch, features) in [(VALUES, 1), (1_024, 1), (1_024, 50), (64, 1), (64, 50)] {
         let numbers = Kind::Numbers(Scale::Float64);
         let bench = Bench { rounds, batch, features };
-        bench.run("float64", numbers, |b| b.add_numbers(&floats, &plain), |c, range| {
-            c.add_numbers(&floats[range.clone()], &part(&plain, range))
-        })?;
-        bench.run("float64, 1 in 8 null, defaults", numbers, |b| b.add_numbers(&floats, &gaps), |c, range| {
-            c.add_numbers(&floats[range.clone()], &part(&gaps, range))
-        })?;
-        bench.run("float32", numbers, |b| b.add_numbers(&halves, &plain), |c, range| {
-            c.add_numbers(&halves[range.clone()], &part(&plain, range))
-        })?;
-        bench.run("int64", Kind::Numbers(Scale::Int64), |b| b.add_numbers(&integers, &plain), |c, range| {
-            c.add_numbers(&integers[range.clone()], &part(&plain, range))
-        })?;
-        bench.run("bool", Kind::Numbers(Scale::Bool), |b| b.add_numbers(&bools, &plain), |c, range| {
-            c.add_numbers(&bools[range.clone()], &part(&plain, range))
-        })?;
-        bench.run("texts of 11 bytes", Kind::Categories, |b| b.add_texts(texts.iter().copied(), &plain), |c, range| {
-            c.add_texts(texts[range.clone()].iter().copied(), &part(&plain, range))
-        })?;
+        bench.run(
+            "float64",
+            numbers,
+            |b| b.add_numbers(&floats, &plain),
+            |c, range| c.add_numbers(&floats[range.clone()], &part(&plain, range)),
+        )?;
+        bench.run(
+            "float64, 1 in 8 null, defaults",
+            numbers,
+            |b| b.add_numbers(&floats, &gaps),
+            |c, range| c.add_numbers(&floats[range.clone()], &part(&gaps, range)),
+        )?;
+        bench.run(
+            "float32",
+            numbers,
+            |b| b.add_numbers(&halves, &plain),
+            |c, range| c.add_numbers(&halves[range.clone()], &part(&plain, range)),
+        )?;
+        bench.run(
+            "int64",
+            Kind::Numbers(Scale::Int64),
+            |b| b.add_numbers(&integers, &plain),
+            |c, range| c.add_numbers(&integers[range.clone()], &part(&plain, range)),
+        )?;
+        bench.run(
+            "bool",
+            Kind::Numbers(Scale::Bool),
+            |b| b.add_numbers(&bools, &plain),
+            |c, range| c.add_numbers(&bools[range.clone()], &part(&plain, range)),
+        )?;
+        bench.run(
+            "texts of 11 bytes",
+            Kind::Categories,
+            |b| b.add_texts(texts.iter().copied(), &plain),
+            |c, range| c.add_texts(texts[range.clone()].iter().copied(), &part(&plain, range)),
+        )?;
         let vectors = &halves[..VALUES / DIMENSION * DIMENSION];
         let rows = part(&plain, 0..VALUES / DIMENSION);
         let kind = Kind::Vectors { dimension: DIMENSION };
-        bench.run("vectors of 128, by component", kind, |b| b.add_vectors(vectors, &rows), |c, range| {
-            // Batches of as many components, in whole vectors.
-            let to = range.end.div_ceil(DIMENSION).min(VALUES / DIMENSION);
-            let from = range.start.div_ceil(DIMENSION).min(to);
-            c.add_vectors(&vectors[from * DIMENSION..to * DIMENSION], &part(&plain, from..to))
-        })?;
+        bench.run(
+            "vectors of 128, by component",
+            kind,
+            |b| b.add_vectors(vectors, &rows),
+            |c, range| {
+                // Batches of as many components, in whole vectors.
+                let to = range.end.div_ceil(DIMENSION).min(VALUES / DIMENSION);
+                let from = range.start.div_ceil(DIMENSION).min(to);
+                c.add_vectors(&vectors[from * DIMENSION..to * DIMENSION], &part(&plain, from..to))
+            },
+        )?;
     }
     Ok(())
 }
@@ -102,13 +125,7 @@ impl Bench {
             costs.push((thread_seconds()? - before) * 1e9 / VALUES as f64);
         }
         costs.sort_by(f64::total_cmp);
-        println!(
-            "{name:34} {:>10} {:>9} {:>6.1} ({:.1})",
-            self.batch,
-            self.features,
-            costs[costs.len() / 2],
-            costs[0]
-        );
+        println!("{name:34} {:>10} {:>9} {:>6.1} ({:.1})", self.batch, self.features, costs[costs.len() / 2], costs[0]);
         Ok(())
     }
 }

@@ -157,15 +157,20 @@ impl Builder {
             Kept::Numbers { scale, sample, lowest, highest } if *scale == T::SCALE => {
                 rows.check(values.len())?;
                 let range = 0..values.len();
-                self.outcomes.sort(rows, range, |i| values[i].is_nan(), |i, bucket, has_value| {
-                    if has_value {
-                        let key = values[i].key();
-                        (*lowest, *highest) = ((*lowest).min(key), (*highest).max(key));
-                        T::add(&mut self.moments, [values[i]].into_iter());
-                        self.distinct.add([mix(key as u64)].into_iter());
-                        sample.offer(priorities(i), bucket as u8, || key);
-                    }
-                });
+                self.outcomes.sort(
+                    rows,
+                    range,
+                    |i| values[i].is_nan(),
+                    |i, bucket, has_value| {
+                        if has_value {
+                            let key = values[i].key();
+                            (*lowest, *highest) = ((*lowest).min(key), (*highest).max(key));
+                            T::add(&mut self.moments, [values[i]].into_iter());
+                            self.distinct.add([mix(key as u64)].into_iter());
+                            sample.offer(priorities(i), bucket as u8, || key);
+                        }
+                    },
+                );
             }
             _ => return Err(self.wrong_kind("numbers")),
         }
@@ -184,14 +189,19 @@ impl Builder {
             Kept::Categories { sample, seen, homes } => {
                 rows.check(count)?;
                 let mut values = values;
-                self.outcomes.sort(rows, 0..count, |_| false, |i, bucket, has_value| {
-                    let Some(value) = values.next().filter(|_| has_value) else { return };
-                    let hash = hash(value);
-                    seen.add(hash);
-                    homes.add(hash, bucket as u8);
-                    self.distinct.add([hash].into_iter());
-                    sample.offer(priorities(i), bucket as u8, || (hash, label(value)));
-                });
+                self.outcomes.sort(
+                    rows,
+                    0..count,
+                    |_| false,
+                    |i, bucket, has_value| {
+                        let Some(value) = values.next().filter(|_| has_value) else { return };
+                        let hash = hash(value);
+                        seen.add(hash);
+                        homes.add(hash, bucket as u8);
+                        self.distinct.add([hash].into_iter());
+                        sample.offer(priorities(i), bucket as u8, || (hash, label(value)));
+                    },
+                );
             }
             _ => return Err(self.wrong_kind("categories")),
         }
@@ -380,7 +390,8 @@ impl Builder {
                 unseen[usize::from(*bucket)] += u64::from(bin == categories.unseen());
             }
             let bins = categories.bins();
-            for (cells, (others, unseen)) in counts.parts[0].cells.chunks_mut(bins).zip(others.into_iter().zip(unseen)) {
+            for (cells, (others, unseen)) in counts.parts[0].cells.chunks_mut(bins).zip(others.into_iter().zip(unseen))
+            {
                 let tail = cells[categories.other()].saturating_add(cells[categories.unseen()]);
                 let share = u128::from(tail) * u128::from(unseen) / u128::from(others.max(1));
                 cells[categories.unseen()] = share as u64;

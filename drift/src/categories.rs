@@ -92,7 +92,7 @@ impl TryFrom<String> for Filter {
     fn try_from(text: String) -> Result<Filter, &'static str> {
         const INVALID: &str = "a filter of categories is not hexadecimal words of the stored form";
         let words = text.len() / 16;
-        if !text.is_ascii() || text.len() % 16 != 0 || !words.is_power_of_two() || words > FILTER_BITS / 64 {
+        if !text.is_ascii() || !text.len().is_multiple_of(16) || !words.is_power_of_two() || words > FILTER_BITS / 64 {
             return Err(INVALID);
         }
         let word = |i: usize| u64::from_str_radix(&text[16 * i..16 * i + 16], 16).map_err(|_| INVALID);

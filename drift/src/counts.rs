@@ -50,7 +50,10 @@ impl Flag {
 pub enum Validity<'a> {
     All,
     /// A bitmap as Arrow has it: bit `offset + i`, lowest first, is set where row `i` has a value.
-    Bitmap { bytes: &'a [u8], offset: usize },
+    Bitmap {
+        bytes: &'a [u8],
+        offset: usize,
+    },
 }
 
 /// What rows have in common whatever the type of their values.
@@ -267,12 +270,17 @@ impl Counter {
         for from in (0..values.len()).step_by(PIECE) {
             let range = from..(from + PIECE).min(values.len());
             let mut count = 0;
-            outcomes.sort(rows, range, |i| values[i].is_nan(), |i, bucket, has_value| {
-                // Written always, kept where there is a value: no branch.
-                let place = count % PIECE;
-                (taken[place], keys[place], buckets[place]) = (values[i], values[i].key(), bucket as u8);
-                count += usize::from(has_value);
-            });
+            outcomes.sort(
+                rows,
+                range,
+                |i| values[i].is_nan(),
+                |i, bucket, has_value| {
+                    // Written always, kept where there is a value: no branch.
+                    let place = count % PIECE;
+                    (taken[place], keys[place], buckets[place]) = (values[i], values[i].key(), bucket as u8);
+                    count += usize::from(has_value);
+                },
+            );
             edges.find(&keys[..count], &mut bins[..count]);
             for (bucket, bin) in buckets[..count].iter().zip(&bins[..count]) {
                 part.count(usize::from(*bucket), *bin);
@@ -300,14 +308,19 @@ impl Counter {
         for from in (0..rows.buckets.len()).step_by(PIECE) {
             let range = from..(from + PIECE).min(rows.buckets.len());
             let mut count = 0;
-            outcomes.sort(rows, range, |_| false, |_, bucket, has_value| {
-                let value = values.next().unwrap_or_default();
-                if has_value {
-                    let place = count % PIECE;
-                    (hashes[place], buckets[place]) = (hash(value), bucket as u8);
-                    count += 1;
-                }
-            });
+            outcomes.sort(
+                rows,
+                range,
+                |_| false,
+                |_, bucket, has_value| {
+                    let value = values.next().unwrap_or_default();
+                    if has_value {
+                        let place = count % PIECE;
+                        (hashes[place], buckets[place]) = (hash(value), bucket as u8);
+                        count += 1;
+                    }
+                },
+            );
             hashes[..count].iter().zip(&mut bins).for_each(|(hash, bin)| *bin = categories.find(*hash));
             for (bucket, bin) in buckets[..count].iter().zip(&bins[..count]) {
                 part.count(usize::from(*bucket), *bin);
@@ -329,17 +342,22 @@ impl Counter {
         let mut numbers = vec![0.0; parts.len()];
         for i in 0..rows.buckets.len() {
             let measured = vectors.directions.measure(&values[i * dimension..(i + 1) * dimension], &mut numbers);
-            outcomes.sort(rows, i..i + 1, |_| !measured, |_, bucket, has_value| {
-                for ((part, edges), number) in
-                    parts.iter_mut().zip(&vectors.edges).zip(&numbers).filter(|_| has_value)
-                {
-                    let (key, mut bin) = (number::key(*number), [0]);
-                    edges.find(&[key], &mut bin);
-                    part.count(bucket, bin[0]);
-                    part.moments.add_f64([*number].into_iter());
-                    part.distinct.add([mix(key as u64)].into_iter());
-                }
-            });
+            outcomes.sort(
+                rows,
+                i..i + 1,
+                |_| !measured,
+                |_, bucket, has_value| {
+                    for ((part, edges), number) in
+                        parts.iter_mut().zip(&vectors.edges).zip(&numbers).filter(|_| has_value)
+                    {
+                        let (key, mut bin) = (number::key(*number), [0]);
+                        edges.find(&[key], &mut bin);
+                        part.count(bucket, bin[0]);
+                        part.moments.add_f64([*number].into_iter());
+                        part.distinct.add([mix(key as u64)].into_iter());
+                    }
+                },
+            );
         }
         Ok(())
     }
@@ -430,7 +448,9 @@ pub(crate) fn check_format(format: u32) -> Result<(), String> {
     if format == FORMAT {
         return Ok(());
     }
-    Err(format!("profiles and counts of format {format} are not of format {FORMAT}, which this release reads: use one that wrote them"))
+    Err(format!(
+        "profiles and counts of format {format} are not of format {FORMAT}, which this release reads: use one that wrote them"
+    ))
 }
 
 #[cfg(test)]

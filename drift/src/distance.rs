@@ -14,6 +14,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::special::ln;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
@@ -69,7 +71,7 @@ pub fn distances(reference: &[f64], serving: &[f64], ordered: bool) -> Distances
     let mut shift = 0.0_f64;
     for (reference, serving) in reference.iter().zip(serving) {
         let (p, q) = ((reference + 0.5) * m_smooth, (serving + 0.5) * n_smooth);
-        psi += (q - p) * libm::log(q / p);
+        psi += (q - p) * ln(q / p);
 
         let (p, q) = (reference / m, serving / n);
         let middle = 0.5 * (p + q);
@@ -83,12 +85,16 @@ pub fn distances(reference: &[f64], serving: &[f64], ordered: bool) -> Distances
         ks = ks.max(shift.abs());
     }
     let jensen_shannon = (divergence / std::f64::consts::LN_2).clamp(0.0, 1.0).sqrt();
-    if ordered { [psi, jensen_shannon, ks, l_infinity, wasserstein] } else { [psi, jensen_shannon, 0.0, l_infinity, 0.0] }
+    if ordered {
+        [psi, jensen_shannon, ks, l_infinity, wasserstein]
+    } else {
+        [psi, jensen_shannon, 0.0, l_infinity, 0.0]
+    }
 }
 
 /// x ln(x / y), zero at zero.
 fn part(x: f64, y: f64) -> f64 {
-    if x > 0.0 { x * libm::log(x / y) } else { 0.0 }
+    if x > 0.0 { x * ln(x / y) } else { 0.0 }
 }
 
 /// The mean of |x| while x runs from `from` to `to`.

@@ -154,7 +154,11 @@ fn shown(key: i64, scale: Scale) -> String {
             let x = value(key);
             // Six digits tell bins apart; seventeen hide them.
             let short = format!("{x:.5e}").parse().unwrap_or(x);
-            if (1e-4..1e9).contains(&f64::abs(short)) || short == 0.0 { short.to_string() } else { format!("{short:e}") }
+            if (1e-4..1e9).contains(&f64::abs(short)) || short == 0.0 {
+                short.to_string()
+            } else {
+                format!("{short:e}")
+            }
         }
     }
 }
@@ -216,8 +220,7 @@ mod tests {
     #[test]
     fn point_masses_are_bins_of_their_own() {
         let mut random = Random::new(2);
-        let values: Vec<f64> =
-            (0..10_000).map(|i| if i % 3 == 0 { 0.0 } else { libm::exp(random.normal()) }).collect();
+        let values: Vec<f64> = (0..10_000).map(|i| if i % 3 == 0 { 0.0 } else { libm::exp(random.normal()) }).collect();
         let edges = edges_of(&values, 10);
         let atom = (0..edges.bins()).find(|bin| edges.label(*bin, Scale::Float64) == "0");
         assert_eq!(atom.map(|bin| counts(&edges, &values)[bin]), Some(3334));

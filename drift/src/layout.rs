@@ -16,7 +16,10 @@ pub enum Layout {
     Presence,
     /// Numbers. Booleans are numbers of two values, and a time is its age at the request: a moment itself never comes
     /// back, so every distribution of moments drifts.
-    Ordered { scale: Scale, edges: Edges },
+    Ordered {
+        scale: Scale,
+        edges: Edges,
+    },
     /// Texts, and whatever else is only equal or not.
     Categories(Categories),
     Vectors(Vectors),

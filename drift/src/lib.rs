@@ -9,8 +9,8 @@ pub mod verdict;
 
 pub mod profile;
 
-pub mod counts;
 pub mod builder;
+pub mod counts;
 pub mod layout;
 
 pub mod categories;
@@ -34,11 +34,15 @@ mod wide;
 pub enum DriftError {
     #[error("{given} were given to a profile of {profiled}: use the method of its kind")]
     WrongKind { profiled: &'static str, given: &'static str },
-    #[error("{given} of something were given where {wanted} are wanted: values, buckets, flags and validity must be as long as each other")]
+    #[error(
+        "{given} of something were given where {wanted} are wanted: values, buckets, flags and validity must be as long as each other"
+    )]
     Length { given: usize, wanted: usize },
     #[error("what was counted over other bins cannot be added: both sides must come from the same profile")]
     OtherLayout,
-    #[error("the counts of feature {feature} are over other bins than its profile's: count with the profile of the model version that is judged")]
+    #[error(
+        "the counts of feature {feature} are over other bins than its profile's: count with the profile of the model version that is judged"
+    )]
     OtherProfile { feature: String },
     #[error("the importance of feature {feature} is negative or no number")]
     Importance { feature: String },

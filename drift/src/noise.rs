@@ -17,7 +17,7 @@
 
 use crate::counts::BUCKETS;
 use crate::distance::{Distances, METRICS, Metric, distances};
-use crate::random::Random;
+use crate::random::{Poisson, Random};
 
 /// Counts by bin and bucket, as numbers to compute with.
 #[derive(Debug, Clone)]
@@ -104,11 +104,13 @@ impl Clustered {
 pub struct Floor {
     /// By floor (blocks, effective rows), and by metric: ascending.
     replicates: [[Vec<f64>; METRICS.len()]; 2],
+    /// The means of their [`POWERS`].
+    means: [[[f64; POWERS.len()]; METRICS.len()]; 2],
     /// Above the highest power whose mean exists.
     powers_end: [f64; 2],
 }
 
-/// Powers of distances whose means bound tails; see [`Floor::p_value`].
+/// Powers of distances whose means bound tails, each the square of the one before; see [`Floor::p_value`].
 const POWERS: [f64; 5] = [1.0, 2.0, 4.0, 8.0, 16.0];
 
 impl Floor {
@@ -119,7 +121,8 @@ impl Floor {
         let half = 0.5 * reference.design_effect;
         let smooth = 1.0 / (reference.rows + half * bins as f64);
         let shares: Vec<f64> = reference.totals.iter().map(|count| (count + half) * smooth).collect();
-        let mut floor = Floor { replicates: Default::default(), powers_end: [0.0; 2] };
+        let (replicates_of, means, powers_end) = Default::default();
+        let mut floor = Floor { replicates: replicates_of, means, powers_end };
         // A mean of the k-th power of a square of Student's exists while 2k is less than its degrees of freedom.
         floor.powers_end = [0.5 * reference.freedom().min(serving.freedom()), f64::INFINITY];
 
@@ -138,17 +141,23 @@ impl Floor {
         }
 
         let mut random = Random::of(seed, 3);
+        let of_side = |side: &Clustered| {
+            shares.iter().map(|share| Poisson::new(side.rows_effective() * share)).collect::<Vec<_>>()
+        };
+        let (of_reference, of_serving) = (of_side(reference), of_side(serving));
         for _ in 0..replicates {
-            let mut draw = |side: &Clustered, counts: &mut [f64]| {
-                let rows = side.rows_effective();
-                counts.iter_mut().zip(&shares).for_each(|(count, share)| *count = random.poisson(rows * share));
+            let mut draw = |side: &Clustered, poissons: &[Poisson], counts: &mut [f64]| {
+                counts.iter_mut().zip(poissons).for_each(|(count, poisson)| *count = poisson.draw(&mut random));
                 scale(counts, side.rows);
             };
-            draw(reference, &mut shifted);
-            draw(serving, &mut other);
+            draw(reference, &of_reference, &mut shifted);
+            draw(serving, &of_serving, &mut other);
             floor.push(1, distances(&shifted, &other, ordered));
         }
-        floor.replicates.iter_mut().flatten().for_each(|replicates| replicates.sort_unstable_by(f64::total_cmp));
+        for (replicates, means) in floor.replicates.iter_mut().flatten().zip(floor.means.iter_mut().flatten()) {
+            replicates.sort_unstable_by(f64::total_cmp);
+            *means = mean_powers(replicates);
+        }
         floor
     }
 
@@ -169,7 +178,7 @@ impl Floor {
             if reached > 0 || value <= 0.0 {
                 return counted;
             }
-            self.powers(which).map(|k| mean_power(replicates, k) / value.powf(k)).fold(counted, f64::min)
+            self.powers(which, metric).map(|(k, mean)| mean / libm::pow(value, k)).fold(counted, f64::min)
         };
         tail(0).max(tail(1))
     }
@@ -183,8 +192,8 @@ impl Floor {
                 let place = replicates.len().saturating_sub(allowed as usize);
                 return replicates.get(place).copied().unwrap_or(0.0);
             }
-            let bound =
-                self.powers(which).map(|k| (mean_power(replicates, k) / level).powf(1.0 / k)).fold(f64::INFINITY, f64::min);
+            let bounds = self.powers(which, metric).map(|(k, mean)| libm::pow(mean / level, 1.0 / k));
+            let bound = bounds.fold(f64::INFINITY, f64::min);
             bound.max(replicates.last().copied().unwrap_or(0.0))
         };
         quantile(0).max(quantile(1))
@@ -192,21 +201,27 @@ impl Floor {
 
     /// The mean distance by chance, and the mean square.
     pub fn mean(&self, metric: Metric) -> (f64, f64) {
-        let mean = |which: usize, k| mean_power(&self.replicates[which][metric as usize], k);
-        (mean(0, 1.0).max(mean(1, 1.0)), mean(0, 2.0).max(mean(1, 2.0)))
+        let means = |power: usize| self.means[0][metric as usize][power].max(self.means[1][metric as usize][power]);
+        (means(0), means(1))
     }
 
-    fn powers(&self, which: usize) -> impl Iterator<Item = f64> {
+    /// The powers whose means exist, with their means.
+    fn powers(&self, which: usize, metric: Metric) -> impl Iterator<Item = (f64, f64)> {
         let end = self.powers_end[which];
-        POWERS.into_iter().filter(move |power| *power < end)
+        POWERS.into_iter().zip(self.means[which][metric as usize]).filter(move |(power, _)| *power < end)
     }
 }
 
-fn mean_power(replicates: &[f64], k: f64) -> f64 {
-    if replicates.is_empty() {
-        return f64::INFINITY;
+fn mean_powers(replicates: &[f64]) -> [f64; POWERS.len()] {
+    let mut sums = [0.0; POWERS.len()];
+    for replicate in replicates {
+        let mut power = *replicate;
+        for sum in &mut sums {
+            *sum += power;
+            power *= power;
+        }
     }
-    replicates.iter().map(|replicate| libm::pow(*replicate, k)).sum::<f64>() / replicates.len() as f64
+    sums.map(|sum| sum / replicates.len().max(1) as f64)
 }
 
 /// Makes `counts` sum to `rows`.

@@ -111,7 +111,8 @@ mod tests {
 
     #[test]
     fn keys_keep_the_order_of_numbers() {
-        let ascending = [f64::NEG_INFINITY, -2.5, -f64::MIN_POSITIVE, 0.0, 5e-324, 1.0, 1.0 + f64::EPSILON, f64::INFINITY];
+        let ascending =
+            [f64::NEG_INFINITY, -2.5, -f64::MIN_POSITIVE, 0.0, 5e-324, 1.0, 1.0 + f64::EPSILON, f64::INFINITY];
         assert!(ascending.map(key).windows(2).all(|pair| pair[0] < pair[1]));
         assert_eq!(ascending.map(|x| value(key(x))), ascending);
         assert_eq!(key(-0.0), key(0.0));

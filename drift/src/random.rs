@@ -1,6 +1,8 @@
 //! Numbers from a seed, the same on every machine: verdicts must be reproducible, so the generator and everything drawn
 //! from it are ours, over a pinned libm.
 
+use crate::special::{ln, ln_factorial};
+
 /// The finaliser of SplitMix64: every bit of the result depends on every bit of `x`. Fixed for ever, because buckets of
 /// blocks and hashes of categories are stored.
 #[inline]
@@ -78,71 +80,96 @@ impl Random {
         ((u128::from(self.bits()) * u128::from(end)) >> 64) as u64
     }
 
-    /// Standard normal (Box and Muller 1958).
+    /// Standard normal (Marsaglia and Bray's polar method, 1964).
     pub fn normal(&mut self) -> f64 {
-        let radius = (-2.0 * libm::log(self.unit())).sqrt();
-        radius * libm::cos(std::f64::consts::TAU * self.unit())
-    }
-
-    /// Poisson: by counting for small means, by Hörmann's transformed rejection (PTRS, 1993) for others.
-    pub fn poisson(&mut self, mean: f64) -> f64 {
-        if mean.is_nan() || mean <= 0.0 {
-            return 0.0;
-        }
-        if mean < 10.0 {
-            let limit = libm::exp(-mean);
-            let mut product = self.unit();
-            let mut count = 0.0;
-            while product > limit {
-                product *= self.unit();
-                count += 1.0;
-            }
-            return count;
-        }
-        let log_mean = libm::log(mean);
-        let b = 0.931 + 2.53 * mean.sqrt();
-        let a = -0.059 + 0.02483 * b;
-        let inverse_alpha = 1.1239 + 1.1328 / (b - 3.4);
-        let v_r = 0.9277 - 3.6224 / (b - 2.0);
-        // Three tries in four succeed; the bound is for numbers nobody draws.
+        // Four tries in five succeed; the bound is for a generator that is stuck.
         for _ in 0..1_000 {
-            let u = self.unit() - 0.5;
-            let v = self.unit();
-            let us = 0.5 - u.abs();
-            let k = ((2.0 * a / us + b) * u + mean + 0.43).floor();
-            if us >= 0.07 && v <= v_r {
-                return k;
-            }
-            if k < 0.0 || (us < 0.013 && v > us) {
-                continue;
-            }
-            let accept = libm::log(v) + libm::log(inverse_alpha) - libm::log(a / (us * us) + b);
-            if accept <= k * log_mean - mean - libm::lgamma(k + 1.0) {
-                return k;
+            let (u, v) = (2.0 * self.unit() - 1.0, 2.0 * self.unit() - 1.0);
+            let square = u * u + v * v;
+            if square < 1.0 && square > 1e-300 {
+                return u * (-2.0 * ln(square) / square).sqrt();
             }
         }
-        mean.round()
+        0.0
     }
 
     /// Chi-squared with `freedom` degrees, at least one: twice a gamma variate (Marsaglia and Tsang 2000).
     pub fn chi_squared(&mut self, freedom: f64) -> f64 {
         // The method wants a shape of at least one; a smaller one is the larger one's, shrunk.
         let shape = freedom.max(1.0) / 2.0;
-        let (shape, shrink) = if shape < 1.0 {
-            (shape + 1.0, libm::pow(self.unit(), 1.0 / shape))
-        } else {
-            (shape, 1.0)
-        };
+        let (shape, shrink) =
+            if shape < 1.0 { (shape + 1.0, libm::pow(self.unit(), 1.0 / shape)) } else { (shape, 1.0) };
         let d = shape - 1.0 / 3.0;
         let c = 1.0 / (9.0 * d).sqrt();
         for _ in 0..1_000 {
             let x = self.normal();
             let v = (1.0 + c * x) * (1.0 + c * x) * (1.0 + c * x);
-            if v > 0.0 && libm::log(self.unit()) < 0.5 * x * x + d - d * v + d * libm::log(v) {
+            if v > 0.0 && ln(self.unit()) < 0.5 * x * x + d - d * v + d * ln(v) {
                 return 2.0 * d * v * shrink;
             }
         }
         freedom
+    }
+}
+
+/// Poisson with one mean: by counting where it is small, by Hörmann's transformed rejection (PTRS, 1993) for others.
+#[derive(Debug, Clone)]
+pub struct Poisson {
+    mean: f64,
+    /// e^−mean of a small mean, else its logarithm.
+    exponential: f64,
+    a: f64,
+    b: f64,
+    inverse_alpha: f64,
+    v_r: f64,
+}
+
+const MEAN_SMALL: f64 = 10.0;
+
+impl Poisson {
+    /// Of a mean that is not positive, always zero.
+    pub fn new(mean: f64) -> Poisson {
+        let mean = mean.max(0.0);
+        let b = 0.931 + 2.53 * mean.sqrt();
+        let exponential = if mean < MEAN_SMALL { libm::exp(-mean) } else { ln(mean) };
+        Poisson {
+            mean,
+            exponential,
+            a: -0.059 + 0.02483 * b,
+            b,
+            inverse_alpha: 1.1239 + 1.1328 / (b - 3.4),
+            v_r: 0.9277 - 3.6224 / (b - 2.0),
+        }
+    }
+
+    pub fn draw(&self, random: &mut Random) -> f64 {
+        if self.mean < MEAN_SMALL {
+            let mut product = random.unit();
+            let mut count = 0.0;
+            while product > self.exponential {
+                product *= random.unit();
+                count += 1.0;
+            }
+            return count;
+        }
+        // Three tries in four succeed; the bound is for means that nobody has.
+        for _ in 0..1_000 {
+            let u = random.unit() - 0.5;
+            let v = random.unit();
+            let us = 0.5 - u.abs();
+            let k = ((2.0 * self.a / us + self.b) * u + self.mean + 0.43).floor();
+            if us >= 0.07 && v <= self.v_r {
+                return k;
+            }
+            if k < 0.0 || (us < 0.013 && v > us) {
+                continue;
+            }
+            let accept = ln(v * self.inverse_alpha / (self.a / (us * us) + self.b));
+            if accept <= k * self.exponential - self.mean - ln_factorial(k) {
+                return k;
+            }
+        }
+        self.mean.round()
     }
 }
 
@@ -167,11 +194,14 @@ mod tests {
         let mut draw = |f: fn(&mut Random) -> f64| moments((0..40_000).map(|_| f(&mut random)));
         check("unit", draw(Random::unit), (0.5, 1.0 / 12.0));
         check("normal", draw(Random::normal), (0.0, 1.0));
-        check("poisson 0.3", draw(|random| random.poisson(0.3)), (0.3, 0.3));
-        check("poisson 25", draw(|random| random.poisson(25.0)), (25.0, 25.0));
-        check("poisson 5000", draw(|random| random.poisson(5_000.0)), (5_000.0, 5_000.0));
         check("chi 1", draw(|random| random.chi_squared(1.0)), (1.0, 2.0));
         check("chi 63", draw(|random| random.chi_squared(63.0)), (63.0, 126.0));
+        for mean in [0.3, 9.9, 10.0, 25.0, 5_000.0, 1e9] {
+            let poisson = Poisson::new(mean);
+            check("poisson", moments((0..40_000).map(|_| poisson.draw(&mut random))), (mean, mean));
+        }
+        assert_eq!(Poisson::new(0.0).draw(&mut random), 0.0);
+        assert_eq!(Poisson::new(-1.0).draw(&mut random), 0.0);
     }
 
     #[test]

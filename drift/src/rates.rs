@@ -22,7 +22,8 @@ pub struct Events {
 impl Events {
     /// Events and rows of each bucket.
     pub fn new(buckets: &[(u64, u64); BUCKETS]) -> Events {
-        let buckets = || buckets.iter().filter(|(_, rows)| *rows > 0).map(|(events, rows)| (*events as f64, *rows as f64));
+        let buckets =
+            || buckets.iter().filter(|(_, rows)| *rows > 0).map(|(events, rows)| (*events as f64, *rows as f64));
         let (mut events, mut rows, mut squares, mut count) = (0.0, 0.0, 0.0, 0.0);
         for (bucket_events, bucket_rows) in buckets() {
             events += bucket_events;
@@ -32,7 +33,8 @@ impl Events {
         }
         let blocks = if squares > 0.0 { rows * rows / squares } else { 0.0 };
         let rate = if rows > 0.0 { events / rows } else { 0.0 };
-        let between: f64 = buckets().map(|(events, rows)| events - rows * rate).map(|residual| residual * residual).sum();
+        let between: f64 =
+            buckets().map(|(events, rows)| events - rows * rate).map(|residual| residual * residual).sum();
         let independent = rows * rate * (1.0 - rate);
         let design_effect =
             (count >= 2.0 && independent > 0.0).then(|| (between * count / (count - 1.0) / independent).max(1.0));
@@ -94,7 +96,8 @@ impl Comparison {
 
     /// The lowest rate of serving that has a chance of at most `level`.
     pub fn detectable(&self, level: f64) -> f64 {
-        let (mut low, mut high) = (if self.reference_rows > 0.0 { self.reference_events / self.reference_rows } else { 0.0 }, 1.0);
+        let (mut low, mut high) =
+            (if self.reference_rows > 0.0 { self.reference_events / self.reference_rows } else { 0.0 }, 1.0);
         if self.p_value(1.0, false) > level {
             return 1.0;
         }

@@ -17,7 +17,8 @@ impl FeatureReport {
         let distances = self.distances.iter().map(|distance| (distance.verdict, distance.reason(policy)));
         let all: Vec<(Verdict, String)> = rates.chain(distances).collect();
         self.verdict = all.iter().map(|(verdict, _)| *verdict).max().unwrap_or(Verdict::Stable);
-        self.reasons = all.into_iter().filter(|(verdict, _)| *verdict == self.verdict).map(|(_, reason)| reason).collect();
+        self.reasons =
+            all.into_iter().filter(|(verdict, _)| *verdict == self.verdict).map(|(_, reason)| reason).collect();
     }
 }
 
@@ -64,9 +65,10 @@ impl DistanceReport {
         );
         match self.verdict {
             Verdict::Drift => {
-                let bins = self.moved.iter().map(|bin| {
-                    format!("{} {} -> {}", bin.bin, percent(bin.reference), percent(bin.serving))
-                });
+                let bins = self
+                    .moved
+                    .iter()
+                    .map(|bin| format!("{} {} -> {}", bin.bin, percent(bin.reference), percent(bin.serving)));
                 let bins: Vec<String> = bins.collect();
                 format!("{numbers}, p {} after correction; {}", small(self.p_corrected), bins.join(", "))
             }

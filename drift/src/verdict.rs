@@ -465,7 +465,8 @@ fn weighted(reports: &[FeatureReport]) -> Option<Weighted> {
     let of = |report: &FeatureReport| report.importance.map(|importance| (importance, report.effect(), report.verdict));
     let sum = |weight: &dyn Fn((f64, f64, Verdict)) -> f64| reports.iter().filter_map(of).map(weight).sum::<f64>();
     let total = sum(&|(importance, ..)| importance);
-    let share = |asked: Verdict| sum(&|(importance, _, verdict)| if verdict == asked { importance } else { 0.0 }) / total;
+    let share =
+        |asked: Verdict| sum(&|(importance, _, verdict)| if verdict == asked { importance } else { 0.0 }) / total;
     (total > 0.0).then(|| Weighted {
         effect: sum(&|(importance, effect, _)| importance * effect) / total,
         drifted: share(Verdict::Drift),

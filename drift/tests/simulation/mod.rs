@@ -64,8 +64,7 @@ pub enum Shape {
     Score,
 }
 
-pub const SHAPES: [Shape; 6] =
-    [Shape::Normal, Shape::Amount, Shape::Count, Shape::Category, Shape::Flag, Shape::Score];
+pub const SHAPES: [Shape; 6] = [Shape::Normal, Shape::Amount, Shape::Count, Shape::Category, Shape::Flag, Shape::Score];
 
 /// One column of one shape; one of the vectors is in use.
 #[derive(Debug, Clone, Default)]
@@ -245,9 +244,8 @@ pub fn count(window: &Data, profiles: &[Profile]) -> Vec<Counts> {
 pub fn judge_window(policy: &Policy, profiles: &[Profile], counts: &[Counts]) -> Report {
     let names: Vec<String> = SHAPES.iter().map(|shape| format!("{shape:?}").to_lowercase()).collect();
     let features = profiles.iter().zip(counts).zip(&names);
-    let features: Vec<Feature<'_>> = features
-        .map(|((profile, serving), name)| Feature { name, importance: None, profile, serving })
-        .collect();
+    let features: Vec<Feature<'_>> =
+        features.map(|((profile, serving), name)| Feature { name, importance: None, profile, serving }).collect();
     judge(policy, &features).unwrap()
 }
 
@@ -285,7 +283,8 @@ impl Tally {
         self.windows += 1;
         self.alarms += u64::from(report.verdict == Verdict::Drift);
         for feature in &report.features {
-            let rates = feature.rates.iter().filter(|rate| rate.serving + rate.reference > 0.0).map(|rate| rate.p_value);
+            let rates =
+                feature.rates.iter().filter(|rate| rate.serving + rate.reference > 0.0).map(|rate| rate.p_value);
             let gates = feature.distances.iter().flat_map(|distance| distance.gate()).map(|gate| gate.p_value);
             for p_value in rates.chain(gates) {
                 self.tests += 1;
@@ -306,7 +305,11 @@ pub fn upper_bound(events: u64, of: u64) -> f64 {
     for _ in 0..60 {
         let middle = 0.5 * (low + high);
         // P(X ≤ events) = I_{1−p}(of − events, events + 1)
-        if incomplete_beta(1.0 - middle, (of - events) as f64, (events + 1) as f64) > 0.05 { low = middle } else { high = middle }
+        if incomplete_beta(1.0 - middle, (of - events) as f64, (events + 1) as f64) > 0.05 {
+            low = middle
+        } else {
+            high = middle
+        }
     }
     high
 }
@@ -322,8 +325,7 @@ pub fn false_alarms(
 ) -> Tally {
     let mut tally = Tally::default();
     for seed in seeds {
-        let (training, window) =
-            training_and_window(dependence, training_rows, window_rows, Change::default(), seed);
+        let (training, window) = training_and_window(dependence, training_rows, window_rows, Change::default(), seed);
         let profiles = profiles(&training, passes);
         let counts = count(&window, &profiles);
         tally.add(&judge_window(policy, &profiles, &counts));
@@ -332,18 +334,17 @@ pub fn false_alarms(
 }
 
 /// Windows whose first feature changed, one tally for each change.
-pub fn power(
+pub fn power<const N: usize>(
     policy: &Policy,
     dependence: Dependence,
     training_rows: usize,
     window_rows: usize,
-    changes: &[Change],
+    changes: &[Change; N],
     seeds: std::ops::Range<u64>,
-) -> Vec<Tally> {
-    let mut tallies = vec![Tally::default(); changes.len()];
+) -> [Tally; N] {
+    let mut tallies = [Tally::default(); N];
     for seed in seeds {
-        let (training, window) =
-            training_and_window(dependence, training_rows, window_rows, Change::default(), seed);
+        let (training, window) = training_and_window(dependence, training_rows, window_rows, Change::default(), seed);
         let profiles = profiles(&training, Passes::One);
         let mut counts = count(&window, &profiles);
         for (change, tally) in changes.iter().zip(&mut tallies) {
