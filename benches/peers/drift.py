@@ -1,0 +1,83 @@
+"""Evidently's and NannyML's defaults on the training sets and windows of Coeval's simulation, beside its own verdicts.
+
+    cargo run --release -p drift --example calibration -- --write FOLDER --windows 20 --sizes 200,1000,10000
+    python3 -m venv evidently && evidently/bin/pip install -r requirements-drift.txt
+    DO_NOT_TRACK=1 NML_DISABLE_USAGE_LOGGING=1 evidently/bin/python drift.py FOLDER [evidently|nannyml|both]
+
+Each case is one float64 feature: a training set, a window, the shift between them (0: nothing changed) and how rows
+depend on each other. A peer is asked what its defaults say of the window as one chunk:
+
+- Evidently: `ValueDrift` with neither method nor threshold given.
+- NannyML: `UnivariateDriftCalculator` with neither method nor threshold given (Jensen-Shannon), training in chunks of the
+  window's size, as its thresholds come from the spread of its chunks, and the window as one chunk.
+
+Prints the share of windows in which each raised an alarm, as a table and as one line of JSON.
+"""
+
+import collections
+import json
+import sys
+import warnings
+
+import numpy
+import pandas
+
+warnings.filterwarnings("ignore")
+
+
+def evidently(training, window):
+    from evidently import Dataset, DataDefinition, Report
+    from evidently.metrics import ValueDrift
+
+    definition = DataDefinition(numerical_columns=["x"])
+    datasets = [Dataset.from_pandas(pandas.DataFrame({"x": x}), data_definition=definition) for x in (window, training)]
+    snapshot = Report([ValueDrift(column="x")], include_tests=True).run(*datasets).dict()
+    status = snapshot["tests"][0]["status"]
+    return str(getattr(status, "value", status)).upper().endswith("FAIL")
+
+
+def nannyml(training, window):
+    import nannyml
+
+    calculator = nannyml.UnivariateDriftCalculator(column_names=["x"], chunk_size=len(window))
+    calculator.fit(pandas.DataFrame({"x": training}))
+    results = calculator.calculate(pandas.DataFrame({"x": window})).filter(period="analysis").to_df()
+    return bool(results[("x", "jensen_shannon", "alert")].iloc[0])
+
+
+PEERS = {"evidently": evidently, "nannyml": nannyml}
+
+
+def main():
+    folder = sys.argv[1]
+    asked = sys.argv[2] if len(sys.argv) > 2 else "both"
+    peers = {name: peer for name, peer in PEERS.items() if asked in (name, "both")}
+    with open(f"{folder}/cases.json") as file:
+        cases = json.load(file)
+    tallies = collections.defaultdict(collections.Counter)
+    for case in cases:
+        training, window = (
+            numpy.fromfile(f"{folder}/{case['name']}.{side}.f64", dtype="<f8") for side in ("training", "window")
+        )
+        tally = tallies[case["dependence"], case["rows"], case["shift"]]
+        tally["windows"] += 1
+        tally["coeval"] += case["verdict"] == "DRIFT"
+        tally["coeval_insufficient"] += case["verdict"] == "INSUFFICIENT_DATA"
+        for name, peer in peers.items():
+            tally[name] += peer(training, window)
+
+    columns = ["coeval", "coeval_insufficient", *peers]
+    print(f"{'':32} {'rows':>8} {'shift':>6} {'windows':>8} " + " ".join(f"{column:>20}" for column in columns))
+    lines = []
+    for (dependence, rows, shift), tally in tallies.items():
+        shares = {column: tally[column] / tally["windows"] for column in columns}
+        print(
+            f"{dependence:32} {rows:>8} {shift:>6} {tally['windows']:>8} "
+            + " ".join(f"{shares[column]:>20.2f}" for column in columns)
+        )
+        lines.append({"dependence": dependence, "rows": rows, "shift": shift, "windows": tally["windows"], **shares})
+    print(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    main()
