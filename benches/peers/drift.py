@@ -1,15 +1,14 @@
 """Evidently's and NannyML's defaults on the training sets and windows of Coeval's simulation, beside its own verdicts.
 
-    cargo run --release -p drift --example calibration -- --write FOLDER --windows 20 --sizes 200,1000,10000
-    python3 -m venv evidently && evidently/bin/pip install -r requirements-drift.txt
-    DO_NOT_TRACK=1 NML_DISABLE_USAGE_LOGGING=1 evidently/bin/python drift.py FOLDER [evidently|nannyml|both]
+    cargo run --release -p drift --example calibration -- --write FOLDER --windows 10 --sizes 200,1000,10000 --training 10000
+    python3 -m venv peers && peers/bin/pip install -r requirements-drift.txt
+    DO_NOT_TRACK=1 NML_DISABLE_USAGE_LOGGING=1 peers/bin/python drift.py FOLDER [evidently|nannyml|both]
 
 Each case is one float64 feature: a training set, a window, the shift between them (0: nothing changed) and how rows
 depend on each other. A peer is asked what its defaults say of the window as one chunk:
 
 - Evidently: `ValueDrift` with neither method nor threshold given.
-- NannyML: `UnivariateDriftCalculator` with neither method nor threshold given (Jensen-Shannon), training in chunks of the
-  window's size, as its thresholds come from the spread of its chunks, and the window as one chunk.
+- NannyML: `UnivariateDriftCalculator` with neither method nor threshold given (Jensen-Shannon against 0.1).
 
 Prints the share of windows in which each raised an alarm, as a table and as one line of JSON.
 """

@@ -14,8 +14,7 @@ use crate::moments::Moments;
 use crate::number::{self, Number};
 use crate::random::{hash, mix};
 
-/// Buckets of blocks. As many as the square of what the noise of the noise may be, about an eighth, and few enough that
-/// counts stay in the nearest cache.
+/// Buckets of blocks: as many as tell a variance within a fifth, and few enough that counts stay in the nearest cache.
 pub const BUCKETS: usize = 64;
 
 /// The format of stored profiles and counts.

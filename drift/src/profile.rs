@@ -9,7 +9,7 @@ use crate::layout::Layout;
 
 /// What every dataset carries for each feature and model output. Serving counts over the same layout.
 ///
-/// As JSON, numbers take at most 40 kB, a dictionary of 254 categories 400 kB, a vector 40 kB for each of its numbers and
+/// As JSON, with counts below 10^8, numbers take at most 40 kB, a dictionary of 254 categories 400 kB, a vector 40 kB for each of its numbers and
 /// 14 bytes for each component; a test measures usual ones (9 kB for a number).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Stored", into = "Stored")]

@@ -123,6 +123,8 @@ pub struct FeatureReport {
     pub rates: Vec<RateReport>,
     /// One, or one for each number of a vector; none where values are not looked at.
     pub distances: Vec<DistanceReport>,
+    /// Of categories: the share of new ones that pass for OTHER, so that the unseen rate misses them.
+    pub unseen_missed: Option<f64>,
     /// In words, the worst first.
     pub reasons: Vec<String>,
 }
@@ -324,6 +326,10 @@ fn measure(policy: &Policy, level: f64, feature: &Feature<'_>, family: &mut Vec<
         reference_rows: reference.outcomes.rows(),
         rates,
         distances,
+        unseen_missed: match &**layout {
+            Layout::Categories(categories) => Some(categories.unseen_missed()),
+            _ => None,
+        },
         reasons: Vec::new(),
     }
 }

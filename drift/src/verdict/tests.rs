@@ -196,6 +196,7 @@ fn unseen_categories_are_a_rate() {
     let feature = Feature { name: "carrier", importance: None, profile: &profile, serving: &counts };
     let report = judge(&Policy::default(), &[feature]).unwrap();
     assert!(report.features[0].reasons[0].starts_with("unseen rate 5 % (training 0 %): beyond 2 %"), "{report}");
+    assert!(report.features[0].unseen_missed.is_some_and(|missed| missed < 0.01));
 }
 
 #[test]
