@@ -16,7 +16,7 @@
 //! Carter, Schnepel and Steigerwald 2017).
 
 use crate::counts::BUCKETS;
-use crate::distance::{Distances, METRICS, Metric, distances};
+use crate::distance::{Distances, Halves, METRICS, Metric, distances};
 use crate::random::{Poisson, Random};
 
 /// Counts by bin and bucket, as numbers to compute with.
@@ -72,6 +72,11 @@ impl Clustered {
         self.rows / self.design_effect
     }
 
+    /// Half an effective row.
+    pub fn half(&self) -> f64 {
+        0.5 * self.design_effect
+    }
+
     /// Shares of one resampling of the buckets, less the shares there are, times `width`.
     fn resampled(&self, random: &mut Random, shares: &mut [f64], width: f64) {
         let mut times = [0.0_f64; BUCKETS];
@@ -118,7 +123,8 @@ impl Floor {
     pub fn new(reference: &Clustered, serving: &Clustered, ordered: bool, replicates: usize, seed: u64) -> Floor {
         let bins = reference.totals.len();
         // Half an effective row in a bin, so that a value beyond all of training's is rare and not impossible.
-        let half = 0.5 * reference.design_effect;
+        let halves = Halves { reference: reference.half(), serving: serving.half() };
+        let half = halves.reference;
         let smooth = 1.0 / (reference.rows + half * bins as f64);
         let shares: Vec<f64> = reference.totals.iter().map(|count| (count + half) * smooth).collect();
         let (replicates_of, means, powers_end) = Default::default();
@@ -137,7 +143,7 @@ impl Floor {
             };
             draw(reference, &mut shifted);
             draw(serving, &mut other);
-            floor.push(0, distances(&shifted, &other, ordered));
+            floor.push(0, distances(&shifted, &other, halves, ordered));
         }
 
         let mut random = Random::of(seed, 3);
@@ -152,7 +158,7 @@ impl Floor {
             };
             draw(reference, &of_reference, &mut shifted);
             draw(serving, &of_serving, &mut other);
-            floor.push(1, distances(&shifted, &other, ordered));
+            floor.push(1, distances(&shifted, &other, halves, ordered));
         }
         for (replicates, means) in floor.replicates.iter_mut().flatten().zip(floor.means.iter_mut().flatten()) {
             replicates.sort_unstable_by(f64::total_cmp);

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::DriftError;
 use crate::counts::{BUCKETS, Counts, OUTCOMES, Outcome, Outcomes};
-use crate::distance::{METRICS, Metric, distances};
+use crate::distance::{Halves, METRICS, Metric, distances};
 use crate::layout::Layout;
 use crate::noise::{Clustered, Floor};
 use crate::profile::Profile;
@@ -385,7 +385,8 @@ fn measure_part(policy: &Policy, level: f64, feature: &Feature<'_>, part: usize,
     let reference = Clustered::new(&reference_part.cells, reference_part.bins);
     let serving = Clustered::new(&serving_part.cells, serving_part.bins);
     let ordered = layout.is_ordered();
-    let values = distances(&reference.totals, &serving.totals, ordered);
+    let halves = Halves { reference: reference.half(), serving: serving.half() };
+    let values = distances(&reference.totals, &serving.totals, halves, ordered);
 
     let enough = reference.blocks >= policy.blocks_min && serving.blocks >= policy.blocks_min;
     let gate = policy.gate as usize;
