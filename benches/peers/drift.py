@@ -8,7 +8,9 @@ Each case is one float64 feature: a training set, a window, the shift between th
 depend on each other. A peer is asked what its defaults say of the window as one chunk:
 
 - Evidently: `ValueDrift` with neither method nor threshold given.
-- NannyML: `UnivariateDriftCalculator` with neither method nor threshold given (Jensen-Shannon against 0.1).
+- NannyML: `UnivariateDriftCalculator` with neither method nor threshold given: Jensen-Shannon, against the mean and three
+  deviations of the training set's chunks. Chunks have the window's size, or a tenth of the training set's where that is
+  less (the share of the window's chunks is then what counts), and no chunk is a remainder.
 
 Prints the share of windows in which each raised an alarm, as a table and as one line of JSON.
 """
@@ -38,10 +40,12 @@ def evidently(training, window):
 def nannyml(training, window):
     import nannyml
 
-    calculator = nannyml.UnivariateDriftCalculator(column_names=["x"], chunk_size=len(window))
-    calculator.fit(pandas.DataFrame({"x": training}))
-    results = calculator.calculate(pandas.DataFrame({"x": window})).filter(period="analysis").to_df()
-    return bool(results[("x", "jensen_shannon", "alert")].iloc[0])
+    chunk = min(len(window), len(training) // 10)
+    training, window = (pandas.DataFrame({"x": x[: len(x) // chunk * chunk]}) for x in (training, window))
+    calculator = nannyml.UnivariateDriftCalculator(column_names=["x"], chunk_size=chunk)
+    calculator.fit(training)
+    results = calculator.calculate(window).filter(period="analysis").to_df()
+    return float(results[("x", "jensen_shannon", "alert")].mean())
 
 
 PEERS = {"evidently": evidently, "nannyml": nannyml}
