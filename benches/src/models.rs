@@ -47,14 +47,21 @@ pub struct Subject {
     spec: ModelSpec,
 }
 
+#[cfg(feature = "torch")]
+fn torch() -> Option<Arc<dyn Runtime>> {
+    Some(Arc::new(inference::torch::TorchRuntime))
+}
+
+#[cfg(not(feature = "torch"))]
+fn torch() -> Option<Arc<dyn Runtime>> {
+    None
+}
+
 impl Subject {
     /// The TorchScript module of a file, with one input of 50 features and one output.
     pub fn file(path: &Path) -> anyhow::Result<Subject> {
         let artefact = Artefact::read(path)?;
-        #[cfg(feature = "torch")]
-        let runtime: Arc<dyn Runtime> = Arc::new(inference::torch::TorchRuntime);
-        #[cfg(not(feature = "torch"))]
-        let runtime: Arc<dyn Runtime> = anyhow::bail!("{} needs the `torch` feature", artefact.origin);
+        let Some(runtime) = torch() else { anyhow::bail!("{} needs the `torch` feature", artefact.origin) };
         Ok(Subject { runtime, artefact, spec: spec() })
     }
 
