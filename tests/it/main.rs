@@ -3,6 +3,7 @@
 mod audit;
 mod faults;
 mod forget;
+mod model_faults;
 mod models;
 mod object_stores;
 mod process;

@@ -89,6 +89,26 @@ impl Process {
         self.child.id()
     }
 
+    /// Asks it to drain and end.
+    pub fn terminate(&self) {
+        let sent = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "the server could not be told to end");
+    }
+
+    /// How it ended by itself; None if it did not in time, or by a signal.
+    pub async fn exit_code(&mut self, within: Duration) -> Option<i32> {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be asked") {
+                return status.code();
+            }
+            if begun.elapsed() > within {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     pub fn channel(&self) -> Channel {
         self.channel.clone()
     }

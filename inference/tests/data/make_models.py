@@ -105,6 +105,15 @@ class Counter(nn.Module):
         return x.sum(dim=1) + self.calls
 
 
+class Endless(nn.Module):
+    """The sum of a row, unless that is above 1e9: then it never returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        while bool(x.sum() > 1e9):
+            x = x + 1.0
+        return x.sum(dim=1)
+
+
 modules = {
     "delay": Delay(),
     "many": Many(),
@@ -113,6 +122,7 @@ modules = {
     "mapped": Mapped(),
     "layers": Layers(),
     "counter": Counter(),
+    "endless": Endless(),
 }
 for name, module in modules.items():
     torch.jit.script(module).save(f"{name}.pt")
