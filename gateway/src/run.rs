@@ -41,6 +41,9 @@ const STORE_LOOK: Duration = Duration::from_secs(2);
 const MEMORY_LOOK: Duration = Duration::from_secs(1);
 /// HTTP/2 streams of one connection.
 const STREAMS_MAX: u32 = 1_024;
+/// Calls of one connection that were cancelled before they were looked at; one more ends the connection, with all its calls.
+/// Clients with short deadlines cancel much when we are busy, so it is as many as they may have under way, and not hyper's 20.
+const RESETS_MAX: usize = STREAMS_MAX as usize;
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
@@ -252,6 +255,7 @@ async fn serve_grpc(
     let incoming = TcpIncoming::from(listener.listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE));
     tonic::transport::Server::builder()
         .max_concurrent_streams(Some(STREAMS_MAX))
+        .http2_max_pending_accept_reset_streams(Some(RESETS_MAX))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .initial_stream_window_size(Some(STREAM_WINDOW_BYTES))
         .initial_connection_window_size(Some(CONNECTION_WINDOW_BYTES))
