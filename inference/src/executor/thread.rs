@@ -237,6 +237,8 @@ impl Executor {
                 }
                 Decision::Wait { until: None } if state.stage == Stage::Closing => return None,
                 Decision::Wait { until: None } => {
+                    // What waited when it was taken came too late. Others may run meanwhile.
+                    drop(turn);
                     state = self.shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 Decision::Wait { until: Some(until) } => {
