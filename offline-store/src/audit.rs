@@ -35,12 +35,13 @@ use crate::engine::{Engine, EngineError, TrainingSetRequest};
 use crate::explain::{ExplainError, ExplainRequest, Moment, to_json};
 use crate::history::{History, HistoryError};
 use crate::point_in_time::Order;
+use crate::serving_log::columns as names;
 
 use cause::{Wrong, causes};
 use compare::{Column, Verdict, badness, judge, statuses};
 use events::Events;
 use lateness::{Late, reasons};
-use logged::{Held, Logged, names};
+use logged::{Held, Logged};
 use report::{Example, FeatureReport, Losses, Outcome, Report, Rescored, Rows, TensorReport};
 use tally::{Counting, upper_bound};
 
@@ -538,5 +539,3 @@ fn example(
     })
 }
 
-#[cfg(test)]
-mod tests;

@@ -14,6 +14,7 @@ use super::AuditError;
 use super::compare::{Column, statuses};
 use super::tally::NotAudited;
 use crate::explain::Needed;
+use crate::serving_log::columns as names;
 use crate::point_in_time::by_row::Applied;
 use crate::point_in_time::{EVENT_TIMESTAMP, not_answered_column, position_columns};
 
@@ -23,34 +24,6 @@ pub struct Logged {
     pub batch: RecordBatch,
     /// Columns that hold keyed hashes in place of values.
     pub hashed: Arc<[String]>,
-}
-
-pub mod names {
-    //! Columns of the log.
-    pub const REQUEST_ID: &str = "request_id";
-    pub const ROW: &str = "row";
-    pub const TIME: &str = "time";
-    pub const AT: &str = "at";
-    pub const TENSORS: &str = "tensors";
-
-    pub fn given(column: &str) -> String {
-        format!("in:{column}")
-    }
-    pub fn feature(name: &str) -> String {
-        format!("feature:{name}")
-    }
-    pub fn status(name: &str) -> String {
-        format!("status:{name}")
-    }
-    pub fn position_time(alias: &str) -> String {
-        format!("position_time:{alias}")
-    }
-    pub fn position_sequence(alias: &str) -> String {
-        format!("position_sequence:{alias}")
-    }
-    pub fn reason(alias: &str) -> String {
-        format!("reason:{alias}")
-    }
 }
 
 /// What history can answer: up to which position each stream's holds everything.
@@ -115,7 +88,7 @@ impl Logged {
     pub fn given(&self, service: &ServicePlan) -> Result<Vec<ArrayRef>, AuditError> {
         let rows = self.rows();
         let columns = service.columns.iter().map(|column| {
-            let name = names::given(&column.name);
+            let name = names::input(&column.name);
             if self.is_hashed(&name) {
                 let something = something(&column.column_type);
                 return Ok(Value::to_array(std::iter::repeat_n(&something, rows), &column.column_type));
@@ -155,7 +128,7 @@ impl Logged {
         let mut why: Vec<Option<NotAudited>> = vec![None; rows];
         let given = self.given(service)?;
         for (index, column) in service.columns.iter().enumerate() {
-            let is_hashed = self.is_hashed(&names::given(&column.name));
+            let is_hashed = self.is_hashed(&names::input(&column.name));
             for (row, why) in why.iter_mut().enumerate() {
                 if is_hashed && column.is_key {
                     *why = Some(NotAudited::Hashed);
@@ -187,7 +160,7 @@ impl Logged {
     /// Features that cannot be judged although their rows can be replayed: what they are, or are made of, was hashed.
     pub fn features_left_out(&self, service: &ServicePlan) -> Vec<bool> {
         let hidden = |slot: &Slot| match slot {
-            Slot::Request(column) => self.is_hashed(&names::given(&service.columns[*column].name)),
+            Slot::Request(column) => self.is_hashed(&names::input(&service.columns[*column].name)),
             _ => false,
         };
         let outputs = service.outputs.iter().map(|output| {

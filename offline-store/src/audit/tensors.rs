@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use arrow::array::AsArray;
+use arrow::array::{Array, AsArray};
 use feature_defs::plan::{Assembled, ModelPlan};
 use feature_defs::time::Status;
 
 use super::AuditError;
 use super::compare::Column;
-use super::logged::{Logged, names};
+use super::logged::Logged;
 use super::report::TensorReport;
+use crate::serving_log::{columns as names, tensor_digest};
 
 /// Rows named where they differ.
 const EXAMPLES: usize = 5;
@@ -29,7 +30,7 @@ pub fn compare(
     let digests = digests.as_fixed_size_binary_opt().ok_or_else(damaged)?;
     // What was hashed was not replayed as it was.
     if model.inputs.iter().flat_map(|input| &input.features).any(|feature| hidden[*feature]) {
-        report.passed_over += (0..logged.rows()).filter(|row| arrow::array::Array::is_valid(digests, *row)).count() as u64;
+        report.passed_over += (0..logged.rows()).filter(|row| digests.is_valid(*row)).count() as u64;
         return Ok(());
     }
     let status = |number: &u8| Status::from_number(*number).unwrap_or(Status::Unavailable);
@@ -40,7 +41,7 @@ pub fn compare(
     };
     let encoded = model.encode(&assembled, logged.rows());
     for row in 0..logged.rows() {
-        if arrow::array::Array::is_null(digests, row) {
+        if digests.is_null(row) {
             continue;
         }
         if !clean[row] {
@@ -48,7 +49,7 @@ pub fn compare(
             continue;
         }
         report.compared += 1;
-        if crate::serving_log::tensor_digest(&encoded.inputs, row)[..] == *digests.value(row) {
+        if tensor_digest(&encoded.inputs, row)[..] == *digests.value(row) {
             report.equal += 1;
         } else {
             report.different += 1;
