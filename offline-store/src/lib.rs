@@ -13,6 +13,8 @@ pub mod point_in_time;
 
 pub mod dataset;
 
+pub mod serving_log;
+
 pub mod flight;
 
 mod engine;
