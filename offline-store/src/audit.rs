@@ -17,6 +17,8 @@ mod lateness;
 pub mod logged;
 pub mod rank;
 pub mod report;
+mod rescore;
+mod run;
 mod scale;
 mod tally;
 mod tensors;
@@ -35,7 +37,7 @@ use crate::engine::{Engine, EngineError, TrainingSetRequest};
 use crate::explain::{ExplainError, ExplainRequest, Moment, to_json};
 use crate::history::{History, HistoryError};
 use crate::point_in_time::Order;
-use crate::serving_log::columns as names;
+use crate::serving_log::{ServingLogError, columns as names};
 
 use cause::{Wrong, causes};
 use compare::{Column, Verdict, badness, judge, statuses};
@@ -43,8 +45,11 @@ use events::Events;
 use lateness::{Late, reasons};
 use logged::{Held, Logged};
 use report::{Example, FeatureReport, Losses, Outcome, Report, Rescored, Rows, TensorReport};
+use rescore::Versions;
 use tally::{Counting, upper_bound};
 
+pub use rescore::Rescore;
+pub use run::{AuditRequest, Progress, audit};
 pub use tally::{CONFIDENCE, Counts, NotAudited};
 
 /// Rows that are replayed at a time.
@@ -65,10 +70,14 @@ const EXPLAINED_ROWS: usize = 3;
 
 #[derive(Debug, thiserror::Error)]
 pub enum AuditError {
-    #[error("the serving log's column `{column}` is missing or of another type than the definitions say; its rows cannot be replayed")]
+    #[error(
+        "the serving log's column `{column}` is missing or of another type than the definitions say; its rows cannot be replayed"
+    )]
     Damaged { column: String },
     #[error("the history of source `{source_name}` could not be read: {what}")]
     History { source_name: String, what: String },
+    #[error(transparent)]
+    Log(#[from] ServingLogError),
     #[error(transparent)]
     Store(#[from] HistoryError),
     #[error(transparent)]
@@ -129,6 +138,7 @@ pub struct Auditor<'e> {
     wrong: Vec<Sampled>,
     late: Vec<Sampled>,
     tensors: TensorReport,
+    versions: Versions,
     pub losses: Option<Losses>,
     pub rescored: Option<Rescored>,
     pub notes: Vec<String>,
@@ -161,6 +171,7 @@ impl<'e> Auditor<'e> {
             wrong: Vec::new(),
             late: Vec::new(),
             tensors: TensorReport::default(),
+            versions: Versions::new(),
             losses: None,
             rescored: None,
             notes: Vec::new(),
@@ -251,7 +262,11 @@ impl<'e> Auditor<'e> {
                     Verdict::Equal | Verdict::Fallback => continue,
                 }
                 let bad = verdict == Verdict::Bug;
-                let badness = if bad { badness(served, &as_known[output], row, &service.outputs[output].feature_type) } else { -1.0 };
+                let badness = if bad {
+                    badness(served, &as_known[output], row, &service.outputs[output].feature_type)
+                } else {
+                    -1.0
+                };
                 if tally.wants(badness) {
                     let columns = [served, &as_known[output], &by_event_time[output]];
                     let kind = if bad { "bug" } else { "lateness" };
@@ -264,6 +279,7 @@ impl<'e> Auditor<'e> {
         if let Some(model) = model {
             let clean: Vec<bool> = wrong.iter().map(Vec::is_empty).collect();
             tensors::compare(&mut self.tensors, model, &audited, &as_known, &hidden, &clean)?;
+            rescore::keep(&mut self.versions, model, &audited, &clean)?;
         }
         for row in 0..kept.len() {
             let of_feature = |output: &usize, tallies: &[Tally]| tallies[*output].wrong < WRONG_OF_FEATURE;
@@ -294,18 +310,14 @@ impl<'e> Auditor<'e> {
             order: Order::Spine,
         };
         let set = self.engine.training_set(request).await?;
-        let batches: Vec<RecordBatch> = set.stream.try_collect().await.map_err(|error| {
-            match error.find_root() {
-                datafusion::error::DataFusionError::External(source) => {
-                    match source.downcast_ref::<EngineError>() {
-                        Some(EngineError::Memory { limit_mib, what }) => {
-                            EngineError::Memory { limit_mib: *limit_mib, what: what.clone() }
-                        }
-                        _ => EngineError::Run(error.strip_backtrace()),
-                    }
+        let batches: Vec<RecordBatch> = set.stream.try_collect().await.map_err(|error| match error.find_root() {
+            datafusion::error::DataFusionError::External(source) => match source.downcast_ref::<EngineError>() {
+                Some(EngineError::Memory { limit_mib, what }) => {
+                    EngineError::Memory { limit_mib: *limit_mib, what: what.clone() }
                 }
                 _ => EngineError::Run(error.strip_backtrace()),
-            }
+            },
+            _ => EngineError::Run(error.strip_backtrace()),
         })?;
         let all = concat_batches(&set.schema, &batches)?;
         if all.num_rows() != logged.rows() {
@@ -359,8 +371,8 @@ impl<'e> Auditor<'e> {
             })
             .collect();
         let bug_rate = rate(values.bug, values.compared());
-        let has_other_bug = self.tensors.different > 0
-            || self.rescored.as_ref().is_some_and(|rescored| rescored.different > 0);
+        let has_other_bug =
+            self.tensors.different > 0 || self.rescored.as_ref().is_some_and(|rescored| rescored.different > 0);
         let outcome = match values.compared() {
             0 => Outcome::NothingCompared,
             _ if bug_rate > self.options.max_bug_rate || has_other_bug => Outcome::Failed,
@@ -438,9 +450,8 @@ impl<'e> Auditor<'e> {
         let mut rows = Vec::with_capacity(logged.len());
         for (sampled, row) in self.wrong.iter().zip(&logged) {
             let hidden = row.features_left_out(&self.service);
-            let served = (0..self.service.outputs.len()).map(|output| {
-                Ok(row.served(&self.service, output)?.filter(|_| !hidden[output]))
-            });
+            let served = (0..self.service.outputs.len())
+                .map(|output| Ok(row.served(&self.service, output)?.filter(|_| !hidden[output])));
             rows.push(Wrong {
                 changed: sampled.changed.clone(),
                 served: served.collect::<Result<_, AuditError>>()?,
@@ -539,3 +550,5 @@ fn example(
     })
 }
 
+#[cfg(test)]
+mod tests;

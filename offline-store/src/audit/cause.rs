@@ -115,13 +115,7 @@ struct Variant {
 
 /// Tries every hypothesis on every row. `rows` are in the order in which `events` were read.
 pub fn causes(service: &ServicePlan, events: &Events, rows: &[Wrong]) -> Result<Causes, AuditError> {
-    let mut trial = Trial {
-        service,
-        events,
-        used: Used::by(service),
-        hypotheses: Vec::new(),
-        known: HashMap::new(),
-    };
+    let mut trial = Trial { service, events, used: Used::by(service), hypotheses: Vec::new(), known: HashMap::new() };
     let mut found: Vec<Vec<Found>> = Vec::with_capacity(rows.len());
     for (number, row) in rows.iter().enumerate() {
         found.push(trial.row(number, row)?);
@@ -201,7 +195,8 @@ impl Trial<'_> {
 
     /// Inputs that wrong features of a row are made of.
     fn inputs_of(&self, row: &Wrong) -> Vec<usize> {
-        let slots = row.changed.iter().flat_map(|output| Needed::of(self.service, self.service.outputs[*output].slot).slots);
+        let slots =
+            row.changed.iter().flat_map(|output| Needed::of(self.service, self.service.outputs[*output].slot).slots);
         let mut inputs: Vec<usize> = slots
             .filter_map(|slot| match slot {
                 Slot::Feature { input, .. } | Slot::EventTime { input } => Some(input),
@@ -324,9 +319,10 @@ impl Trial<'_> {
                 .map(|variant| variant.parts.iter().find(|(of, _)| *of == input).map_or(base, |(_, part)| part))
                 .collect();
             let types = service.inputs[input].view.features();
-            let values = types.iter().enumerate().map(|(feature, (_, of, _))| {
-                Value::to_array(parts.iter().map(|part| &part.values[feature]), of)
-            });
+            let values = types
+                .iter()
+                .enumerate()
+                .map(|(feature, (_, of, _))| Value::to_array(parts.iter().map(|part| &part.values[feature]), of));
             answers.push(ViewAnswer {
                 values: values.collect(),
                 statuses: parts.iter().map(|part| part.status).collect(),
@@ -372,7 +368,14 @@ impl Trial<'_> {
     }
 
     fn clocks(&mut self, number: usize, row: &Wrong, inputs: &[usize], variants: &mut Vec<Variant>) {
-        let stamps: Vec<(usize, String)> = self.service.columns.iter().enumerate().filter(|(_, column)| column.column_type == Type::Timestamp && !column.is_key).map(|(i, column)| (i, column.name.clone())).collect();
+        let stamps: Vec<(usize, String)> = self
+            .service
+            .columns
+            .iter()
+            .enumerate()
+            .filter(|(_, column)| column.column_type == Type::Timestamp && !column.is_key)
+            .map(|(i, column)| (i, column.name.clone()))
+            .collect();
         let moved = |column: usize, shift: Micros| match Value::from_array(&row.given[column], 0, &Type::Timestamp) {
             Value::Timestamp(time) => {
                 Some((column, Value::to_array([&Value::Timestamp(time.saturating_add(shift))], &Type::Timestamp)))
@@ -393,7 +396,14 @@ impl Trial<'_> {
             if !given.is_empty() {
                 let hypothesis = self.hypothesis(Fault::Clock, format!("all times of the request {words}"));
                 let given = given.clone();
-                variants.push(Variant { hypothesis, weight: 1.0, parts: parts.clone(), at, given, ..Variant::default() });
+                variants.push(Variant {
+                    hypothesis,
+                    weight: 1.0,
+                    parts: parts.clone(),
+                    at,
+                    given,
+                    ..Variant::default()
+                });
             }
             let hypothesis = self.hypothesis(Fault::Clock, format!("the times that transforms read {words}"));
             variants.push(Variant { hypothesis, weight: 1.0, at, given, ..Variant::default() });
@@ -406,13 +416,23 @@ impl Trial<'_> {
                 let alias = self.service.inputs[*input].alias.clone();
                 let (_, part) = parts[*input].clone();
                 let hypothesis = self.hypothesis(Fault::Clock, format!("view `{alias}` asked at {words}"));
-                variants.push(Variant { hypothesis, weight: 1.0, parts: vec![(*input, part.clone())], ..Variant::default() });
+                variants.push(Variant {
+                    hypothesis,
+                    weight: 1.0,
+                    parts: vec![(*input, part.clone())],
+                    ..Variant::default()
+                });
                 if self.used[*input].event_time {
                     let event_time = part.event_time.map(|time| time.saturating_sub(shift));
                     let part = Part { event_time, ..part };
                     let words = shift_words(-shift);
                     let hypothesis = self.hypothesis(Fault::Clock, format!("event times of view `{alias}` {words}"));
-                    variants.push(Variant { hypothesis, weight: 1.0, parts: vec![(*input, part)], ..Variant::default() });
+                    variants.push(Variant {
+                        hypothesis,
+                        weight: 1.0,
+                        parts: vec![(*input, part)],
+                        ..Variant::default()
+                    });
                 }
             }
         }
@@ -519,15 +539,16 @@ impl Trial<'_> {
             let nothing = Look { applied: Applied::Nothing, ..self.look(number, row, *input) }.part();
             variants.push(Variant { hypothesis, weight: 1.0, parts: vec![(*input, nothing)], ..Variant::default() });
             let unavailable = Look { applied: Applied::NotAnswered, ..self.look(number, row, *input) }.part();
-            variants.push(Variant { hypothesis, weight: 1.0, parts: vec![(*input, unavailable)], ..Variant::default() });
+            variants.push(Variant {
+                hypothesis,
+                weight: 1.0,
+                parts: vec![(*input, unavailable)],
+                ..Variant::default()
+            });
             for feature in self.used[*input].features.clone() {
                 let (of, default) = view.feature(feature);
                 let name = view.features()[feature].0.to_owned();
-                let filled = [
-                    ("its default", default.cloned()),
-                    ("null", Some(Value::Null)),
-                    ("zero", zero(of)),
-                ];
+                let filled = [("its default", default.cloned()), ("null", Some(Value::Null)), ("zero", zero(of))];
                 for (words, value) in filled {
                     let Some(value) = value else { continue };
                     let mut part = base[*input].clone();
@@ -536,7 +557,12 @@ impl Trial<'_> {
                     }
                     part.values[feature] = value;
                     let hypothesis = self.hypothesis(Fault::Default, format!("{words} for `{alias}:{name}`"));
-                    variants.push(Variant { hypothesis, weight: 1.0, parts: vec![(*input, part)], ..Variant::default() });
+                    variants.push(Variant {
+                        hypothesis,
+                        weight: 1.0,
+                        parts: vec![(*input, part)],
+                        ..Variant::default()
+                    });
                 }
             }
         }
@@ -605,11 +631,7 @@ impl Trial<'_> {
             .map(|(part, input)| {
                 let types = input.view.features();
                 let values = part.values.iter().zip(&types).map(|(value, (_, of, _))| Value::to_array([value], of));
-                ViewAnswer {
-                    values: values.collect(),
-                    statuses: vec![part.status],
-                    event_times: vec![part.event_time],
-                }
+                ViewAnswer { values: values.collect(), statuses: vec![part.status], event_times: vec![part.event_time] }
             })
             .collect();
         let assembled = self.service.assemble(&answers, &row.given, &[row.at])?;

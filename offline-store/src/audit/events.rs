@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
 use arrow::datatypes::{Int64Type, UInt64Type};
 use feature_defs::as_of::{Row, Times};
@@ -146,13 +146,13 @@ impl InputEvents {
         let mut groups = Vec::new();
         index.groups_of(&view.key_columns(aligned)?, aligned.num_rows(), &mut groups);
         let reach = match &view.kind {
-            ViewPlanKind::AsOf { .. } => Micros::MAX,
+            // Rows of static sources happened before all others.
+            ViewPlanKind::AsOf { .. } => None,
             ViewPlanKind::Windowed { windows, .. } => windows
                 .iter()
                 .map(|window| window.length.saturating_add(window.hop.unwrap_or(0).saturating_mul(2)))
                 .max()
-                .unwrap_or(0)
-                .saturating_add(CLOCK_MAX + DAY),
+                .map(|longest| longest.saturating_add(CLOCK_MAX + DAY)),
         };
         let wanted = |row: usize| {
             let (group, Some(times)) = (groups[row], times[row]) else { return false };
@@ -161,7 +161,8 @@ impl InputEvents {
             }
             let asked = index.times(group);
             let (first, last) = (asked.first().copied().unwrap_or(0), asked.last().copied().unwrap_or(0));
-            times.event_time <= last.saturating_add(CLOCK_MAX) && times.event_time >= first.saturating_sub(reach)
+            let is_late_enough = reach.is_none_or(|reach| times.event_time >= first.saturating_sub(reach));
+            is_late_enough && times.event_time <= last.saturating_add(CLOCK_MAX)
         };
         let mask: BooleanArray = (0..aligned.num_rows()).map(|row| Some(wanted(row))).collect();
         if mask.true_count() == 0 {

@@ -14,9 +14,9 @@ use super::AuditError;
 use super::compare::{Column, statuses};
 use super::tally::NotAudited;
 use crate::explain::Needed;
-use crate::serving_log::columns as names;
 use crate::point_in_time::by_row::Applied;
 use crate::point_in_time::{EVENT_TIMESTAMP, not_answered_column, position_columns};
+use crate::serving_log::columns as names;
 
 /// Some rows of one file of the log.
 #[derive(Debug, Clone)]

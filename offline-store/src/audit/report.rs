@@ -119,14 +119,17 @@ pub struct Rescored {
     pub examples: Vec<String>,
 }
 
-/// What the log does not have of the time that was audited.
+/// What became of the rows that were answered in the time that was audited, as the gateways counted them.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Losses {
-    /// Rows that were answered, that were chosen for the log, and that reached it.
+    /// Answered, and looked at.
     pub offered: u64,
-    pub sampled: u64,
+    pub chosen: u64,
     pub written: u64,
-    pub dropped: u64,
+    /// Fallbacks beyond the declared rate.
+    pub fallbacks_over: u64,
+    /// Would have been in the log, and are not.
+    pub lost: u64,
 }
 
 impl Report {
@@ -145,7 +148,9 @@ impl Report {
             ),
             Outcome::Passed if bug == 0 => format!(
                 "PASSED: {compared} values compared, none differs from what the same code says offline (at most {} with 95 % confidence); {} late, {} fallbacks",
-                share(self.bug_rate_upper), grouped(lateness), grouped(fallback)
+                share(self.bug_rate_upper),
+                grouped(lateness),
+                grouped(fallback)
             ),
             outcome => format!(
                 "{}: {} of {compared} values differ from what the same code says offline, in {} rows (at most {} with 95 % confidence){}; {} late, {} fallbacks",
@@ -167,15 +172,19 @@ impl Report {
             format!("time      {} to {}", self.from, self.to),
         ];
         let Rows { logged, audited, passed_over, not_audited, .. } = &self.rows;
-        let sampled = if *passed_over > 0 { format!(", {} not in the sample", grouped(*passed_over)) } else { String::new() };
+        let sampled =
+            if *passed_over > 0 { format!(", {} not in the sample", grouped(*passed_over)) } else { String::new() };
         lines.push(format!("rows      {} logged, {} audited{sampled}", grouped(*logged), grouped(*audited)));
         for (why, rows) in not_audited {
             lines.push(format!("          {} {}", grouped(*rows), why.words()));
         }
         if let Some(losses) = &self.losses {
             lines.push(format!(
-                "log       {} rows answered, {} chosen, {} written, {} dropped",
-                grouped(losses.offered), grouped(losses.sampled), grouped(losses.written), grouped(losses.dropped)
+                "log       {} rows answered, {} chosen, {} written, {} lost",
+                grouped(losses.offered),
+                grouped(losses.chosen),
+                grouped(losses.written),
+                grouped(losses.lost)
             ));
         }
         if let Some(first) = self.bugs.first {
@@ -187,9 +196,11 @@ impl Report {
             if let Some(cause) = &feature.cause {
                 lines.push(String::new());
                 lines.push(format!("{}: {}", feature.feature, cause.words()));
-                lines.extend(cause.ties.iter().map(|tie| {
-                    format!("  as well: {}, {} ({} rows)", tie.fault.words(), tie.setting, tie.reproduced)
-                }));
+                lines.extend(
+                    cause.ties.iter().map(|tie| {
+                        format!("  as well: {}, {} ({} rows)", tie.fault.words(), tie.setting, tie.reproduced)
+                    }),
+                );
             }
             let bugs = feature.examples.iter().filter(|example| example.kind == "bug");
             for example in bugs {
@@ -207,20 +218,32 @@ impl Report {
         }
         if !self.lateness.is_empty() {
             lines.push(String::new());
-            lines.push(format!("late, by a sample of {} of {} values:", grouped(self.lateness_sampled), grouped(self.values.lateness)));
+            lines.push(format!(
+                "late, by a sample of {} of {} values:",
+                grouped(self.lateness_sampled),
+                grouped(self.values.lateness)
+            ));
         }
         for late in &self.lateness {
-            let longest = |length: &Option<crate::explain::Length>| length.map_or_else(String::new, |length| format!(", by up to {length}"));
+            let longest = |length: &Option<crate::explain::Length>| {
+                length.map_or_else(String::new, |length| format!(", by up to {length}"))
+            };
             if late.arrived_after > 0 {
                 lines.push(format!(
                     "  source {}: events arrived after the answer ({} values{}), in {}",
-                    late.source, late.arrived_after, longest(&late.arrived_after_max), late.views.join(", ")
+                    late.source,
+                    late.arrived_after,
+                    longest(&late.arrived_after_max),
+                    late.views.join(", ")
                 ));
             }
             if late.not_applied > 0 {
                 lines.push(format!(
                     "  source {}: events were known and not yet applied online ({} values{}), in {}",
-                    late.source, late.not_applied, longest(&late.not_applied_max), late.views.join(", ")
+                    late.source,
+                    late.not_applied,
+                    longest(&late.not_applied_max),
+                    late.views.join(", ")
                 ));
             }
         }
@@ -228,13 +251,17 @@ impl Report {
             lines.push(String::new());
             lines.push(format!(
                 "tensors   {} compared, {} equal, {} differ though their features are equal",
-                grouped(tensors.compared), grouped(tensors.equal), grouped(tensors.different)
+                grouped(tensors.compared),
+                grouped(tensors.equal),
+                grouped(tensors.different)
             ));
         }
         if let Some(rescored) = &self.rescored {
             lines.push(format!(
                 "scores    {} asked again, {} equal within tolerance, {} differ",
-                grouped(rescored.compared), grouped(rescored.equal), grouped(rescored.different)
+                grouped(rescored.compared),
+                grouped(rescored.equal),
+                grouped(rescored.different)
             ));
         }
         lines.extend(self.notes.iter().map(|note| format!("note      {note}")));
@@ -273,7 +300,10 @@ impl Cause {
         match self.fault {
             Some(fault) => format!(
                 "{} reproduces {} of {} wrong rows to the bit: {}",
-                fault.words(), self.reproduced, self.rows, self.setting
+                fault.words(),
+                self.reproduced,
+                self.rows,
+                self.setting
             ),
             None => format!("no hypothesis reproduces any of {} wrong rows", self.rows),
         }

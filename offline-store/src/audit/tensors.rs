@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray};
-use feature_defs::plan::{Assembled, ModelPlan};
+use feature_defs::plan::{Assembled, EncodedModelInputs, ModelPlan};
 use feature_defs::time::Status;
 
 use super::AuditError;
@@ -33,13 +33,7 @@ pub fn compare(
         report.passed_over += (0..logged.rows()).filter(|row| digests.is_valid(*row)).count() as u64;
         return Ok(());
     }
-    let status = |number: &u8| Status::from_number(*number).unwrap_or(Status::Unavailable);
-    let assembled = Assembled {
-        columns: as_known.iter().map(|column| column.values.clone()).collect(),
-        statuses: as_known.iter().map(|column| column.statuses.iter().map(status).collect::<Arc<[Status]>>()).collect(),
-        defaults: vec![0; as_known.len()],
-    };
-    let encoded = model.encode(&assembled, logged.rows());
+    let encoded = encode(model, as_known, logged.rows());
     for row in 0..logged.rows() {
         if digests.is_null(row) {
             continue;
@@ -59,4 +53,15 @@ pub fn compare(
         }
     }
     Ok(())
+}
+
+/// The inputs of a model for replayed rows.
+pub fn encode(model: &ModelPlan, features: &[Column], rows: usize) -> EncodedModelInputs {
+    let status = |number: &u8| Status::from_number(*number).unwrap_or(Status::Unavailable);
+    let assembled = Assembled {
+        columns: features.iter().map(|column| column.values.clone()).collect(),
+        statuses: features.iter().map(|column| column.statuses.iter().map(status).collect::<Arc<[Status]>>()).collect(),
+        defaults: vec![0; features.len()],
+    };
+    model.encode(&assembled, rows)
 }

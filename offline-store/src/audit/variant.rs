@@ -34,14 +34,8 @@ pub enum Bound {
     NoMaxAge,
 }
 
-pub const BOUNDS: [Bound; 6] = [
-    Bound::TailHopEarlier,
-    Bound::TailHopLater,
-    Bound::TailExact,
-    Bound::HeadOther,
-    Bound::HeadAtHop,
-    Bound::NoMaxAge,
-];
+pub const BOUNDS: [Bound; 6] =
+    [Bound::TailHopEarlier, Bound::TailHopLater, Bound::TailExact, Bound::HeadOther, Bound::HeadAtHop, Bound::NoMaxAge];
 
 impl Bound {
     pub fn words(self) -> &'static str {
@@ -199,7 +193,8 @@ impl Look<'_> {
         positions.sort_unstable();
         positions.dedup();
         // Up to the last of them is what was seen.
-        let mut earlier: Vec<Applied> = positions.iter().rev().skip(1).map(|position| Applied::UpTo(*position)).collect();
+        let mut earlier: Vec<Applied> =
+            positions.iter().rev().skip(1).map(|position| Applied::UpTo(*position)).collect();
         earlier.push(Applied::Nothing);
         earlier.truncate(most);
         earlier

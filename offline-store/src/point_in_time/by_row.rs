@@ -79,7 +79,8 @@ impl<'p> ByRow<'p> {
                         for slot in index.range(group) {
                             let (row, t) = (index.row(slot), index.time(slot));
                             if let Applied::UpTo(position) = applied[row] {
-                                let (events, visibility) = (inside(events, &output.window, t), reader(self.rule, position));
+                                let (events, visibility) =
+                                    (inside(events, &output.window, t), reader(self.rule, position));
                                 column[row] =
                                     window_value(events, output.aggregate, aggregate, &output.window, t, visibility);
                             }
