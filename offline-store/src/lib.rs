@@ -13,6 +13,7 @@ pub mod point_in_time;
 
 pub mod dataset;
 
+pub mod labels;
 pub mod serving_log;
 
 pub mod flight;

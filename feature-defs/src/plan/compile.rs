@@ -720,6 +720,12 @@ impl Compiler<'_> {
             Some(decision) => self.expression(decision, &environment, Some(&Type::Bool)),
             None => None,
         };
+        let decision_reads = decision.as_ref().map_or_else(Vec::new, |decision| reads_of(decision, &names));
+        let label = model.label.as_ref().map(|label| LabelPlan {
+            name: label.name.value.clone(),
+            label_type: label.label_type.value.clone(),
+            within: label.within.map(micros),
+        });
         let (fallback, fallback_model) = match &model.fallback {
             None => (None, None),
             Some(catalog::Fallback::Model(name)) => (None, Some(name.value.clone())),
@@ -768,6 +774,8 @@ impl Compiler<'_> {
             outputs,
             post,
             decision,
+            decision_reads,
+            label,
             fallback,
             fallback_model,
             executors: model.placement.executors,
