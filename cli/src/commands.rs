@@ -19,6 +19,7 @@ pub mod predict;
 pub mod certify;
 pub mod dataset;
 pub mod explain;
+pub mod labels;
 pub mod model;
 pub mod rollout;
 

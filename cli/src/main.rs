@@ -99,6 +99,9 @@ enum Command {
     /// Which version of a model has the traffic
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// What became of predictions, and how good they were
+    #[command(subcommand)]
+    Labels(labels::LabelsCommand),
     /// Check that everything the project needs is there
     Doctor,
 }
@@ -148,6 +151,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
             Command::Rollout(command) => rollout::run(place, &command, output).await,
+            Command::Labels(command) => labels::run(place, &command, output).await,
             Command::Doctor => doctor::run(place, output).await,
         }
     })

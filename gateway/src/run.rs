@@ -352,7 +352,7 @@ async fn keep_up(
 /// Brings the serving log to the object store.
 async fn upload(gateway: &Gateway) {
     match &gateway.uploads {
-        Some(uploads) => uploads.run(&gateway.clock).await,
+        Some(uploads) => uploads.run(&gateway.clock, &|| gateway.served().plan().ok().cloned()).await,
         None => std::future::pending().await,
     }
 }
