@@ -16,6 +16,7 @@ pub mod materialize;
 pub mod features;
 pub mod predict;
 
+pub mod audit;
 pub mod certify;
 pub mod dataset;
 pub mod explain;

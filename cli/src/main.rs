@@ -93,6 +93,9 @@ enum Command {
     Dataset(dataset::DatasetCommand),
     /// Why one value of a training set is what it is: which rows of the sources made it
     Explain(explain::ExplainArguments),
+    /// Whether what was served is what the same code says offline
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
     /// Model versions
     #[command(subcommand)]
     Model(model::ModelCommand),
@@ -148,6 +151,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Features(command) => features::run(place, &command, output).await,
             Command::Predict(arguments) => predict::run(place, &arguments, output).await,
             Command::Dataset(command) => dataset::run(place, &command, output).await,
+            Command::Audit(command) => audit::run(place, &command, output).await,
             Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
             Command::Rollout(command) => rollout::run(place, &command, output).await,

@@ -389,7 +389,7 @@ fn memory_or_run(error: DataFusionError, limit_mib: u64) -> EngineError {
 
 /// The columns that a spine carries for the engine alone.
 fn is_hidden(name: &str) -> bool {
-    name.starts_with("__position_time:") || name.starts_with("__position_sequence:")
+    ["__position_time:", "__position_sequence:", "__not_answered:"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn output_fields(join: &PitJoin, spine: &Schema, statuses: bool) -> Result<Vec<Field>, EngineError> {

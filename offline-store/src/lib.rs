@@ -22,4 +22,6 @@ mod engine;
 
 pub mod explain;
 
+pub mod audit;
+
 pub use engine::{Engine, EngineError, EngineOptions, TrainingSet, TrainingSetRequest};
