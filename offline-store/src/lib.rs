@@ -13,10 +13,12 @@ pub mod point_in_time;
 
 pub mod dataset;
 
+pub mod profile;
+
 pub mod flight;
 
 mod engine;
 
 pub mod explain;
 
-pub use engine::{Engine, EngineError, EngineOptions, TrainingSet, TrainingSetRequest};
+pub use engine::{Engine, EngineError, EngineOptions, ProfiledSet, TrainingSet, TrainingSetRequest};
