@@ -10,6 +10,7 @@ mod model;
 mod project;
 mod redact;
 mod rows;
+mod sensitive;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -175,6 +176,8 @@ pub struct RequestColumn {
     pub is_key: bool,
     /// `request:field` for request fields.
     pub address: Option<String>,
+    /// What is written down of a request holds a keyed hash in its place. No part of a digest.
+    pub sensitive: bool,
 }
 
 /// One view as read by a service.
@@ -218,6 +221,8 @@ pub struct ServiceOutput {
     pub name: String,
     pub feature_type: Type,
     pub slot: Slot,
+    /// As of a [`RequestColumn`].
+    pub sensitive: bool,
 }
 
 #[derive(Debug)]

@@ -32,7 +32,11 @@ pub mod memory;
 pub mod metrics;
 pub mod model_files;
 pub mod models;
+pub mod observe;
 pub mod predict;
 pub mod presence;
 pub mod request;
+pub mod serving_log;
 pub mod versions;
+
+mod nice;

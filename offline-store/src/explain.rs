@@ -609,7 +609,7 @@ impl Needed {
                     (transform.address.clone(), transform.feature_type.clone())
                 }
             };
-            ServiceOutput { name, feature_type, slot: *slot }
+            ServiceOutput { name, feature_type, slot: *slot, sensitive: false }
         };
         ServicePlan {
             name: service.name.clone(),

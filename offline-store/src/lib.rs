@@ -14,6 +14,7 @@ pub mod point_in_time;
 pub mod dataset;
 
 pub mod profile;
+pub mod serving_log;
 
 pub mod flight;
 
