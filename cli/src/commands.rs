@@ -22,4 +22,6 @@ pub mod explain;
 pub mod model;
 pub mod rollout;
 
+pub mod drift;
+
 pub mod doctor;

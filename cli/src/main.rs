@@ -17,6 +17,7 @@ mod project;
 mod server;
 
 mod columns;
+mod histogram;
 mod rows;
 mod tables;
 mod times;
@@ -99,6 +100,9 @@ enum Command {
     /// Which version of a model has the traffic
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// Whether what is served looks like what was trained on
+    #[command(subcommand)]
+    Drift(drift::DriftCommand),
     /// Check that everything the project needs is there
     Doctor,
 }
@@ -148,6 +152,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
             Command::Rollout(command) => rollout::run(place, &command, output).await,
+            Command::Drift(command) => drift::run(place, &command, output).await,
             Command::Doctor => doctor::run(place, output).await,
         }
     })

@@ -14,6 +14,7 @@ pub mod hidden;
 
 mod build;
 mod count;
+mod judge;
 
 use drift::counts::{Counts, Outcome};
 use drift::profile::Profile;
@@ -22,8 +23,9 @@ use feature_defs::value::Type;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
-pub use build::{Collector, Recount};
+pub use build::{Collector, ProfiledColumn, Recount};
 pub use count::{Counted, count};
+pub use judge::{Bin, Histogram, Pair, histograms, judged};
 
 /// Version of stored profiles.
 pub const FORMAT: u32 = 1;

@@ -49,25 +49,40 @@ struct Batch<'a> {
     at: &'a [Micros],
 }
 
+/// A column that is to be profiled.
+#[derive(Debug, Clone)]
+pub struct ProfiledColumn {
+    pub name: String,
+    pub value_type: Type,
+    /// The blocks that its values may share; one by one they are tried.
+    pub blocks: Vec<String>,
+}
+
 impl Columns {
-    fn of(schema: &Schema, service: &ServicePlan) -> Option<Columns> {
+    fn named(schema: &Schema, columns: &[ProfiledColumn]) -> Option<Columns> {
         let place = |name: &str| schema.column_with_name(name).map(|(index, _)| index);
-        let blocks = Blocks::of(service);
-        let names: Vec<&str> = blocks.names().collect();
-        let features = service.outputs.iter().enumerate().map(|(index, output)| {
-            let of_output = blocks.of_output(index).iter().map(|block| {
-                let name = *names.get(*block)?;
-                Some((name.to_owned(), place(&format!("{BLOCK}{name}"))?))
-            });
+        let features = columns.iter().map(|column| {
+            let blocks = column.blocks.iter().map(|name| Some((name.clone(), place(&format!("{BLOCK}{name}"))?)));
             Some(Feature {
-                name: output.name.clone(),
-                value_type: output.feature_type.clone(),
-                column: place(&output.name)?,
-                flags: place(&format!("{FLAGS}{}", output.name)),
-                blocks: of_output.collect::<Option<Vec<_>>>().filter(|blocks| !blocks.is_empty())?,
+                name: column.name.clone(),
+                value_type: column.value_type.clone(),
+                column: place(&column.name)?,
+                flags: place(&format!("{FLAGS}{}", column.name)),
+                blocks: blocks.collect::<Option<Vec<_>>>().filter(|blocks| !blocks.is_empty())?,
             })
         });
         Some(Columns { at: place(EVENT_TIMESTAMP)?, features: features.collect::<Option<_>>()? })
+    }
+
+    fn of(schema: &Schema, service: &ServicePlan) -> Option<Columns> {
+        let blocks = Blocks::of(service);
+        let names: Vec<&str> = blocks.names().collect();
+        let columns = service.outputs.iter().enumerate().map(|(index, output)| ProfiledColumn {
+            name: output.name.clone(),
+            value_type: output.feature_type.clone(),
+            blocks: blocks.of_output(index).iter().filter_map(|block| Some((*names.get(*block)?).to_owned())).collect(),
+        });
+        Columns::named(schema, &columns.collect::<Vec<_>>())
     }
 
     fn batch<'a>(&self, batch: &'a RecordBatch) -> Option<Batch<'a>> {
@@ -116,13 +131,27 @@ impl Collector {
     /// None where the table has no blocks: it was not made to be profiled.
     pub fn new(schema: &Schema, service: &ServicePlan) -> Result<Option<Collector>, DriftError> {
         let Some(columns) = Columns::of(schema, service) else { return Ok(None) };
+        Collector::over(columns, service.name.to_string(), service.semantic_digest.to_string()).map(Some)
+    }
+
+    /// The same for columns that are no features.
+    pub fn of_columns(
+        schema: &Schema,
+        columns: &[ProfiledColumn],
+        service: String,
+        service_digest: String,
+    ) -> Result<Option<Collector>, DriftError> {
+        let Some(columns) = Columns::named(schema, columns) else { return Ok(None) };
+        Collector::over(columns, service, service_digest).map(Some)
+    }
+
+    fn over(columns: Columns, service: String, service_digest: String) -> Result<Collector, DriftError> {
         let most = SAMPLES_BYTES_MAX / SAMPLED_BYTES / columns.features.len().max(1);
         let options = Options::default();
         let options = Options { sample: options.sample.min(most).max(SAMPLE_MIN), ..options };
         let builders = columns.features.iter().map(|feature| Builder::new(kind_of(&feature.value_type), options, 0));
         let builders = builders.collect::<Result<_, _>>()?;
-        let (service, service_digest) = (service.name.to_string(), service.semantic_digest.to_string());
-        Ok(Some(Collector { service, service_digest, columns, builders, rows: 0, from: None, to: None }))
+        Ok(Collector { service, service_digest, columns, builders, rows: 0, from: None, to: None })
     }
 
     pub fn add(&mut self, batch: &RecordBatch) -> Result<(), DriftError> {
