@@ -24,4 +24,6 @@ pub mod labels;
 pub mod model;
 pub mod rollout;
 
+pub mod drift;
+
 pub mod doctor;

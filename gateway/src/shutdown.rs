@@ -85,6 +85,9 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
             if let Some(uploads) = &gateway.uploads {
                 uploads.last(UPLOADED, &|| gateway.served().plan().ok().cloned()).await;
             }
+            if let Some(drift) = &gateway.drift {
+                drift.last(UPLOADED, (gateway.clock)()).await;
+            }
         }
         Err(_) => unclosed.push("the serving log was not written to disk in time".to_owned()),
     }
