@@ -20,7 +20,10 @@ pub mod audit;
 pub mod certify;
 pub mod dataset;
 pub mod explain;
+pub mod labels;
 pub mod model;
 pub mod rollout;
+
+pub mod drift;
 
 pub mod doctor;

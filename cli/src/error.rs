@@ -58,6 +58,10 @@ pub enum CliError {
     #[error(transparent)]
     Dataset(Box<offline_store::dataset::DatasetError>),
     #[error(transparent)]
+    Labels(#[from] Box<offline_store::labels::LabelError>),
+    #[error(transparent)]
+    ServingLog(#[from] gateway::serving_log::LogSetupError),
+    #[error(transparent)]
     Column(#[from] ColumnError),
     #[error(transparent)]
     Serve(#[from] ServeError),

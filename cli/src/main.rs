@@ -17,6 +17,7 @@ mod project;
 mod server;
 
 mod columns;
+mod histogram;
 mod rows;
 mod tables;
 mod times;
@@ -102,6 +103,12 @@ enum Command {
     /// Which version of a model has the traffic
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// What became of predictions, and how good they were
+    #[command(subcommand)]
+    Labels(labels::LabelsCommand),
+    /// Whether what is served looks like what was trained on
+    #[command(subcommand)]
+    Drift(drift::DriftCommand),
     /// Check that everything the project needs is there
     Doctor,
 }
@@ -152,6 +159,8 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
             Command::Rollout(command) => rollout::run(place, &command, output).await,
+            Command::Labels(command) => labels::run(place, &command, output).await,
+            Command::Drift(command) => drift::run(place, &command, output).await,
             Command::Doctor => doctor::run(place, output).await,
         }
     })

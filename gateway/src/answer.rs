@@ -22,6 +22,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::drift::Drift;
 use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
@@ -73,6 +74,8 @@ pub struct Gateway {
     pub observing: Observing,
     /// Of the serving log, where there is one.
     pub uploads: Option<Uploads>,
+    /// What counts for drift.
+    pub drift: Option<Arc<Drift>>,
     /// Deploys of this gateway go one after the other.
     pub deploying: tokio::sync::Mutex<()>,
     services: Services,
@@ -101,13 +104,14 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     pub observing: Observing,
     pub uploads: Option<Uploads>,
+    pub drift: Option<Arc<Drift>>,
     pub drain: CancellationToken,
 }
 
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
-        let Parts { request_time, metrics, observing, uploads, drain, .. } = parts;
+        let Parts { request_time, metrics, observing, uploads, drift, drain, .. } = parts;
         Gateway {
             project,
             store,
@@ -125,6 +129,7 @@ impl Gateway {
             memory: MemoryWatch::default(),
             observing,
             uploads,
+            drift,
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
@@ -364,6 +369,7 @@ impl Gateway {
         }
         reasons.extend(self.memory.alarms());
         reasons.extend(self.uploads.as_ref().and_then(Uploads::problem));
+        reasons.extend(self.drift.as_ref().and_then(|drift| drift.problem()));
         reasons.extend(self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         if served.definitions.is_none() && served.problems.is_empty() {
             reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());

@@ -21,6 +21,7 @@ pub mod cache;
 pub mod certify;
 pub mod data;
 pub mod deploy;
+pub mod drift;
 pub mod events;
 pub mod features;
 pub mod fetch;

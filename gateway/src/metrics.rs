@@ -18,6 +18,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::drift::DriftMetrics;
 use crate::features::{Features, inputs_of};
 use crate::follow::Served;
 use crate::memory::MemoryWatch;
@@ -404,6 +405,10 @@ impl Metrics {
 
     pub fn add_serving_log(&mut self, log: &LogMetrics) {
         log.register(&mut self.registry);
+    }
+
+    pub fn add_drift(&mut self, drift: &DriftMetrics) {
+        drift.register(&mut self.registry);
     }
 
     pub fn call(&self, method: &str, of: &str, code: &str, took: Duration) {

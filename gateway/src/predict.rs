@@ -310,6 +310,17 @@ impl Ask<'_> {
     }
 }
 
+/// Asks one model, by itself, for rows that nobody waits for: behind all that is asked by requests.
+pub(crate) async fn behind_requests(
+    model: &ServedModel,
+    rows: &Rows,
+    features: &Features,
+    deadline: Instant,
+) -> Result<Predicted, Failure> {
+    let tier = model.plan.tiers.len().saturating_sub(1);
+    ask(model, rows, features, None, deadline, tier).await?.finish()
+}
+
 /// Asks one model for all rows, or for those wanted.
 async fn ask<'m>(
     model: &'m ServedModel,

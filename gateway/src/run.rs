@@ -12,6 +12,8 @@ use chrono::DateTime;
 use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, ServeSettings, Settings};
 use inference::model::Runtime;
 use ingest::IngestOptions;
+use object_store::ObjectStore;
+use object_store::path::Path;
 use online_store::OnlineStore;
 use online_store::embedded::EmbeddedStore;
 use online_store::redis::RedisStore;
@@ -25,6 +27,7 @@ use tonic::transport::server::TcpIncoming;
 use crate::answer::{Clock, Gateway, Parts};
 use crate::cache::CachedStore;
 use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runtime, listen, local_folder, place};
+use crate::drift::{Counting, Drift, DriftMetrics, DriftParts};
 use crate::edge::Limit;
 use crate::events::Events;
 use crate::follow::{Follower, Retry};
@@ -64,6 +67,8 @@ pub struct Opened {
     pub flight: Option<Mount>,
     /// None: nothing of what is served is written down.
     pub serving_log: Option<LogParts>,
+    /// Where what is counted for drift is kept: an object store, and the project's root on it.
+    pub counts: Option<(Arc<dyn ObjectStore>, Path)>,
 }
 
 /// Sockets that listen already.
@@ -161,10 +166,11 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let serving_log = settings.serving_log.clone().map(|settings| LogParts {
         settings,
         project: project.as_str().to_owned(),
-        root: prefix,
+        root: prefix.clone(),
         store: objects.clone(),
         folder: local.join("serving-log"),
     });
+    let counts = Some((objects.clone(), prefix));
     let offline = data::open_engine(options, project.as_str(), objects.clone(), root.clone())?;
     let sources = Arc::new(offline.engine.sources().clone());
     let log = local.join("log");
@@ -188,7 +194,7 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     };
     let models = ModelPlaces { cache: Some(local.join("models")), certifier: options.certifier.clone() };
     let (events, flight) = (Some(events), Some(offline.mount()));
-    Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log })
+    Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log, counts })
 }
 
 /// Whether a clock tells the time, give or take an hour: simulations bring their own.
@@ -210,7 +216,7 @@ pub async fn start(
     serve: &ServeSettings,
     clock: Clock,
 ) -> Result<Running, ServeError> {
-    let Opened { project, registry, store, events, runtime, models, flight, serving_log } = opened;
+    let Opened { project, registry, store, events, runtime, models, flight, serving_log, counts } = opened;
     let mut metrics = Metrics::new();
     if let Some(freshness) = events.as_ref().and_then(|events| events.freshness()) {
         metrics.add_freshness(&freshness);
@@ -219,6 +225,10 @@ pub async fn start(
     if serving_log.is_some() {
         metrics.add_serving_log(&log_metrics);
     }
+    let drift_metrics = DriftMetrics::default();
+    if counts.is_some() {
+        metrics.add_drift(&drift_metrics);
+    }
     let metrics = Arc::new(metrics);
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
     let mut uploads = None;
@@ -226,6 +236,12 @@ pub async fn start(
         let log = ServingLog::open(parts, listeners.grpc.address.to_string(), log_metrics).await?;
         observers.push(log.observer);
         uploads = Some(log.uploads);
+    }
+    let drift = counts.map(|(store, root)| {
+        Drift::new(DriftParts { store, root, gateway: listeners.grpc.address.to_string() }, drift_metrics)
+    });
+    if let Some(drift) = &drift {
+        observers.push(Box::new(Counting::new(drift.clone())));
     }
     let observing = Observing::start(observers, clock.clone());
     let observing = observing.map_err(|source| ServeError::ServingLog(LogSetupError::Thread(source)))?;
@@ -251,6 +267,7 @@ pub async fn start(
         metrics,
         observing,
         uploads,
+        drift,
         drain: draining.clone(),
     }));
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -346,13 +363,14 @@ async fn keep_up(
         () = models::check_again(&gateway, checks_every) => {}
         () = crate::forget::finish(&gateway) => {}
         () = upload(&gateway) => {}
+        () = crate::drift::run(&gateway) => {}
     }
 }
 
 /// Brings the serving log to the object store.
 async fn upload(gateway: &Gateway) {
     match &gateway.uploads {
-        Some(uploads) => uploads.run(&gateway.clock).await,
+        Some(uploads) => uploads.run(&gateway.clock, &|| gateway.served().plan().ok().cloned()).await,
         None => std::future::pending().await,
     }
 }

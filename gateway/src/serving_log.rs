@@ -39,7 +39,7 @@ use rows::Why;
 use spool::Spool;
 
 pub use metrics::LogMetrics;
-pub use upload::Uploads;
+pub use upload::{Uploads, hash_key};
 
 /// Rows of all services that wait in memory hold at most so much; what is chosen beyond is dropped.
 const BUFFER_BYTES_MAX: usize = 64 << 20;
@@ -207,10 +207,7 @@ impl ServingLog {
         let incarnation = Uuid::new_v4().simple().to_string();
         let spool = Spool::open(&folder, &incarnation, settings.spool_bytes);
         let spool = Arc::new(spool.map_err(|source| LogSetupError::Folder { folder: folder.clone(), source })?);
-        let key = match &settings.key {
-            Some(key) => key.as_bytes().to_vec(),
-            None => upload::key(&store, &root).await?,
-        };
+        let key = hash_key(Some(&settings), &store, &root).await?;
         let accounts = Arc::new(Accounts::default());
         let changed = Arc::new(Notify::new());
         let bytes = Arc::new(AtomicU64::new(0));

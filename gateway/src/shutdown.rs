@@ -83,7 +83,10 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
     match tokio::time::timeout(CLOSE, ended).await {
         Ok(_) => {
             if let Some(uploads) = &gateway.uploads {
-                uploads.last(UPLOADED).await;
+                uploads.last(UPLOADED, &|| gateway.served().plan().ok().cloned()).await;
+            }
+            if let Some(drift) = &gateway.drift {
+                drift.last(UPLOADED, (gateway.clock)()).await;
             }
         }
         Err(_) => unclosed.push("the serving log was not written to disk in time".to_owned()),

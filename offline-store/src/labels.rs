@@ -12,9 +12,10 @@ pub mod report;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
-use arrow::compute::{CastOptions, cast, cast_with_options};
+use arrow::compute::{CastOptions, cast, cast_with_options, concat_batches};
 use arrow::datatypes::{DataType, Field, Float64Type, Schema, TimeUnit, TimestampMicrosecondType, UInt32Type};
 use bytes::Bytes;
+use feature_defs::forgotten::Forgotten;
 use feature_defs::plan::{LabelPlan, ModelPlan, align_batch};
 use feature_defs::time::Micros;
 use feature_defs::value::{Type, Value, encode};
@@ -223,11 +224,7 @@ pub async fn add(
     if labels.rows() == 0 {
         return Ok(());
     }
-    let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?)).build();
-    let mut bytes = Vec::new();
-    let mut writer = ArrowWriter::try_new(&mut bytes, labels.batch.schema(), Some(properties))?;
-    writer.write(&labels.batch)?;
-    writer.close()?;
+    let bytes = encoded(&labels.batch)?;
     let name = format!("{:016x}-{}.parquet", added as u64 ^ (1 << 63), Uuid::new_v4().simple());
     let path = folder(project, &model.name).join(serving_log::day(added).to_string()).join(name);
     let put = store.put(&path, bytes.into()).await;
@@ -269,6 +266,48 @@ pub async fn read(
         }
     }
     Ok(found)
+}
+
+/// Removes labels that name forgotten entities; `is_dry` only counts them. Returns rows and files.
+pub async fn forget(
+    store: &Arc<dyn ObjectStore>,
+    project: &Path,
+    model: &ModelPlan,
+    forgotten: &Forgotten,
+    is_dry: bool,
+) -> Result<(u64, u64), LabelError> {
+    let folder = folder(project, &model.name);
+    let failed = |path: &Path, verb, source| LabelError::Store { path: path.to_string(), verb, source };
+    let listed: Result<Vec<_>, _> = store.list(Some(&folder)).try_collect().await;
+    let (mut rows, mut files) = (0, 0);
+    for object in listed.map_err(|source| failed(&folder, "listed", source))? {
+        let path = &object.location;
+        let read = async { store.get(path).await?.bytes().await };
+        let batches = decode(path, read.await.map_err(|source| failed(path, "read", source))?)?;
+        let Some(first) = batches.first() else { continue };
+        let whole = concat_batches(&first.schema(), &batches)?;
+        let Some((left, gone)) = serving_log::redact::without(&model.service, &whole, forgotten)? else { continue };
+        rows += gone;
+        files += 1;
+        if is_dry {
+            continue;
+        }
+        let done = match left.num_rows() {
+            0 => store.delete(path).await,
+            _ => store.put(path, encoded(&left)?.into()).await.map(drop),
+        };
+        done.map_err(|source| failed(path, "rewritten", source))?;
+    }
+    Ok((rows, files))
+}
+
+fn encoded(batch: &RecordBatch) -> Result<Vec<u8>, LabelError> {
+    let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?)).build();
+    let mut bytes = Vec::new();
+    let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), Some(properties))?;
+    writer.write(batch)?;
+    writer.close()?;
+    Ok(bytes)
 }
 
 fn decode(path: &Path, bytes: Bytes) -> Result<Vec<RecordBatch>, LabelError> {

@@ -14,6 +14,7 @@ pub mod point_in_time;
 pub mod dataset;
 
 pub mod labels;
+pub mod profile;
 pub mod serving_log;
 
 pub mod flight;
@@ -24,4 +25,4 @@ pub mod explain;
 
 pub mod audit;
 
-pub use engine::{Engine, EngineError, EngineOptions, TrainingSet, TrainingSetRequest};
+pub use engine::{Engine, EngineError, EngineOptions, ProfiledSet, TrainingSet, TrainingSetRequest};

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 mod hash;
 mod losses;
+pub mod redact;
 mod schema;
 
 pub use hash::{Sampler, TENSOR_DIGEST_BYTES, hashed, tensor_digest};

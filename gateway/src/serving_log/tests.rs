@@ -133,7 +133,7 @@ async fn a_logged_row_says_what_was_served_and_where_it_came_from() {
     let ServingLog { mut observer, uploads } = world.open(everything()).await;
     observer.observe(&observed(&service(), &["a", "n", "x"], NOON));
     observer.end(NOON + 1);
-    uploads.last(Duration::from_secs(5)).await;
+    uploads.last(Duration::from_secs(5), &|| None).await;
     let logged = world.logged().await;
     let [LogRows { header, batch }] = &logged[..] else { panic!("{} files", logged.len()) };
     assert_eq!((header.rows, header.first_at, header.last_time), (3, NOON, NOON));
@@ -177,7 +177,7 @@ async fn every_gateway_hashes_alike() {
         let ServingLog { mut observer, uploads } = world.open(everything()).await;
         observer.observe(&observed(&service(), &["a"], NOON));
         observer.end(NOON);
-        uploads.last(Duration::from_secs(5)).await;
+        uploads.last(Duration::from_secs(5), &|| None).await;
     }
     for rows in world.logged().await {
         let secrets = rows.batch.column_by_name("feature:last_sale:secret").unwrap().clone();
@@ -201,7 +201,7 @@ async fn samples_are_chosen_by_key_and_fallbacks_up_to_their_rate() {
     let late: Vec<&str> = late.iter().map(String::as_str).collect();
     observer.observe(&observed(&service, &late, NOON + 2));
     observer.end(NOON + 3);
-    uploads.last(Duration::from_secs(5)).await;
+    uploads.last(Duration::from_secs(5), &|| None).await;
     let mut by_key: HashMap<String, usize> = HashMap::new();
     let mut fallbacks = 0;
     for rows in world.logged().await {
@@ -242,13 +242,13 @@ async fn an_object_store_that_is_away_costs_disk_and_a_full_disk_is_counted() {
         // The encoder has its own thread; a flush that finds it busy keeps the rows.
         std::thread::sleep(Duration::from_millis(20));
         if minute == 3 {
-            uploads.last(Duration::from_secs(5)).await;
+            uploads.last(Duration::from_secs(5), &|| None).await;
             assert_eq!(world.rows().await, 0);
         }
     }
     observer.end(NOON + DAY / 4);
     world.objects.is_away.store(false, Ordering::SeqCst);
-    uploads.last(Duration::from_secs(5)).await;
+    uploads.last(Duration::from_secs(5), &|| None).await;
     let losses = world.losses().await;
     let [losses] = &losses[..] else { panic!("{} accounts", losses.len()) };
     let total = losses.total();
@@ -277,7 +277,7 @@ async fn what_a_killed_server_left_on_disk_is_uploaded_by_the_next() {
         }
     };
     tokio::select! {
-        () = uploads.run(&clock) => {}
+        () = uploads.run(&clock, &|| None) => {}
         found = tokio::time::timeout(Duration::from_secs(20), found) => found.unwrap(),
     }
     drop(observer);
@@ -292,7 +292,7 @@ async fn a_day_that_is_over_gets_files_and_an_account_of_its_own() {
     observer.observe(&observed(&service, &["a"], NOON));
     observer.observe(&observed(&service, &["a"], NOON + DAY));
     observer.end(NOON + DAY);
-    uploads.last(Duration::from_secs(5)).await;
+    uploads.last(Duration::from_secs(5), &|| None).await;
     let days = serving_log::days(&world.store, &world.root, "selling").await.unwrap();
     assert_eq!(days, [serving_log::day(NOON), serving_log::day(NOON + DAY)]);
     assert_eq!(world.losses().await[0].total().offered, 1);

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Days;
+use feature_defs::catalog::ServingLogSettings;
 use feature_defs::forgotten::{from_hex, to_hex};
+use feature_defs::plan::Plan;
 use feature_defs::time::Micros;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
@@ -31,6 +33,9 @@ const REMOVE_EVERY: Duration = Duration::from_secs(3_600);
 /// An object store that is away for longer is a problem to be told.
 const TOLD_AFTER: Duration = Duration::from_secs(60);
 
+/// Gives the definitions in force.
+pub type Definitions<'a> = dyn Fn() -> Option<Arc<Plan>> + Send + Sync + 'a;
+
 /// Uploads what is on disk.
 pub struct Uploads {
     pub(super) store: Arc<dyn ObjectStore>,
@@ -53,13 +58,13 @@ pub(super) struct Failing {
 }
 
 impl Uploads {
-    /// Uploads until cancelled by being dropped.
-    pub async fn run(&self, clock: &Clock) {
+    /// Uploads until cancelled by being dropped. `plan` are the definitions in force: they say what was forgotten.
+    pub async fn run(&self, clock: &Clock, plan: &Definitions<'_>) {
         let mut leftovers = self.leftovers();
         let mut wait = RETRY_FIRST;
         let mut removed: Option<Instant> = None;
         loop {
-            match self.all(&mut leftovers).await {
+            match self.all(&mut leftovers, plan).await {
                 Ok(()) => {
                     *self.failing.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     wait = RETRY_FIRST;
@@ -79,8 +84,8 @@ impl Uploads {
     }
 
     /// Uploads what there is once, for the end. What stays on disk goes with the next start on this machine.
-    pub async fn last(&self, within: Duration) {
-        let all = async { self.all(&mut Vec::new()).await };
+    pub async fn last(&self, within: Duration, plan: &Definitions<'_>) {
+        let all = async { self.all(&mut Vec::new(), plan).await };
         let why = match tokio::time::timeout(within, all).await {
             Ok(Ok(())) => return self.spool.close(),
             Ok(Err(why)) => why,
@@ -120,10 +125,10 @@ impl Uploads {
         })
     }
 
-    async fn all(&self, leftovers: &mut Vec<Leftover>) -> Result<(), String> {
+    async fn all(&self, leftovers: &mut Vec<Leftover>, plan: &Definitions<'_>) -> Result<(), String> {
         while let Some(leftover) = leftovers.last() {
             for file in leftover.waiting().map_err(|error| error.to_string())? {
-                self.one(&file).await?;
+                self.one(&file, plan().as_deref()).await?;
             }
             if let Some(leftover) = leftovers.pop()
                 && let Err(error) = leftover.close()
@@ -132,12 +137,12 @@ impl Uploads {
             }
         }
         for file in self.spool.waiting().map_err(|error| error.to_string())? {
-            self.one(&file).await?;
+            self.one(&file, plan().as_deref()).await?;
         }
         Ok(())
     }
 
-    async fn one(&self, file: &Spooled) -> Result<(), String> {
+    async fn one(&self, file: &Spooled, plan: Option<&Plan>) -> Result<(), String> {
         let bytes = match tokio::fs::read(&file.path).await {
             Ok(bytes) => bytes,
             // Replaced or removed since it was listed.
@@ -145,12 +150,21 @@ impl Uploads {
             Err(error) => return Err(format!("{}: {error}", file.path.display())),
         };
         let path = file.place.iter().fold(serving_log::folder(&self.root), |path, part| path.join(part.as_str()));
+        let bytes = match plan.and_then(|plan| without_forgotten(plan, &path, &bytes)) {
+            Some(left) if left.is_empty() => return self.remove(file),
+            Some(left) => left,
+            None => bytes,
+        };
         let put = tokio::time::timeout(UPLOAD_WITHIN, self.store.put(&path, bytes.into())).await;
         match put {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err(chain(&error)),
             Err(_) => return Err(format!("{path} was not taken within {} s", UPLOAD_WITHIN.as_secs())),
         }
+        self.remove(file)
+    }
+
+    fn remove(&self, file: &Spooled) -> Result<(), String> {
         match self.spool.remove(file) {
             Ok(()) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -172,8 +186,28 @@ impl Uploads {
     }
 }
 
-/// The project's key for sensitive columns: a random one that whoever comes first makes.
-pub(super) async fn key(store: &Arc<dyn ObjectStore>, root: &Path) -> Result<Vec<u8>, LogSetupError> {
+/// The file without rows about entities that were forgotten since they were answered; None where it stays as it is.
+fn without_forgotten(plan: &Plan, path: &Path, bytes: &[u8]) -> Option<Vec<u8>> {
+    let forgotten = plan.forgotten.get()?;
+    if !path.as_ref().ends_with(".parquet") {
+        return None;
+    }
+    let rows = serving_log::decode(path.as_ref(), bytes.to_vec().into()).ok()?;
+    let service = plan.service(&rows.header.service)?;
+    let left = serving_log::redact::file_without(service, &rows, &forgotten).ok()??;
+    Some(left.0)
+}
+
+/// What values of sensitive columns are hashed with: what the settings say, or else a random key that whoever comes first
+/// leaves below the project's root on the object store.
+pub async fn hash_key(
+    settings: Option<&ServingLogSettings>,
+    store: &Arc<dyn ObjectStore>,
+    root: &Path,
+) -> Result<Vec<u8>, LogSetupError> {
+    if let Some(key) = settings.and_then(|settings| settings.key.as_ref()) {
+        return Ok(key.as_bytes().to_vec());
+    }
     let path = root.clone().join(KEY);
     let failed = |source| LogSetupError::Key { path: path.to_string(), source };
     let made: Vec<u8> = [Uuid::new_v4(), Uuid::new_v4()].iter().flat_map(|id| id.into_bytes()).collect();
