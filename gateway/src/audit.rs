@@ -7,7 +7,7 @@
 //! An audit must not be felt by requests: it runs on a thread of its own at the lowest priority, whose helpers inherit it,
 //! and in chunks that keep little in memory at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,8 +35,10 @@ use crate::status::chain;
 mod rescore;
 
 const FOLDER: &str = "audits";
-/// Between looks at which windows are over.
-const LOOK: Duration = Duration::from_secs(5);
+/// Between looks at which windows are over: a small part of one, within these.
+const LOOKS: u32 = 60;
+const LOOK_MIN: Duration = Duration::from_secs(1);
+const LOOK_MAX: Duration = Duration::from_secs(60);
 /// A window is left alone for so many times the time that rows of it may be on their way to the log, and this long at
 /// least: uploads take a moment, and so do other gateways' clocks.
 const FLUSHES: u32 = 2;
@@ -113,6 +115,16 @@ pub struct Audits {
     metrics: AuditMetrics,
     /// The last verdict that was no good, by service.
     problems: Mutex<BTreeMap<String, String>>,
+    /// Windows that need no more looking at, of the last few.
+    settled: Mutex<BTreeSet<(String, Micros)>>,
+}
+
+/// Whose a window is.
+enum Claimed {
+    Here,
+    Elsewhere,
+    /// There is a report, or there will be none.
+    Done,
 }
 
 /// Who audits a window.
@@ -124,7 +136,7 @@ struct Claim {
 
 impl Audits {
     pub fn new(parts: AuditParts, gateway: String, metrics: AuditMetrics) -> Audits {
-        Audits { parts, gateway, metrics, problems: Mutex::default() }
+        Audits { parts, gateway, metrics, problems: Mutex::default(), settled: Mutex::default() }
     }
 
     /// What somebody should know.
@@ -152,19 +164,41 @@ impl Audits {
             }
             for back in (1..=WINDOWS_BACK).rev() {
                 let start = last.saturating_sub(back.saturating_mul(every));
+                let window = (service.clone(), start);
                 if gateway.drain.is_cancelled() {
                     return Ok(());
                 }
-                if self.claim(&service, start, now).await? {
-                    self.window(gateway, &plan, &service, start, start.saturating_add(every)).await?;
+                if self.settled().contains(&window) {
+                    continue;
                 }
+                let end = start.saturating_add(every);
+                let files = serving_log::files(store, &self.parts.engine.project_path(), &service, start, end).await;
+                if files.map_err(|error| chain(&error))?.is_empty() {
+                    // Rows of a gateway that was cut off from the store may come late; nobody waits longer than this.
+                    if back == WINDOWS_BACK {
+                        self.settled().insert(window);
+                    }
+                    continue;
+                }
+                match self.claim(&service, start, now).await? {
+                    Claimed::Here => self.window(gateway, &plan, &service, start, end).await?,
+                    Claimed::Done => {}
+                    Claimed::Elsewhere => continue,
+                }
+                self.settled().insert(window);
             }
         }
+        let oldest = last.saturating_sub(WINDOWS_BACK.saturating_mul(every));
+        self.settled().retain(|(_, start)| *start >= oldest);
         Ok(())
     }
 
+    fn settled(&self) -> std::sync::MutexGuard<'_, BTreeSet<(String, Micros)>> {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether a window is for this gateway to audit.
-    async fn claim(&self, service: &str, start: Micros, now: Micros) -> Result<bool, String> {
+    async fn claim(&self, service: &str, start: Micros, now: Micros) -> Result<Claimed, String> {
         let store = self.parts.engine.store();
         let folder = self.folder(service);
         let is_there = async |path: &Path| match store.head(path).await {
@@ -173,17 +207,7 @@ impl Audits {
             Err(error) => Err(chain(&error)),
         };
         if is_there(&folder.clone().join(report_name(start))).await?.is_some() {
-            return Ok(false);
-        }
-        let range = serving_log::files(
-            store,
-            &self.parts.engine.project_path(),
-            service,
-            start,
-            start.saturating_add(micros(self.parts.settings.every)),
-        );
-        if range.await.map_err(|error| chain(&error))?.is_empty() {
-            return Ok(false);
+            return Ok(Claimed::Done);
         }
         for attempt in 1..=CLAIMS_MAX {
             let path = folder.clone().join(format!("{}.claim-{attempt}", stamp(start)));
@@ -193,18 +217,21 @@ impl Audits {
                 if age.to_std().is_ok_and(|age| age > CLAIM_LASTS) {
                     continue;
                 }
-                return Ok(false);
+                return Ok(Claimed::Elsewhere);
             }
             let claim = Claim { gateway: self.gateway.clone(), at: stamp(now) };
             let claim = serde_json::to_vec(&claim).map_err(|error| error.to_string())?;
             let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
             return match store.put_opts(&path, PutPayload::from(claim), create).await {
-                Ok(_) => Ok(true),
-                Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
+                Ok(_) => Ok(Claimed::Here),
+                Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                    Ok(Claimed::Elsewhere)
+                }
                 Err(error) => Err(chain(&error)),
             };
         }
-        Ok(false)
+        // It was tried often enough.
+        Ok(Claimed::Done)
     }
 
     async fn window(
@@ -285,7 +312,8 @@ impl Audits {
 /// Audits windows as they end, for as long as the server runs.
 pub async fn run(gateway: &Gateway) {
     let Some(audits) = &gateway.audits else { return std::future::pending().await };
-    let mut interval = tokio::time::interval(LOOK.min(audits.parts.settings.every));
+    let every = (audits.parts.settings.every / LOOKS).clamp(LOOK_MIN, LOOK_MAX);
+    let mut interval = tokio::time::interval(every);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;

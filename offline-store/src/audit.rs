@@ -347,7 +347,13 @@ impl<'e> Auditor<'e> {
     /// Looks for reasons and causes, and says what was found.
     pub async fn finish(mut self) -> Result<Report, AuditError> {
         let service = self.service.clone();
-        let late = self.lateness().await?;
+        let late = match self.lateness().await {
+            Ok(found) => found,
+            Err(error) => {
+                self.notes.push(format!("why values are late could not be looked for: {error}"));
+                Vec::new()
+            }
+        };
         let (mut of_features, cause) = match self.causes().await {
             Ok(found) => found,
             // The verdict stands without them.

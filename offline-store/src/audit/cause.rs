@@ -149,6 +149,9 @@ pub fn causes(service: &ServicePlan, events: &Events, rows: &[Wrong]) -> Result<
     Ok(Causes { features, all, is_cut: events.inputs.iter().any(|input| input.is_cut) })
 }
 
+/// By feature, where it can be compared: of each variant whether its value and its status are others than were served.
+type Differences = Vec<Option<(Vec<bool>, Vec<bool>)>>;
+
 struct Found {
     matched: Match,
     /// The wrong features that it reproduces.
@@ -304,13 +307,7 @@ impl Trial<'_> {
     }
 
     /// For each feature that can be compared, whether each variant gives another value or another status than was served.
-    #[expect(clippy::type_complexity, reason = "it is taken apart where it is made")]
-    fn differences(
-        &self,
-        row: &Wrong,
-        base: &[Part],
-        variants: &[Variant],
-    ) -> Result<Vec<Option<(Vec<bool>, Vec<bool>)>>, AuditError> {
+    fn differences(&self, row: &Wrong, base: &[Part], variants: &[Variant]) -> Result<Differences, AuditError> {
         let service = self.service;
         let mut answers = Vec::with_capacity(base.len());
         for (input, base) in base.iter().enumerate() {
