@@ -27,6 +27,7 @@ use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served};
+use crate::labels::Reports;
 use crate::memory::MemoryWatch;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, ObservedPrediction, Observing};
@@ -129,6 +130,7 @@ impl Gateway {
             memory: MemoryWatch::default(),
             observing,
             uploads,
+            reports: Reports::default(),
             drift,
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
