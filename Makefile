@@ -4,7 +4,7 @@
 ONLINE ?= embedded
 export ONLINE
 
-.PHONY: setup demo test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference
+.PHONY: setup demo test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-audit
 
 setup: ## what `demo` needs: compilers, a Python environment, libtorch
 	@scripts/setup.sh
@@ -23,6 +23,9 @@ fmt: ## format the Rust code
 
 bench-pit bench-windows bench-flight bench-online bench-inference: bench-%: ## ours and what users would pick instead, in turn on the same files
 	@scripts/bench.sh $*
+
+bench-audit: ## faults planted into a serving log: which the audit flags, and what it says they are
+	@scripts/bench.sh audit
 
 clean: ## remove what was built (the Python environment stays)
 	@scripts/clean.sh

@@ -17,6 +17,7 @@ pub mod convert;
 pub mod status;
 
 pub mod answer;
+pub mod audit;
 pub mod cache;
 pub mod certify;
 pub mod data;
