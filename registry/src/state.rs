@@ -18,6 +18,7 @@ use crate::dataset::{DatasetRecord, NewDataset};
 use crate::deployment::{
     Activate, Deployment, DeploymentChange, DeploymentError, GiveUp, Move, Named, Prepare, Standing,
 };
+use crate::flags::{FlagChange, FlagError, Flags};
 use crate::forgotten::{Forget, ForgetDone, ForgottenEntities, ForgottenKey, KEYS_MAX};
 use crate::id::{
     DatasetId, DatasetName, Digest, EntityName, EntryId, EntryNumber, ModelName, ModelVersion, ProjectName,
@@ -25,12 +26,13 @@ use crate::id::{
 };
 use crate::log::{Entry, FORMAT};
 use crate::model::{ModelRecord, NewModel};
+use crate::rollout::{self, Evidence, RolloutChange};
 
 /// The version of the fold. It changes whenever a kind is added or an entry comes to mean something else, so that a
 /// snapshot made by a build that skipped an entry is never taken for the fold of a build that understands it.
 ///
-/// 2: entities that were forgotten. 3: versions are prepared, and traffic moves by entries of its own.
-pub const FOLD: u32 = 3;
+/// 2: entities that were forgotten. 3: versions are prepared, and traffic moves by entries of its own. 4: rollouts and flags.
+pub const FOLD: u32 = 4;
 
 /// The kinds of entries that this build understands. All of them must be understood: a reader that skipped one would
 /// judge later changes on a state that nobody else has.
@@ -47,6 +49,17 @@ mod kind {
     pub const MODEL_ROLLBACK: &str = "model_rollback";
     pub const MODEL_RETIRE: &str = "model_retire";
     pub const MODEL_APPROVE: &str = "model_approve";
+    pub const ROLLOUT_BEGIN: &str = "rollout_begin";
+    pub const ROLLOUT_STEP: &str = "rollout_step";
+    pub const ROLLOUT_HOLD: &str = "rollout_hold";
+    pub const ROLLOUT_RESUME: &str = "rollout_resume";
+    pub const ROLLOUT_ACKNOWLEDGE: &str = "rollout_acknowledge";
+    pub const ROLLOUT_END: &str = "rollout_end";
+    pub const MODEL_OFF: &str = "model_off";
+    pub const MODEL_ON: &str = "model_on";
+    pub const FLAG_SET: &str = "flag_set";
+    pub const FLAG_REMOVE: &str = "flag_remove";
+    pub const HOLDOUT_SET: &str = "holdout_set";
     pub const FORGET: &str = "forget";
     pub const FORGET_DONE: &str = "forget_done";
 }
@@ -112,6 +125,8 @@ pub struct Project {
     pub deployments: BTreeMap<ModelName, Deployment>,
     #[serde(default)]
     pub forgotten: ForgottenEntities,
+    #[serde(default)]
+    pub flags: Flags,
 }
 
 impl Project {
@@ -124,6 +139,7 @@ impl Project {
             models: BTreeMap::new(),
             deployments: BTreeMap::new(),
             forgotten: ForgottenEntities::default(),
+            flags: Flags::default(),
         }
     }
 
@@ -206,6 +222,7 @@ pub enum Change {
     CreateDataset(NewDataset),
     RegisterModel(Box<NewModel>),
     Deployment(DeploymentChange),
+    Flags(FlagChange),
     Forget(Forget),
     ForgetDone(ForgetDone),
 }
@@ -263,6 +280,8 @@ pub enum Refusal {
     NotForgotten { entity: EntityName },
     #[error(transparent)]
     Deployment(#[from] DeploymentError),
+    #[error(transparent)]
+    Flag(#[from] FlagError),
     #[error("the record of model `{model}` lacks its {field}; a version is registered with its whole record")]
     Incomplete { model: ModelName, field: &'static str },
 }
@@ -271,6 +290,15 @@ pub enum Refusal {
 struct RegisterBody {
     version: ModelVersion,
     model: NewModel,
+}
+
+/// What a promotion by criteria says beside who was promoted.
+#[derive(Deserialize)]
+struct Promoted {
+    #[serde(default)]
+    rollout: Option<EntryNumber>,
+    #[serde(default)]
+    evidence: Option<Evidence>,
 }
 
 impl State {
@@ -288,6 +316,7 @@ impl State {
             Change::CreateDataset(dataset) => judge_dataset(project, self.known(project)?, dataset),
             Change::RegisterModel(model) => judge_register(project, self.known(project)?, model),
             Change::Deployment(change) => judge_deployment(project, self.known(project)?, change),
+            Change::Flags(change) => judge_flags(&self.known(project)?.flags, change),
             Change::Forget(forget) => judge_forget(&self.known(project)?.forgotten, forget),
             Change::ForgetDone(done) => judge_forget_done(&self.known(project)?.forgotten, done),
         }
@@ -319,7 +348,16 @@ impl State {
             | kind::MODEL_PROMOTE
             | kind::MODEL_ROLLBACK
             | kind::MODEL_RETIRE
-            | kind::MODEL_APPROVE => Some(self.fold_deployment(entry)?),
+            | kind::MODEL_APPROVE
+            | kind::ROLLOUT_BEGIN
+            | kind::ROLLOUT_STEP
+            | kind::ROLLOUT_HOLD
+            | kind::ROLLOUT_RESUME
+            | kind::ROLLOUT_ACKNOWLEDGE
+            | kind::ROLLOUT_END
+            | kind::MODEL_OFF
+            | kind::MODEL_ON => Some(self.fold_deployment(entry)?),
+            kind::FLAG_SET | kind::FLAG_REMOVE | kind::HOLDOUT_SET => Some(self.fold_flags(entry)?),
             kind::FORGET => Some(self.fold_forget(entry, body(entry)?)),
             kind::FORGET_DONE => Some(self.fold_forget_done(entry, body(entry)?)),
             _ => None,
@@ -411,13 +449,38 @@ impl State {
             kind::MODEL_PREPARE => deployment.fold_prepare(body::<Prepare>(entry)?, fact),
             kind::MODEL_ACTIVATE => deployment.fold_activate(body::<Activate>(entry)?, fact),
             kind::MODEL_GIVE_UP => deployment.fold_give_up(body::<GiveUp>(entry)?, fact),
-            kind::MODEL_PROMOTE => deployment.fold_promote(version, fact),
+            kind::MODEL_PROMOTE => {
+                let Promoted { rollout, evidence } = body(entry)?;
+                let tried = deployment.rollout.as_ref().map(|tried| (tried.begun.entry, tried.version));
+                if rollout.is_some_and(|rollout| tried != Some((rollout, version))) {
+                    return Ok(None);
+                }
+                let reasons = evidence.map(|evidence| evidence.reasons).unwrap_or_default();
+                deployment.fold_promote(version, reasons, fact)
+            }
+            kind::ROLLOUT_BEGIN => rollout::fold_begin(deployment, body(entry)?, fact),
+            kind::ROLLOUT_STEP => rollout::fold_step(deployment, body(entry)?, fact),
+            kind::ROLLOUT_HOLD => rollout::fold_hold(deployment, body(entry)?, fact),
+            kind::ROLLOUT_RESUME => rollout::fold_resume(deployment, body(entry)?, fact),
+            kind::ROLLOUT_ACKNOWLEDGE => rollout::fold_acknowledge(deployment, body(entry)?, fact),
+            kind::ROLLOUT_END => rollout::fold_end(deployment, body(entry)?, fact),
+            kind::MODEL_OFF => rollout::fold_off(deployment, version, fact),
+            kind::MODEL_ON => rollout::fold_on(deployment, version),
             kind::MODEL_ROLLBACK => deployment.fold_rollback(version, fact),
             kind::MODEL_RETIRE => deployment.fold_retire(version),
             _ => {
                 record.approvals.entry(fact.who.clone()).or_insert(fact);
                 Some(())
             }
+        })
+    }
+
+    fn fold_flags(&mut self, entry: &Entry) -> Result<Option<()>, FoldError> {
+        let Some(project) = self.projects.get_mut(&entry.project) else { return Ok(None) };
+        Ok(match entry.kind.as_str() {
+            kind::FLAG_SET => project.flags.fold_set(body(entry)?, fact(entry)),
+            kind::FLAG_REMOVE => project.flags.fold_remove(&body(entry)?),
+            _ => project.flags.fold_holdout(body(entry)?, fact(entry)),
         })
     }
 
@@ -543,6 +606,9 @@ fn judge_deployment(project: &ProjectName, known: &Project, change: &DeploymentC
             return Err(Refusal::OtherService { model: model.clone(), expected, found });
         }
     }
+    if let DeploymentChange::Rollout(RolloutChange::Begin(begin)) = change {
+        rollout::buckets_taken(&known.deployments, begin).map_err(DeploymentError::from)?;
+    }
     let nothing = Deployment::default();
     match known.deployments.get(model).unwrap_or(&nothing).judge(change)? {
         Move::AlreadySo(entry) => return Ok(Judgement::AlreadySo { entry, version: Some(version) }),
@@ -557,6 +623,31 @@ fn judge_deployment(project: &ProjectName, known: &Project, change: &DeploymentC
         DeploymentChange::Rollback { .. } => append(kind::MODEL_ROLLBACK, &named(), Some(version)),
         DeploymentChange::Retire { .. } => append(kind::MODEL_RETIRE, &named(), Some(version)),
         DeploymentChange::Approve { .. } => append(kind::MODEL_APPROVE, &named(), Some(version)),
+        DeploymentChange::Rollout(change) => {
+            let version = Some(version);
+            match change {
+                RolloutChange::Begin(body) => append(kind::ROLLOUT_BEGIN, body, version),
+                RolloutChange::Step(body) => append(kind::ROLLOUT_STEP, body, version),
+                RolloutChange::Hold(body) => append(kind::ROLLOUT_HOLD, body, version),
+                RolloutChange::Resume(body) => append(kind::ROLLOUT_RESUME, body, version),
+                RolloutChange::Acknowledge(body) => append(kind::ROLLOUT_ACKNOWLEDGE, body, version),
+                RolloutChange::Promote(body) => append(kind::MODEL_PROMOTE, body, version),
+                RolloutChange::End(body) => append(kind::ROLLOUT_END, body, version),
+                RolloutChange::Off(body) => append(kind::MODEL_OFF, body, version),
+                RolloutChange::On(body) => append(kind::MODEL_ON, body, version),
+            }
+        }
+    })
+}
+
+fn judge_flags(known: &Flags, change: &FlagChange) -> Result<Judgement, Refusal> {
+    if let Some(entry) = known.judge(change)? {
+        return Ok(Judgement::AlreadySo { entry, version: None });
+    }
+    Ok(match change {
+        FlagChange::Set(body) => append(kind::FLAG_SET, body, None),
+        FlagChange::Remove(body) => append(kind::FLAG_REMOVE, body, None),
+        FlagChange::Holdout(body) => append(kind::HOLDOUT_SET, body, None),
     })
 }
 

@@ -168,7 +168,7 @@ async fn a_start_reads_the_snapshot_and_needs_it_not() {
     for nth in 0..300 {
         registry.submit(&flights(), &Change::Apply(catalog(&format!("d{nth}"))), "ada", None).await.unwrap();
     }
-    let snapshot = Path::from("p/control/snapshots/00000000000000000256-f3.json");
+    let snapshot = Path::from("p/control/snapshots/00000000000000000256-f4.json");
     assert!(store.head(&snapshot).await.is_ok());
     assert_eq!(snapshot::load(registry.log()).await.unwrap().head, EntryNumber(256));
     assert_eq!(*open(&store).await.state(), *registry.state());

@@ -6,10 +6,10 @@ pub fn holm(ln_evidence: &[f64], alpha: f64) -> Vec<bool> {
     let mut refuted = vec![false; ln_evidence.len()];
     for (rank, index) in strongest_first(ln_evidence).into_iter().enumerate() {
         let left = (ln_evidence.len() - rank) as f64;
-        if !(ln_evidence[index] >= libm::log(left / alpha)) {
+        refuted[index] = ln_evidence[index] >= libm::log(left / alpha);
+        if !refuted[index] {
             break;
         }
-        refuted[index] = true;
     }
     refuted
 }

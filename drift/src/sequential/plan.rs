@@ -164,7 +164,7 @@ pub fn units_to_compare(variance: f64, effect: f64, share: f64, alpha: f64) -> O
 
 /// n with n·growth − deviate·√(n·variance) = what is wanted.
 fn until(growth: f64, variance: f64, alpha: f64) -> Option<u64> {
-    if !(growth > 0.0) {
+    if growth.is_nan() || growth <= 0.0 {
         return None;
     }
     let wanted = MIXTURE_NATS - libm::log(alpha);

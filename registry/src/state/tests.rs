@@ -112,7 +112,7 @@ fn deploy(state: &mut State, version: u32) -> Result<Option<u32>, String> {
     make(state, activate(version, head))
 }
 
-fn entry_of(state: &State, kind: &str, must_understand: bool, body: serde_json::Value) -> Entry {
+pub(crate) fn entry_of(state: &State, kind: &str, must_understand: bool, body: serde_json::Value) -> Entry {
     let number = state.head.next();
     Entry {
         format: FORMAT,
@@ -129,7 +129,7 @@ fn entry_of(state: &State, kind: &str, must_understand: bool, body: serde_json::
 }
 
 /// Judges a change and folds it; the version, or the text of the refusal.
-fn make(state: &mut State, change: Change) -> Result<Option<u32>, String> {
+pub(crate) fn make(state: &mut State, change: Change) -> Result<Option<u32>, String> {
     match state.judge(&flights(), &change).map_err(|refusal| refusal.to_string())? {
         Judgement::AlreadySo { version, .. } => Ok(version.map(|version| version.0)),
         Judgement::Append { kind, must_understand, body, version } => {
@@ -140,7 +140,7 @@ fn make(state: &mut State, change: Change) -> Result<Option<u32>, String> {
     }
 }
 
-fn applied() -> State {
+pub(crate) fn applied() -> State {
     let mut state = State::default();
     make(&mut state, Change::Apply(catalog("d1"))).unwrap();
     state
