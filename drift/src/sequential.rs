@@ -45,6 +45,7 @@ pub mod plan;
 
 pub mod exposure;
 pub mod seen;
+pub mod snapshot;
 pub mod tally;
 
 pub mod correction;

@@ -123,6 +123,8 @@ pub struct Ended {
 #[serde(rename_all = "snake_case")]
 pub enum Ending {
     Promoted,
+    /// A criterion was breached in shadow.
+    Stopped,
     /// A criterion was breached, or a hard rule broken.
     RolledBack,
     /// Somebody has ended it.
@@ -414,7 +416,7 @@ pub(crate) fn judge(deployment: &Deployment, change: &RolloutChange) -> Result<M
             // Going back needs no fresh numbers: it may only be said too often, never too late.
             running(*rollout)?;
             fits(model, evidence)?;
-            if !matches!(ending, Ending::RolledBack | Ending::Abandoned | Ending::Expired) {
+            if !matches!(ending, Ending::Stopped | Ending::RolledBack | Ending::Abandoned | Ending::Expired) {
                 let problem = format!("{ending:?} is not how a rollout is ended by itself");
                 return Err(RolloutError::Unfit { model: model.clone(), what: "the end", problem }.into());
             }

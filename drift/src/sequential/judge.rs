@@ -35,8 +35,10 @@ pub enum Decision {
     Advance { to: usize },
     /// The last step is passed.
     Promote,
-    /// Traffic goes back to the champion; of a version in shadow there is none, and it is stopped.
+    /// Traffic goes back to the champion.
     RollBack,
+    /// As `RollBack`, of a version in shadow, which has no traffic.
+    Stop,
     /// The time is over and the criteria are not shown to be met; the champion stays.
     End,
 }
@@ -94,12 +96,9 @@ pub fn shadow(policy: &Policy, evidence: &ShadowEvidence, now_us: i64) -> Judgem
     let nothing = ByArm::default();
     drafts.extend(guardrails(policy, |metric| *evidence.guardrails.get(metric).unwrap_or(&nothing)));
     drafts.extend(paired(policy, evidence));
-    let mut criteria = vec![
-        at_least("min_rows", evidence.rows, rules.min_rows, "rows scored by both versions"),
-        skew(rules, evidence, policy.alpha),
-        drift(rules, evidence),
-    ];
+    let mut criteria = vec![scored(rules, evidence), skew(rules, evidence, policy.alpha), drift(rules, evidence)];
     criteria.extend(settled(drafts, policy.alpha));
+    criteria.push(score_difference(evidence, policy.alpha));
 
     let breached = texts(&criteria, &[Verdict::Breached]);
     // The last guardrails wait for traffic of their own; in shadow they must only not be breached.
@@ -110,9 +109,9 @@ pub fn shadow(policy: &Policy, evidence: &ShadowEvidence, now_us: i64) -> Judgem
     };
     let waiting: Vec<String> = criteria.iter().filter(waits).map(|criterion| criterion.text.clone()).collect();
     let (decision, reasons) = if let Some(broken) = first_broken(&evidence.broken) {
-        (Decision::RollBack, vec![broken])
+        (Decision::Stop, vec![broken])
     } else if !breached.is_empty() {
-        (Decision::RollBack, breached)
+        (Decision::Stop, breached)
     } else if let Some(over) = over("shadow", evidence.begun_us, rules.ends_after_us, now_us) {
         (Decision::End, [vec![over], waiting].concat())
     } else if !waiting.is_empty() {
@@ -144,7 +143,10 @@ pub fn canary(policy: &Policy, evidence: &CanaryEvidence, now_us: i64) -> Judgem
     let primary = success.get(..1).unwrap_or_default();
     let split = split(policy, evidence);
     let units = evidence.challenger_units(policy);
-    let enough = at_least("min_units", units, rules.min_units, "units of the challenger counted");
+    let mut enough = at_least("min_units", units, rules.min_units, "units of the challenger counted");
+    if evidence.without_unit > 0 {
+        enough.text += &format!("; {} rows named no unit and are left out", evidence.without_unit);
+    }
     let last = evidence.step + 1 >= rules.steps.len();
 
     let breached = [texts(rails, &[Verdict::Breached]), texts(primary, &[Verdict::Breached])].concat();
@@ -199,6 +201,30 @@ fn first_broken(broken: &[super::hard::Broken]) -> Option<String> {
 fn at_least(name: &str, found: u64, wanted: u64, what: &str) -> Criterion {
     let verdict = if found >= wanted { Verdict::Met } else { Verdict::Open };
     Criterion::new(name, verdict, found, format!("{found} of {wanted} {what}"))
+}
+
+fn scored(rules: &ShadowPolicy, evidence: &ShadowEvidence) -> Criterion {
+    let mut criterion = at_least("min_rows", evidence.rows, rules.min_rows, "rows scored by both versions");
+    let offered = evidence.rows.saturating_add(evidence.shed);
+    if evidence.shed > 0 {
+        let share = percent(evidence.shed as f64 / offered as f64);
+        criterion.text += &format!("; {} more were shed ({share} of what was offered)", evidence.shed);
+    }
+    criterion
+}
+
+/// Told only: a better model may well score otherwise.
+fn score_difference(evidence: &ShadowEvidence, alpha: f64) -> Criterion {
+    let sums = evidence.score_difference.sums();
+    let back = |x: f64| 2.0 * x - 1.0;
+    let estimate = sums.mean().map(back);
+    let interval = (back(mean::lower(&sums, alpha, Shape::Mean)), back(mean::upper(&sums, alpha, Shape::Mean)));
+    let text = match estimate {
+        Some(estimate) => format!("score on the same rows: {}", less(estimate, interval, sums.units)),
+        None => "no score is compared yet".to_owned(),
+    };
+    let criterion = Criterion::new("score_difference", Verdict::Met, sums.units as u64, text);
+    Criterion { estimate, interval: Some(interval), ..criterion }
 }
 
 /// Any row beyond the allowed ones stops: there is no noise in bits.

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-const WORDS: usize = 1 << 14;
+pub(super) const WORDS: usize = 1 << 14;
 const BITS: u64 = WORDS as u64 * 64;
 const HASHES: u64 = 4;
 

@@ -53,6 +53,17 @@ impl Tally {
         Tally { units, sum: parts, squares: parts }
     }
 
+    pub(super) fn parts(&self) -> [u64; 3] {
+        [self.units, self.sum, self.squares]
+    }
+
+    /// None of what no outcomes in [0, 1] add up to.
+    pub(super) fn of_parts([units, sum, squares]: [u64; 3]) -> Option<Tally> {
+        // Squares are rounded up, unit by unit.
+        let possible = sum <= units.saturating_mul(PARTS as u64) && squares <= sum.saturating_add(units);
+        possible.then_some(Tally { units, sum, squares })
+    }
+
     pub fn sums(&self) -> Sums {
         Sums { units: self.units as f64, sum: self.sum as f64 / PARTS, squares: self.squares as f64 / PARTS }
     }

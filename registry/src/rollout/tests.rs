@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 use crate::assignment::Range;
 use crate::deployment::DeploymentChange;
-use crate::state::tests::{activate, applied, delay, entry_of, flights, make, model, prepare};
+use crate::state::tests::{activate, applied, begin_rollout, delay, entry_of, flights, make, model, prepare};
 use crate::state::{Change, Judgement, State};
 
 const POLICY: &str = r#"{"canary":{}}"#;
@@ -13,23 +13,12 @@ fn evidence(judged_on: u64) -> Evidence {
     Evidence { judged_on: EntryNumber(judged_on), reasons: vec!["all criteria are met".to_owned()], numbers }
 }
 
-fn traffic() -> Traffic {
-    Traffic { layer: "delay".into(), seed: "1".into(), ranges: vec![Range::ALL] }
-}
-
 fn begin_with(change: impl FnOnce(&mut Begin)) -> Change {
-    let mut begin = Begin {
-        model: delay(),
-        version: ModelVersion(2),
-        champion: ModelVersion(1),
-        policy: POLICY.to_owned(),
-        policy_sha256: Sha256::of(POLICY.as_bytes()),
-        traffic: traffic(),
-        stage: Stage::Shadow,
-        evidence: evidence(0),
+    let Change::Deployment(DeploymentChange::Rollout(RolloutChange::Begin(mut begin))) = begin_rollout(2, 1) else {
+        unreachable!("it begins a rollout")
     };
     change(&mut begin);
-    rollout(RolloutChange::Begin(Box::new(begin)))
+    rollout(RolloutChange::Begin(begin))
 }
 
 fn rollout(change: RolloutChange) -> Change {
@@ -411,4 +400,16 @@ fn only_a_few_ended_rollouts_are_remembered() {
     }
     assert_eq!(deployment(&state).ended.len(), ENDED_MAX);
     assert_eq!(deployment(&state).ended.last().unwrap().fact.entry, state.head);
+}
+
+#[test]
+fn the_champion_before_is_kept_for_a_time() {
+    use chrono::TimeDelta;
+    let mut state = three_active();
+    let champion = |state: &State| deployment(state).champion.clone().unwrap();
+    assert_eq!(champion(&state).previous_kept_until(TimeDelta::hours(24)), None);
+    make(&mut state, promote_by_hand(2, 1)).unwrap();
+    let champion = champion(&state);
+    assert_eq!(champion.previous_kept_until(TimeDelta::hours(24)), Some(champion.fact.at + TimeDelta::hours(24)));
+    assert_eq!(champion.previous_kept_until(TimeDelta::MAX), None);
 }

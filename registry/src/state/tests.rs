@@ -85,6 +85,27 @@ pub(crate) fn activate(version: u32, prepare: u64) -> Change {
     Change::Deployment(DeploymentChange::Activate(Activate { model: delay(), version: ModelVersion(version), prepare }))
 }
 
+pub(crate) fn begin_rollout(version: u32, champion: u32) -> Change {
+    use crate::assignment::{Range, Traffic};
+    use crate::rollout::{Begin, Evidence, RolloutChange, Stage};
+    let policy = r#"{"canary":{}}"#;
+    let begin = Begin {
+        model: delay(),
+        version: ModelVersion(version),
+        champion: ModelVersion(champion),
+        policy: policy.to_owned(),
+        policy_sha256: Sha256::of(policy.as_bytes()),
+        traffic: Traffic { layer: "delay".into(), seed: "1".into(), ranges: vec![Range::ALL] },
+        stage: Stage::Shadow,
+        evidence: Evidence {
+            judged_on: EntryNumber::NONE,
+            reasons: vec!["planned".into()],
+            numbers: json!({"days": 2}),
+        },
+    };
+    Change::Deployment(DeploymentChange::Rollout(RolloutChange::Begin(Box::new(begin))))
+}
+
 fn give_up(version: u32, prepare: u64) -> Change {
     let (prepare, reasons) = (EntryNumber(prepare), BTreeMap::from([(gateway("g2"), "it is broken".to_owned())]));
     let give_up = GiveUp { model: delay(), version: ModelVersion(version), prepare, reasons };

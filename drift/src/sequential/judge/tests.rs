@@ -104,7 +104,16 @@ fn verdict(judgement: &Judgement, name: &str) -> Verdict {
 
 #[test]
 fn shadow_advances_when_everything_is_met() {
-    check(&shadow(&policy(), &passed_shadow(), DAY), Decision::Advance { to: 0 }, "all shadow criteria are met");
+    let judgement = shadow(&policy(), &passed_shadow(), DAY);
+    check(&judgement, Decision::Advance { to: 0 }, "all shadow criteria are met");
+    // Higher scores are told and stop nothing.
+    let mut higher = Tally::default();
+    (0..1_000).for_each(|unit| higher.add((0.2 + 0.05 * f64::from(unit % 2) + 1.0) / 2.0));
+    let judgement = shadow(&policy(), &ShadowEvidence { score_difference: higher, ..passed_shadow() }, DAY);
+    check(&judgement, Decision::Advance { to: 0 }, "");
+    let told = judgement.criteria.iter().find(|criterion| criterion.name == "score_difference").unwrap();
+    let (low, high) = told.interval.unwrap();
+    assert!((told.estimate.unwrap() - 0.225).abs() < 1e-6 && low > 0.2 && high < 0.25, "{told:?}");
 }
 
 #[test]
@@ -114,6 +123,9 @@ fn shadow_waits_for_what_is_missing() {
     // None of 300 units flipped: that is less than 2 % by one look, not yet by any number of looks.
     let evidence = ShadowEvidence { flips: Tally::of_events(0, 150), ..passed_shadow() };
     check(&shadow(&policy(), &evidence, DAY), Decision::Hold, "`decision flips < 2.00 %` is open: 0.00 % of 150 units");
+    let evidence = ShadowEvidence { rows: 10, shed: 30, ..passed_shadow() };
+    let shed = "10 of 5000 rows scored by both versions; 30 more were shed (75.00 % of what was offered)";
+    check(&shadow(&policy(), &evidence, DAY), Decision::Hold, shed);
     let evidence = ShadowEvidence { audited_rows: 10, ..passed_shadow() };
     check(&shadow(&policy(), &evidence, DAY), Decision::Hold, "0 of 10 audited rows are skewed (at most 25.89 %");
 }
@@ -123,7 +135,7 @@ fn one_skewed_row_stops_and_names_its_feature_and_minute() {
     let first_bad = Some(FirstBad { feature: "airport_load:departures_1h".into(), minute_us: 1_372_662_060_000_000 });
     let evidence = ShadowEvidence { skew_rows: 1, first_bad, ..passed_shadow() };
     let judgement = shadow(&policy(), &evidence, DAY);
-    check(&judgement, Decision::RollBack, "feature airport_load:departures_1h first, from 2013-07-01T07:01:00Z");
+    check(&judgement, Decision::Stop, "feature airport_load:departures_1h first, from 2013-07-01T07:01:00Z");
     assert_eq!(verdict(&judgement, "skew"), Verdict::Breached);
 }
 
@@ -145,20 +157,16 @@ fn drift_holds_until_it_is_acknowledged_and_never_stops() {
 #[test]
 fn flips_slowness_and_errors_stop_a_version_in_shadow() {
     let evidence = ShadowEvidence { flips: Tally::of_events(200, 3_000), ..passed_shadow() };
-    check(&shadow(&policy(), &evidence, DAY), Decision::RollBack, "`decision flips < 2.00 %` is breached: 6.67 %");
+    check(&shadow(&policy(), &evidence, DAY), Decision::Stop, "`decision flips < 2.00 %` is breached: 6.67 %");
     let evidence = ShadowEvidence { slower: Tally::of_events(2_900, 3_000), ..passed_shadow() };
     check(
         &shadow(&policy(), &evidence, DAY),
-        Decision::RollBack,
+        Decision::Stop,
         "within 1.2 times the champion's forward pass` is breached",
     );
     let rails = vec![arms(150, 3_000, 5, 3_000), arms(3, 3_000, 3, 3_000)];
     let evidence = ShadowEvidence { guardrails: rails, ..passed_shadow() };
-    check(
-        &shadow(&policy(), &evidence, DAY),
-        Decision::RollBack,
-        "`error_rate < 0.5%` is breached: 5.00 % of 3000 units",
-    );
+    check(&shadow(&policy(), &evidence, DAY), Decision::Stop, "`error_rate < 0.5%` is breached: 5.00 % of 3000 units");
 }
 
 #[test]
@@ -171,7 +179,7 @@ fn a_worse_loss_on_the_same_rows_stops_before_users_meet_it() {
     let evidence = ShadowEvidence { paired: vec![worse], ..passed_shadow() };
     check(
         &shadow(&policy(), &evidence, DAY),
-        Decision::RollBack,
+        Decision::Stop,
         "`log_loss (same rows)` is breached: challenger less champion 0.4998",
     );
     // No labels yet: that is no reason to wait in shadow.
@@ -194,6 +202,8 @@ fn a_canary_goes_from_step_to_step_and_is_promoted() {
     let evidence = canary_at(0, 300, 0, (0.4, 0.4));
     check(&canary(&policy(), &evidence, 2 * HOUR), Decision::Advance { to: 1 }, "no guardrail is breached");
     check(&canary(&policy(), &canary_at(0, 99, 0, (0.4, 0.4)), 2 * HOUR), Decision::Hold, "99 of 100 units");
+    let few = CanaryEvidence { without_unit: 7, ..canary_at(0, 99, 0, (0.4, 0.4)) };
+    check(&canary(&policy(), &few, 2 * HOUR), Decision::Hold, "7 rows named no unit and are left out");
     check(&canary(&policy(), &evidence, HOUR / 2), Decision::Hold, "bakes until 1970-01-01T01:00:00Z");
 
     // The last step wants all met.
@@ -277,7 +287,7 @@ fn hard_rules_need_no_units() {
     let evidence = CanaryEvidence { broken: vec![broken.clone()], ..CanaryEvidence::default() };
     check(&canary(&policy(), &evidence, 1), Decision::RollBack, "20 of 20 rows");
     let evidence = ShadowEvidence { broken: vec![broken], ..ShadowEvidence::default() };
-    check(&shadow(&policy(), &evidence, 1), Decision::RollBack, "20 of 20 rows");
+    check(&shadow(&policy(), &evidence, 1), Decision::Stop, "20 of 20 rows");
 }
 
 #[test]
