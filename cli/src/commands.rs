@@ -16,10 +16,14 @@ pub mod materialize;
 pub mod features;
 pub mod predict;
 
+pub mod audit;
 pub mod certify;
 pub mod dataset;
 pub mod explain;
+pub mod labels;
 pub mod model;
 pub mod rollout;
+
+pub mod drift;
 
 pub mod doctor;

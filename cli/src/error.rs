@@ -54,7 +54,13 @@ pub enum CliError {
     #[error(transparent)]
     Explain(Box<offline_store::explain::ExplainError>),
     #[error(transparent)]
+    Audit(Box<offline_store::audit::AuditError>),
+    #[error(transparent)]
     Dataset(Box<offline_store::dataset::DatasetError>),
+    #[error(transparent)]
+    Labels(#[from] Box<offline_store::labels::LabelError>),
+    #[error(transparent)]
+    ServingLog(#[from] gateway::serving_log::LogSetupError),
     #[error(transparent)]
     Column(#[from] ColumnError),
     #[error(transparent)]

@@ -17,6 +17,7 @@ mod project;
 mod server;
 
 mod columns;
+mod histogram;
 mod rows;
 mod tables;
 mod times;
@@ -93,12 +94,21 @@ enum Command {
     Dataset(dataset::DatasetCommand),
     /// Why one value of a training set is what it is: which rows of the sources made it
     Explain(explain::ExplainArguments),
+    /// Whether what was served is what the same code says offline
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
     /// Model versions
     #[command(subcommand)]
     Model(model::ModelCommand),
     /// Which version of a model has the traffic
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// What became of predictions, and how good they were
+    #[command(subcommand)]
+    Labels(labels::LabelsCommand),
+    /// Whether what is served looks like what was trained on
+    #[command(subcommand)]
+    Drift(drift::DriftCommand),
     /// Check that everything the project needs is there
     Doctor,
 }
@@ -145,9 +155,12 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Features(command) => features::run(place, &command, output).await,
             Command::Predict(arguments) => predict::run(place, &arguments, output).await,
             Command::Dataset(command) => dataset::run(place, &command, output).await,
+            Command::Audit(command) => audit::run(place, &command, output).await,
             Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
             Command::Rollout(command) => rollout::run(place, &command, output).await,
+            Command::Labels(command) => labels::run(place, &command, output).await,
+            Command::Drift(command) => drift::run(place, &command, output).await,
             Command::Doctor => doctor::run(place, output).await,
         }
     })

@@ -162,6 +162,11 @@ impl Part {
         self.cells[bucket * self.bins + usize::from(bin)] += 1;
     }
 
+    /// Counts by bucket and bin: as many as there are bins for each bucket.
+    pub fn cells(&self) -> &[u64] {
+        &self.cells
+    }
+
     /// Counts by bin, over all buckets.
     pub fn totals(&self) -> Vec<u64> {
         let mut totals = vec![0; self.bins];

@@ -146,6 +146,7 @@ pub struct AggregateDef {
     /// Overrides the view's windows.
     pub windows: Option<Vec<Spanned<WindowLength>>>,
     pub default: Option<Spanned<Literal>>,
+    pub sensitive: bool,
     pub parameters: AggregateParameters,
 }
 
@@ -400,7 +401,41 @@ pub struct Settings {
     pub log: LogKind,
     pub offline: OfflineSettings,
     pub serve: ServeSettings,
+    /// None: nothing of what is served is written down.
+    pub serving_log: Option<ServingLogSettings>,
     pub guardrails: Vec<Guardrail>,
+}
+
+/// What of the served rows is written down, and for how long.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ServingLogSettings {
+    /// Share of the entity-key tuples of which everything is logged; which ones changes daily.
+    pub sample: f64,
+    /// Share of all other rows.
+    pub uniform: f64,
+    /// Rows with a fallback or an unavailable feature that are logged beside the samples, per second and service.
+    pub fallbacks_per_second: u32,
+    /// Rows wait at most so long in memory: what a kill can lose.
+    pub flush: Duration,
+    pub retention: Duration,
+    /// Of this machine's disk, while the object store is away.
+    pub spool_bytes: u64,
+    /// What values of sensitive columns are hashed with. None: a random one, kept on the object store.
+    pub key: Option<String>,
+}
+
+impl Default for ServingLogSettings {
+    fn default() -> ServingLogSettings {
+        ServingLogSettings {
+            sample: 0.01,
+            uniform: 0.001,
+            fallbacks_per_second: 10,
+            flush: Duration::from_secs(30),
+            retention: Duration::from_secs(30 * 24 * 3600),
+            spool_bytes: 1 << 30,
+            key: None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -357,8 +357,20 @@ impl Reader<'_> {
             node,
             "aggregate",
             keys![
-                "name", "function", "of", "where", "windows", "default", "q", "clamp", "n", "k", "edges", "values",
-                "by"
+                "name",
+                "function",
+                "of",
+                "where",
+                "windows",
+                "default",
+                "q",
+                "clamp",
+                "n",
+                "k",
+                "edges",
+                "values",
+                "by",
+                "sensitive"
             ],
         )?;
         let name = self.required(&object, "name", Self::string)?;
@@ -389,6 +401,7 @@ impl Reader<'_> {
             filter: self.optional(&object, "where", Self::string),
             windows: self.optional(&object, "windows", |reader, node| reader.list(node, Self::window)),
             default: self.optional(&object, "default", Self::literal),
+            sensitive: self.optional(&object, "sensitive", Self::bool).unwrap_or(false),
             parameters,
         })
     }

@@ -10,6 +10,7 @@ mod model;
 mod project;
 mod redact;
 mod rows;
+mod sensitive;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -175,6 +176,8 @@ pub struct RequestColumn {
     pub is_key: bool,
     /// `request:field` for request fields.
     pub address: Option<String>,
+    /// What is written down of a request holds a keyed hash in its place. No part of a digest.
+    pub sensitive: bool,
 }
 
 /// One view as read by a service.
@@ -218,6 +221,8 @@ pub struct ServiceOutput {
     pub name: String,
     pub feature_type: Type,
     pub slot: Slot,
+    /// As of a [`RequestColumn`].
+    pub sensitive: bool,
 }
 
 #[derive(Debug)]
@@ -230,6 +235,10 @@ pub struct ModelPlan {
     /// Named expressions over outputs, in order.
     pub post: Vec<PostFeature>,
     pub decision: Option<Expression>,
+    /// For each column of the decision, an output (or, past the outputs, a post feature).
+    pub decision_reads: Vec<usize>,
+    /// What becomes known of a prediction later. No part of a digest.
+    pub label: Option<LabelPlan>,
     /// A value per output, when declared as values.
     pub fallback: Option<Vec<f64>>,
     pub fallback_model: Option<String>,
@@ -243,6 +252,15 @@ pub struct ModelPlan {
     /// The most important first; at least one.
     pub tiers: Vec<String>,
     pub semantic_digest: Digest,
+}
+
+/// What becomes known of a prediction later.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LabelPlan {
+    pub name: String,
+    pub label_type: Type,
+    /// How long after the prediction at most.
+    pub within: Option<Micros>,
 }
 
 /// How features become one input tensor of shape [rows, width].

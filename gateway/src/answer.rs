@@ -22,15 +22,18 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::drift::Drift;
 use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served};
 use crate::memory::MemoryWatch;
 use crate::metrics::Metrics;
-use crate::predict::Ask;
+use crate::observe::{Observed, ObservedPrediction, Observing};
+use crate::predict::{Ask, Predicted};
 use crate::presence::Presence;
 use crate::request::{self, Rows};
+use crate::serving_log::Uploads;
 use crate::status::{Failure, Kind};
 use crate::versions::declared_deadline;
 
@@ -67,6 +70,12 @@ pub struct Gateway {
     /// One act of forgetting at a time, from its entry in the log to its end.
     pub forgetting: tokio::sync::Mutex<()>,
     pub memory: MemoryWatch,
+    /// Where answers go after they were given.
+    pub observing: Observing,
+    /// Of the serving log, where there is one.
+    pub uploads: Option<Uploads>,
+    /// What counts for drift.
+    pub drift: Option<Arc<Drift>>,
     /// Deploys of this gateway go one after the other.
     pub deploying: tokio::sync::Mutex<()>,
     services: Services,
@@ -93,12 +102,16 @@ pub struct Parts {
     pub clock: Clock,
     pub request_time: RequestTime,
     pub metrics: Arc<Metrics>,
+    pub observing: Observing,
+    pub uploads: Option<Uploads>,
+    pub drift: Option<Arc<Drift>>,
     pub drain: CancellationToken,
 }
 
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
-        let Parts { project, store, registry, follower, presence, events, clock, request_time, metrics, drain } = parts;
+        let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
+        let Parts { request_time, metrics, observing, uploads, drift, drain, .. } = parts;
         Gateway {
             project,
             store,
@@ -114,6 +127,9 @@ impl Gateway {
             store_problem: Mutex::new(None),
             forgetting: tokio::sync::Mutex::default(),
             memory: MemoryWatch::default(),
+            observing,
+            uploads,
+            drift,
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
@@ -199,7 +215,16 @@ impl Gateway {
         let rows = request::read_rows(&service, &request.rows, request.at.len())?;
         request::refuse_incomplete(&rows)?;
         let deadline = deadline(started, request.deadline_ms, None);
-        let features = self.features(ready, &rows, &request.at, deadline).await?;
+        let features = Arc::new(self.features(ready, &rows, &request.at, deadline).await?);
+        // A list that somebody made up is no service: nothing was trained on it.
+        if let Some(What::Service(_)) = &request.what
+            && self.observing.is_on()
+        {
+            let (service, features) = (service.clone(), features.clone());
+            let (request_id, time, total) = (String::new(), self.observing.now(), started.elapsed());
+            let prediction = None;
+            self.observing.hand_over(Observed { service, rows, features, request_id, time, total, prediction });
+        }
         Ok(FeaturesAnswer { service, features, include_provenance: request.include_provenance })
     }
 
@@ -241,19 +266,18 @@ impl Gateway {
         let tier = tier(plan, &request.tier)?;
         let rows = request::read_rows(service, &request.rows, request.at.len())?;
         let deadline = deadline(started, request.deadline_ms, declared_deadline(plan));
-        let (gateway, rows) = (self, &rows);
-        let ask = Ask { gateway, served, model, request: &request, rows, started, deadline, tier };
+        let ask = Ask { gateway: self, served, model, request: &request, rows: &rows, started, deadline, tier };
         let (features, predicted) = ask.answer().await?;
         self.metrics.predicted(&model.name, model.version, &predicted);
         let is_champion = served.models.get(&*model.name).is_some_and(|champion| champion.version == model.version);
         let arm = if is_champion { "champion" } else { "named" };
         let request_id = if request.request_id.is_empty() { Uuid::now_v7().to_string() } else { request.request_id };
-        Ok(v1::PredictResponse {
-            outputs: predicted.outputs,
+        let response = v1::PredictResponse {
+            outputs: predicted.columns(),
             outcomes: predicted.rows.iter().map(|row| row.to_proto(model.version, arm)).collect(),
             features: if request.include_features { features.columns(service) } else { Vec::new() },
             views: if request.include_provenance { features.provenance(service) } else { Vec::new() },
-            request_id,
+            request_id: request_id.clone(),
             semantic_digest: service.semantic_digest.to_string(),
             stale: features.fetched.stale,
             timings: Some(v1::Timings {
@@ -263,8 +287,24 @@ impl Gateway {
                 forward_us: micros(predicted.forward_time),
                 total_us: micros(started.elapsed()),
             }),
-            at: features.fetched.at,
-        })
+            at: features.fetched.at.clone(),
+        };
+        if self.observing.is_on() {
+            let Predicted { outputs, rows: outcomes, encoded, queue_time, forward_time } = predicted;
+            let (plan, version) = (plan.clone(), model.version);
+            let prediction =
+                ObservedPrediction { plan, version, arm, outputs, rows: outcomes, encoded, queue_time, forward_time };
+            self.observing.hand_over(Observed {
+                service: service.clone(),
+                rows,
+                features: Arc::new(features),
+                request_id,
+                time: self.observing.now(),
+                total: started.elapsed(),
+                prediction: Some(prediction),
+            });
+        }
+        Ok(response)
     }
 
     /// What is worked out of a service once.
@@ -328,6 +368,8 @@ impl Gateway {
                 .push(format!("the control log could not be read for {} s; the last state is served", age.as_secs()));
         }
         reasons.extend(self.memory.alarms());
+        reasons.extend(self.uploads.as_ref().and_then(Uploads::problem));
+        reasons.extend(self.drift.as_ref().and_then(|drift| drift.problem()));
         reasons.extend(self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         if served.definitions.is_none() && served.problems.is_empty() {
             reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());

@@ -59,6 +59,9 @@ pub enum ServeError {
     Events(#[source] Box<ingest::IngestError>),
     #[error("the offline engine cannot be set up, see `offline:` in coeval.yaml")]
     Engine(#[from] offline_store::EngineError),
+    /// Its text says the place and the next step.
+    #[error(transparent)]
+    ServingLog(#[from] crate::serving_log::LogSetupError),
     #[error("the {what} server failed")]
     Server { what: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("only a new process can help: {why}")]

@@ -197,7 +197,7 @@ fn status_number(status: Status) -> i32 {
     status as i32
 }
 
-fn reason_number(reason: Reason) -> i32 {
+pub fn reason_number(reason: Reason) -> i32 {
     let reason = match reason {
         Reason::Timeout => v1::UnavailableReason::Timeout,
         Reason::Backfilling => v1::UnavailableReason::Backfilling,
@@ -259,7 +259,8 @@ pub fn listed(plan: &Plan, names: &[String]) -> Result<ServicePlan, Failure> {
                 return Err(Failure::invalid(format!("feature `{output}` is asked for twice")));
             }
             let slot = Slot::Feature { input, feature };
-            service.outputs.push(ServiceOutput { name: output, feature_type: (*feature_type).clone(), slot });
+            let feature_type = (*feature_type).clone();
+            service.outputs.push(ServiceOutput { name: output, feature_type, slot, sensitive: false });
         }
     }
     let mut digest = Canonical::new("features");
@@ -294,6 +295,8 @@ fn key_column(
         nullable: true,
         is_key: true,
         address: None,
+        // A list is no service, and what is asked by lists is not logged.
+        sensitive: false,
     });
     Ok(service.columns.len() - 1)
 }

@@ -15,10 +15,11 @@ use feature_defs::forgotten::{Forgotten, KeyHash, from_hex};
 use feature_defs::plan::{Plan, ServicePlan, encode_entity_keys};
 use object_store::path::Path;
 use offline_store::dataset::{DatasetError, Manifest, redact};
+use offline_store::{labels, serving_log};
 use proto::v1;
 use registry::dataset::DatasetRecord;
 use registry::forgotten::{Forget, ForgetDone, KEYS_MAX};
-use registry::id::{self, EntityName, NameError, Salt};
+use registry::id::{self, EntityName, EntryNumber, NameError, Salt};
 use registry::state::{Change, Project, Refusal};
 use registry::{Outcome, RegistryError};
 use tokio::sync::mpsc;
@@ -33,6 +34,8 @@ use crate::status::{Failure, Kind, chain};
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// After it failed.
 const TRY_AGAIN: Duration = Duration::from_secs(30);
+/// Definitions of before that are looked at for what was served by them.
+const PLANS_MAX: usize = 64;
 /// Who the log names for work that a server finished by itself.
 const FINISHED_BY: &str = "server";
 
@@ -216,7 +219,69 @@ async fn everywhere(
         place.files = u64::from(place.rows_removed > 0);
         places.push(place);
     }
+    drop(progress.try_send("looking into the serving log and labels".to_owned()));
+    places.extend(in_what_was_served(gateway, &only, mode).await?);
     Ok(places)
+}
+
+/// The serving log, and the labels of its predictions. Rows that wait on the disk of some gateway are looked into when they
+/// are uploaded.
+async fn in_what_was_served(
+    gateway: &Gateway,
+    forgotten: &Forgotten,
+    mode: Mode,
+) -> Result<Vec<ForgottenPlace>, Failure> {
+    let (store, root) = (gateway.registry.log().store(), gateway.registry.root());
+    let (mut places, is_dry) = (Vec::new(), mode == Mode::DryRun);
+    let plans = plans(gateway).await?;
+    let service_of = |name: &str, digest: &str| {
+        let mut services = plans.iter().filter_map(|plan| plan.service(name));
+        services.find(|service| service.semantic_digest.as_str() == digest).cloned()
+    };
+    let redacted = serving_log::redact::redact(store, root, &service_of, forgotten, is_dry).await;
+    let redacted = redacted.map_err(|error| Failure::internal("the serving log could not be rewritten", &error))?;
+    let note = (redacted.unread > 0).then(|| {
+        format!(
+            "{} files were not looked into: they name entities by keyed hashes, or were written under definitions that are \
+             not at hand; they go with `serving_log.retention`",
+            redacted.unread
+        )
+    });
+    let mut place =
+        ForgottenPlace { kind: "serving log".into(), name: "serving-log".into(), ..ForgottenPlace::default() };
+    (place.rows_removed, place.files, place.note) = (redacted.rows, redacted.files, note);
+    places.push(place);
+    for model in plans.first().iter().flat_map(|plan| &plan.models) {
+        let (rows, files) = labels::forget(store, root, model, forgotten, is_dry)
+            .await
+            .map_err(|error| Failure::internal("labels could not be rewritten", &error))?;
+        let mut place =
+            ForgottenPlace { kind: "labels".into(), name: model.name.to_string(), ..ForgottenPlace::default() };
+        (place.rows_removed, place.files) = (rows, files);
+        places.push(place);
+    }
+    Ok(places)
+}
+
+/// The definitions in force first, then those before as far back as models and logs may refer to them.
+async fn plans(gateway: &Gateway) -> Result<Vec<Arc<Plan>>, Failure> {
+    let served = gateway.served();
+    let mut plans: Vec<Arc<Plan>> = served.definitions.iter().map(|definitions| definitions.plan.clone()).collect();
+    let state = gateway.registry.state();
+    let mut entries: Vec<EntryNumber> = state
+        .project(gateway.project.as_str())
+        .into_iter()
+        .flat_map(|project| project.services.values().flat_map(|digests| digests.values().copied()))
+        .collect();
+    entries.sort_unstable();
+    entries.dedup();
+    for entry in entries.into_iter().rev().take(PLANS_MAX) {
+        let catalog = gateway.registry.catalog(entry).await?;
+        if let Ok(plan) = compile(&gateway.project, &catalog).await {
+            plans.push(plan);
+        }
+    }
+    Ok(plans)
 }
 
 async fn in_dataset(

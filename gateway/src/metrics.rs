@@ -18,10 +18,12 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::drift::DriftMetrics;
 use crate::features::{Features, inputs_of};
 use crate::follow::Served;
 use crate::memory::MemoryWatch;
 use crate::predict::Predicted;
+use crate::serving_log::LogMetrics;
 
 /// From 100 microseconds, a store in the process, to 13 seconds, beyond every deadline; each bucket twice the last.
 const SECONDS_BUCKETS: [f64; 18] = [
@@ -399,6 +401,14 @@ impl Metrics {
         registry.register("event_freshness_seconds", help, freshness.event.clone());
         let help = "From when an event arrived, or was due if later, to when it can be read online";
         registry.register("push_visible_seconds", help, freshness.push.clone());
+    }
+
+    pub fn add_serving_log(&mut self, log: &LogMetrics) {
+        log.register(&mut self.registry);
+    }
+
+    pub fn add_drift(&mut self, drift: &DriftMetrics) {
+        drift.register(&mut self.registry);
     }
 
     pub fn call(&self, method: &str, of: &str, code: &str, took: Duration) {

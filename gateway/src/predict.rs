@@ -29,10 +29,19 @@ use crate::versions::ServedModel;
 #[derive(Debug)]
 pub struct Predicted {
     /// Declared outputs, then `post` expressions.
-    pub outputs: Vec<v1::Column>,
+    pub outputs: Vec<(String, ArrayRef, Type)>,
     pub rows: Vec<RowOutcome>,
+    /// What the model was given, whoever answered in the end.
+    pub encoded: Vec<EncodedInput>,
     pub queue_time: Duration,
     pub forward_time: Duration,
+}
+
+impl Predicted {
+    /// The columns of the answer.
+    pub fn columns(&self) -> Vec<v1::Column> {
+        self.outputs.iter().map(|(name, array, value_type)| convert::from_array(name, array, value_type)).collect()
+    }
 }
 
 /// What became of one row.
@@ -301,6 +310,17 @@ impl Ask<'_> {
     }
 }
 
+/// Asks one model, by itself, for rows that nobody waits for: behind all that is asked by requests.
+pub(crate) async fn behind_requests(
+    model: &ServedModel,
+    rows: &Rows,
+    features: &Features,
+    deadline: Instant,
+) -> Result<Predicted, Failure> {
+    let tier = model.plan.tiers.len().saturating_sub(1);
+    ask(model, rows, features, None, deadline, tier).await?.finish()
+}
+
 /// Asks one model for all rows, or for those wanted.
 async fn ask<'m>(
     model: &'m ServedModel,
@@ -349,6 +369,7 @@ async fn ask<'m>(
             }
         }
     }
+    answers.encoded = encoded.inputs;
     Ok(answers)
 }
 
@@ -404,6 +425,7 @@ struct Answers<'a> {
     unanswered: BTreeMap<usize, Unanswered>,
     /// How many values per row each output has: 1 unless the model gave more.
     widths: Vec<usize>,
+    encoded: Vec<EncodedInput>,
     queue_time: Duration,
     forward_micros: u64,
 }
@@ -416,6 +438,7 @@ impl<'a> Answers<'a> {
             rows: vec![None; count],
             unanswered: BTreeMap::new(),
             widths: vec![1; plan.outputs.len()],
+            encoded: Vec::new(),
             queue_time: Duration::ZERO,
             forward_micros: 0,
         }
@@ -550,10 +573,8 @@ impl<'a> Answers<'a> {
             waited: None,
         };
         Ok(Predicted {
-            outputs: arrays
-                .iter()
-                .map(|(name, array, value_type)| convert::from_array(name, array, value_type))
-                .collect(),
+            outputs: arrays,
+            encoded: self.encoded,
             rows: self.rows.into_iter().map(|row| row.unwrap_or_else(unsettled)).collect(),
             queue_time: self.queue_time,
             forward_time: Duration::from_micros(self.forward_micros),

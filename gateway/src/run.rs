@@ -12,6 +12,8 @@ use chrono::DateTime;
 use feature_defs::catalog::{LogKind, OnlineUrl, RequestTime, ServeSettings, Settings};
 use inference::model::Runtime;
 use ingest::IngestOptions;
+use object_store::ObjectStore;
+use object_store::path::Path;
 use online_store::OnlineStore;
 use online_store::embedded::EmbeddedStore;
 use online_store::redis::RedisStore;
@@ -25,12 +27,15 @@ use tonic::transport::server::TcpIncoming;
 use crate::answer::{Clock, Gateway, Parts};
 use crate::cache::CachedStore;
 use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runtime, listen, local_folder, place};
+use crate::drift::{Counting, Drift, DriftMetrics, DriftParts};
 use crate::edge::Limit;
 use crate::events::Events;
 use crate::follow::{Follower, Retry};
 use crate::guard::GuardedStore;
 use crate::metrics::Metrics;
+use crate::observe::{Observer, Observing};
 use crate::presence::Presence;
+use crate::serving_log::{LogMetrics, LogParts, LogSetupError, ServingLog};
 use crate::shutdown::{Draining, drain};
 use crate::versions::{ModelPlaces, Versions};
 use crate::{data, grpc, http, models, presence};
@@ -60,6 +65,10 @@ pub struct Opened {
     pub runtime: Option<Arc<dyn Runtime>>,
     pub models: ModelPlaces,
     pub flight: Option<Mount>,
+    /// None: nothing of what is served is written down.
+    pub serving_log: Option<LogParts>,
+    /// Where what is counted for drift is kept: an object store, and the project's root on it.
+    pub counts: Option<(Arc<dyn ObjectStore>, Path)>,
 }
 
 /// Sockets that listen already.
@@ -154,6 +163,14 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
         }
     };
     let runtime = options.runtime.clone().or_else(default_runtime);
+    let serving_log = settings.serving_log.clone().map(|settings| LogParts {
+        settings,
+        project: project.as_str().to_owned(),
+        root: prefix.clone(),
+        store: objects.clone(),
+        folder: local.join("serving-log"),
+    });
+    let counts = Some((objects.clone(), prefix));
     let offline = data::open_engine(options, project.as_str(), objects.clone(), root.clone())?;
     let sources = Arc::new(offline.engine.sources().clone());
     let log = local.join("log");
@@ -176,7 +193,8 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
         OnlineUrl::Embedded | OnlineUrl::RedisCluster(_) => store,
     };
     let models = ModelPlaces { cache: Some(local.join("models")), certifier: options.certifier.clone() };
-    Ok(Opened { project, registry, store, events: Some(events), runtime, models, flight: Some(offline.mount()) })
+    let (events, flight) = (Some(events), Some(offline.mount()));
+    Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log, counts })
 }
 
 /// Whether a clock tells the time, give or take an hour: simulations bring their own.
@@ -198,12 +216,35 @@ pub async fn start(
     serve: &ServeSettings,
     clock: Clock,
 ) -> Result<Running, ServeError> {
-    let Opened { project, registry, store, events, runtime, models, flight } = opened;
+    let Opened { project, registry, store, events, runtime, models, flight, serving_log, counts } = opened;
     let mut metrics = Metrics::new();
     if let Some(freshness) = events.as_ref().and_then(|events| events.freshness()) {
         metrics.add_freshness(&freshness);
     }
+    let log_metrics = LogMetrics::default();
+    if serving_log.is_some() {
+        metrics.add_serving_log(&log_metrics);
+    }
+    let drift_metrics = DriftMetrics::default();
+    if counts.is_some() {
+        metrics.add_drift(&drift_metrics);
+    }
     let metrics = Arc::new(metrics);
+    let mut observers: Vec<Box<dyn Observer>> = Vec::new();
+    let mut uploads = None;
+    if let Some(parts) = serving_log {
+        let log = ServingLog::open(parts, listeners.grpc.address.to_string(), log_metrics).await?;
+        observers.push(log.observer);
+        uploads = Some(log.uploads);
+    }
+    let drift = counts.map(|(store, root)| {
+        Drift::new(DriftParts { store, root, gateway: listeners.grpc.address.to_string() }, drift_metrics)
+    });
+    if let Some(drift) = &drift {
+        observers.push(Box::new(Counting::new(drift.clone())));
+    }
+    let observing = Observing::start(observers, clock.clone());
+    let observing = observing.map_err(|source| ServeError::ServingLog(LogSetupError::Thread(source)))?;
     // Whoever writes goes past the cache.
     let store = match serve.cache {
         None => store,
@@ -224,6 +265,9 @@ pub async fn start(
         clock,
         request_time: serve.request_time,
         metrics,
+        observing,
+        uploads,
+        drift,
         drain: draining.clone(),
     }));
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -318,6 +362,16 @@ async fn keep_up(
         () = presence::run(&gateway, &stop) => {}
         () = models::check_again(&gateway, checks_every) => {}
         () = crate::forget::finish(&gateway) => {}
+        () = upload(&gateway) => {}
+        () = crate::drift::run(&gateway) => {}
+    }
+}
+
+/// Brings the serving log to the object store.
+async fn upload(gateway: &Gateway) {
+    match &gateway.uploads {
+        Some(uploads) => uploads.run(&gateway.clock, &|| gateway.served().plan().ok().cloned()).await,
+        None => std::future::pending().await,
     }
 }
 

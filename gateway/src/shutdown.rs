@@ -19,6 +19,8 @@ use crate::status::chain;
 const IN_FLIGHT: Duration = Duration::from_secs(30);
 /// How long each of the parts may take to close.
 const CLOSE: Duration = Duration::from_secs(20);
+/// What is not on the object store by then waits on disk.
+const UPLOADED: Duration = Duration::from_secs(5);
 /// How often to look whether the process is past helping.
 const STUCK_LOOK: Duration = Duration::from_millis(250);
 const HTTP_CLOSE: Duration = Duration::from_secs(2);
@@ -74,6 +76,20 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
     // It stops by the same token as the gRPC server.
     if tokio::time::timeout(CLOSE, &mut parts.background).await.is_err() {
         parts.background.abort();
+    }
+    // Nothing is answered any more: what was, is written down.
+    let observing = gateway.clone();
+    let ended = tokio::task::spawn_blocking(move || observing.observing.end());
+    match tokio::time::timeout(CLOSE, ended).await {
+        Ok(_) => {
+            if let Some(uploads) = &gateway.uploads {
+                uploads.last(UPLOADED, &|| gateway.served().plan().ok().cloned()).await;
+            }
+            if let Some(drift) = &gateway.drift {
+                drift.last(UPLOADED, (gateway.clock)()).await;
+            }
+        }
+        Err(_) => unclosed.push("the serving log was not written to disk in time".to_owned()),
     }
     if let Some(events) = &gateway.events {
         match tokio::time::timeout(CLOSE, events.shutdown()).await {

@@ -24,14 +24,19 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use serde::{Deserialize, Serialize};
 
 use crate::point_in_time::SourceReport;
+use crate::profile::{self as drift_profile, Profiles};
 
 pub use digest::table_digest;
 pub use read::{BLOCK_ROWS_MAX, Batches, Part, Selection, StoredDataset};
 pub use write::{Created, DatasetWriter};
 
-/// Version of manifests. 3: datasets that lost rows because an entity was forgotten.
-pub const FORMAT: u32 = 3;
+/// Version of manifests. 3: datasets that lost rows because an entity was forgotten. 4: datasets with profiles, whose files
+/// have columns behind those that readers see.
+pub const FORMAT: u32 = 4;
+/// The first format whose files may have columns that the manifest does not name.
+const FORMAT_HIDDEN: u32 = 4;
 const MANIFEST: &str = "manifest.json";
+const PROFILES: &str = "profile.json";
 
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
@@ -87,6 +92,9 @@ pub struct Manifest {
     pub known_at: Vec<SourceReport>,
     /// Of every feature, over all rows.
     pub profile: BTreeMap<String, Profile>,
+    /// What drift is judged by. None where the dataset was made by a version that knew nothing of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profiles: Option<ProfilesFile>,
     /// RFC 3339; information only.
     pub created_at: String,
     /// Rows that went because their entity was forgotten. The spine and the sources named above are those that it was
@@ -121,6 +129,17 @@ pub struct DatasetFile {
     pub path: String,
     pub rows: u64,
     pub bytes: u64,
+}
+
+/// The file of a dataset's [`Profiles`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProfilesFile {
+    /// Below the manifest's folder.
+    pub path: String,
+    pub bytes: u64,
+    /// Of its bytes, so that what was counted over its bins can say so.
+    pub digest: Digest,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,6 +222,26 @@ pub async fn open(store: &Arc<dyn ObjectStore>, manifest: &Path) -> Result<Manif
     serde_json::from_slice(&bytes).map_err(damaged)
 }
 
+/// Reads what drift is judged by. None where the dataset has no such thing.
+pub async fn profiles(
+    store: &Arc<dyn ObjectStore>,
+    path: &Path,
+    manifest: &Manifest,
+) -> Result<Option<Profiles>, DatasetError> {
+    let Some(file) = &manifest.profiles else { return Ok(None) };
+    let folder = folder_of(path);
+    let path = folder.clone().join_path(&file.path);
+    if file.bytes > drift_profile::BYTES_MAX {
+        return Err(damaged(&path, &folder, format!("{} bytes are no profiles", file.bytes)));
+    }
+    let failed = |source| DatasetError::Store { path: path.to_string(), verb: "read", source };
+    let bytes = store.get_range(&path, 0..file.bytes).await.map_err(failed)?;
+    if Digest::of_bytes(&bytes) != file.digest {
+        return Err(damaged(&path, &folder, "its bytes are not those that the manifest speaks of"));
+    }
+    Profiles::from_bytes(&bytes).map(Some).map_err(|what| damaged(&path, &folder, what))
+}
+
 /// The dataset of a recipe, where it is complete already.
 pub async fn find(
     store: &Arc<dyn ObjectStore>,
@@ -218,15 +257,16 @@ pub async fn find(
     };
     // A dataset that is returned instead of being made is looked at first: parts are not synced one by one, so a machine
     // that lost its power may have kept the manifest and lost a part.
-    for file in &manifest.files {
-        let part = folder.clone().join_path(&file.path);
+    let parts = manifest.files.iter().map(|file| (&file.path, file.bytes));
+    for (path, bytes) in parts.chain(manifest.profiles.iter().map(|file| (&file.path, file.bytes))) {
+        let part = folder.clone().join_path(path);
         let found = match store.head(&part).await {
             Ok(found) => found.size,
             Err(object_store::Error::NotFound { .. }) => return Err(damaged(&part, &folder, "it is missing")),
             Err(source) => return Err(DatasetError::Store { path: part.to_string(), verb: "found", source }),
         };
-        if found != file.bytes {
-            let what = format!("it has {found} bytes, the manifest says {}", file.bytes);
+        if found != bytes {
+            let what = format!("it has {found} bytes, the manifest says {bytes}");
             return Err(damaged(&part, &folder, what));
         }
     }
@@ -244,8 +284,8 @@ pub async fn sweep(
     local: Option<&FilePath>,
 ) -> Result<(), DatasetError> {
     let folder = folder_of(path);
-    let kept: BTreeSet<Path> =
-        manifest.files.iter().map(|file| folder.clone().join_path(&file.path)).chain([path.clone()]).collect();
+    let files = manifest.files.iter().map(|file| &file.path).chain(manifest.profiles.iter().map(|file| &file.path));
+    let kept: BTreeSet<Path> = files.map(|path| folder.clone().join_path(path)).chain([path.clone()]).collect();
     let failed = |path: &Path, verb| {
         let path = path.to_string();
         move |source| DatasetError::Store { path, verb, source }

@@ -29,6 +29,7 @@ use crate::point_in_time::files::{Files, Location};
 use crate::point_in_time::node::{PitJoinNode, PitQueryPlanner};
 use crate::point_in_time::spill::Spill;
 use crate::point_in_time::{EVENT_TIMESTAMP, Order, PitJoin, Read, SourceReport, Used, exec, position_columns};
+use crate::profile::hidden::Hidden;
 use crate::source::{Format, SourceError, Sources};
 use crate::table::{Table, TableFile};
 
@@ -100,6 +101,13 @@ pub struct TrainingSet {
     pub report: Arc<OnceLock<Vec<SourceReport>>>,
 }
 
+/// A training set that is to be profiled: behind its own columns, its batches have those that profiles need.
+pub struct ProfiledSet {
+    pub set: TrainingSet,
+    /// Of the batches; the set's own columns come first.
+    pub whole_schema: SchemaRef,
+}
+
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("project", &self.options.project).finish_non_exhaustive()
@@ -142,6 +150,16 @@ impl Engine {
 
     /// Begins a training set. Everything wrong with the spine is found before the first row is computed.
     pub async fn training_set(&self, request: TrainingSetRequest) -> Result<TrainingSet, EngineError> {
+        self.begin(request, None).await.map(|profiled| profiled.set)
+    }
+
+    /// Begins a training set that is to be kept, with what its profiles are made of.
+    pub async fn profiled_training_set(&self, request: TrainingSetRequest) -> Result<ProfiledSet, EngineError> {
+        let hidden = Hidden::of(&request.service);
+        self.begin(request, Some(hidden)).await
+    }
+
+    async fn begin(&self, request: TrainingSetRequest, hidden: Option<Hidden>) -> Result<ProfiledSet, EngineError> {
         let TrainingSetRequest { service, spine_schema, spine, statuses, visibility, order: _ } = request;
         let as_known = service
             .inputs
@@ -182,11 +200,17 @@ impl Engine {
             fingerprints.push((source.name.to_string(), without_forgotten(&service, source, fingerprint)));
         }
         let report = Arc::default();
+        let mut used = Used::by(&service);
+        if hidden.is_some() {
+            for (used, input) in used.iter_mut().zip(&service.inputs) {
+                used.event_time |= !input.view.is_windowed();
+            }
+        }
         let join = Arc::new(PitJoin {
             service: service.clone(),
             sources,
             reads,
-            used: Used::by(&service),
+            used,
             threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             memory_bytes: usize::try_from(self.options.memory_bytes).unwrap_or(usize::MAX),
             spill: Spill { folder: self.options.spill_folder.clone().unwrap_or_else(std::env::temp_dir) },
@@ -200,16 +224,23 @@ impl Engine {
         let explain = datafusion::physical_plan::displayable(physical.as_ref()).indent(false).to_string();
         let found = datafusion::physical_plan::execute_stream(physical, context.task_ctx()).map_err(run)?;
 
-        let output = output_fields(&join, &spine_schema, statuses)?;
-        let schema = Arc::new(Schema::new(output));
+        let mut output = output_fields(&join, &spine_schema, statuses)?;
+        let schema = Arc::new(Schema::new(output.clone()));
+        for field in hidden.iter().flat_map(|hidden| hidden.fields(&service)) {
+            if output.iter().any(|other| other.name() == field.name()) {
+                return Err(EngineError::NameTaken { column: field.name().clone() });
+            }
+            output.push(field);
+        }
+        let whole_schema = Arc::new(Schema::new(output));
         let limit_mib = self.options.memory_bytes >> 20;
-        let stream_schema = schema.clone();
+        let stream_schema = whole_schema.clone();
         let stream = found.map(move |batch| {
             let batch = batch.map_err(|error| DataFusionError::External(Box::new(memory_or_run(error, limit_mib))))?;
-            finish_batch(&join, &batch, &spine_schema, &stream_schema, statuses)
+            finish_batch(&join, &batch, &spine_schema, &stream_schema, statuses, hidden.as_ref())
         });
-        let stream: SendableRecordBatchStream = Box::pin(RecordBatchStreamAdapter::new(schema.clone(), stream));
-        Ok(TrainingSet { schema, stream, sources: fingerprints, explain, report })
+        let stream: SendableRecordBatchStream = Box::pin(RecordBatchStreamAdapter::new(whole_schema.clone(), stream));
+        Ok(ProfiledSet { set: TrainingSet { schema, stream, sources: fingerprints, explain, report }, whole_schema })
     }
 
     /// What all that the engine does takes its memory from.
@@ -389,7 +420,7 @@ fn memory_or_run(error: DataFusionError, limit_mib: u64) -> EngineError {
 
 /// The columns that a spine carries for the engine alone.
 fn is_hidden(name: &str) -> bool {
-    name.starts_with("__position_time:") || name.starts_with("__position_sequence:")
+    ["__position_time:", "__position_sequence:", "__not_answered:"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn output_fields(join: &PitJoin, spine: &Schema, statuses: bool) -> Result<Vec<Field>, EngineError> {
@@ -420,6 +451,7 @@ fn finish_batch(
     spine_schema: &Schema,
     schema: &SchemaRef,
     statuses: bool,
+    hidden: Option<&Hidden>,
 ) -> Result<RecordBatch, DataFusionError> {
     let answers = exec::answers(join, batch)?;
     let column = |name: &str| {
@@ -438,12 +470,14 @@ fn finish_batch(
         .filter(|(_, field)| !is_hidden(field.name()))
         .map(|(index, _)| batch.column(index).clone())
         .collect();
+    let behind = hidden.map(|hidden| hidden.columns(&join.service, &answers, &assembled, &requests, at));
     columns.extend(assembled.columns);
     if statuses {
         columns.extend(assembled.statuses.iter().map(|statuses| {
             Arc::new(statuses.iter().map(|status| Some(*status as u8)).collect::<UInt8Array>()) as ArrayRef
         }));
     }
+    columns.extend(behind.unwrap_or_default());
     let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
     Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
 }

@@ -378,7 +378,7 @@ impl Engine {
             {
                 columns.push(event_id.clone());
             }
-            let mut batches = self.entity_rows(view, &columns, &question.keys).await?;
+            let mut batches = self.entity_rows(view, &columns, Some(&question.keys)).await?;
             while let Some(batch) = batches.try_next().await? {
                 rows_read += batch.num_rows() as u64;
                 let (batch, positions) = of_entity(view, &columns, &batch, &question.keys)?;
@@ -417,13 +417,13 @@ impl Engine {
         Ok((answer, explained))
     }
 
-    /// Batches that hold every row of an entity, with rows of others among them. Where a managed table is sorted by the
-    /// view's keys, only the entity's bucket is read.
-    async fn entity_rows(
+    /// Batches that hold every row of an entity, with rows of others among them, or every row there is without `keys`.
+    /// Where a managed table is sorted by the view's keys, only the entity's bucket is read.
+    pub(crate) async fn entity_rows(
         &self,
         view: &ViewPlan,
         columns: &[String],
-        keys: &[Value],
+        keys: Option<&[Value]>,
     ) -> Result<BoxStream<'static, Result<RecordBatch, ExplainError>>, ExplainError> {
         let source = &view.source;
         let mut table = Table::open(self.store().clone(), &self.project_path(), source).await?;
@@ -445,8 +445,9 @@ impl Engine {
             };
             return Ok(scan.map_err(failed).boxed());
         };
-        let files = match table.clustering().filter(|clustering| clustering.serves(source, &view.keys)) {
-            Some(clustering) => {
+        let clustering = table.clustering().filter(|clustering| clustering.serves(source, &view.keys));
+        let files = match clustering.zip(keys) {
+            Some((clustering, keys)) => {
                 let mut key = Vec::new();
                 keys.iter().for_each(|value| feature_defs::value::encode(value, &mut key));
                 table.files(clustering.bucket_of(&key)).into_iter().cloned().collect::<Vec<_>>()
@@ -536,12 +537,12 @@ impl EngineRow {
 }
 
 /// What a feature is made of, in an order in which each reads only earlier ones.
-struct Needed {
-    slots: Vec<Slot>,
+pub(crate) struct Needed {
+    pub(crate) slots: Vec<Slot>,
 }
 
 impl Needed {
-    fn of(service: &ServicePlan, slot: Slot) -> Needed {
+    pub(crate) fn of(service: &ServicePlan, slot: Slot) -> Needed {
         let mut needed = Needed { slots: Vec::new() };
         needed.add(service, slot);
         needed
@@ -609,7 +610,7 @@ impl Needed {
                     (transform.address.clone(), transform.feature_type.clone())
                 }
             };
-            ServiceOutput { name, feature_type, slot: *slot }
+            ServiceOutput { name, feature_type, slot: *slot, sensitive: false }
         };
         ServicePlan {
             name: service.name.clone(),

@@ -5,6 +5,7 @@
 //!   known-at rules hid and what was stored.
 //! - `DoGet` with a `DatasetTicket` ([`stored`]): rows of a stored dataset, from any place on, in stored or shuffled order.
 //!   `GetFlightInfo` with the same bytes deals them to endpoints.
+//! - `DoAction` `dataset-profile` with a `DatasetTicket`: what drift is judged by, with labels in place of edges.
 //! - Either can be asked for a model's inputs instead of features ([`tensor`]), made by the encoder that serving runs.
 
 mod encode;
@@ -69,6 +70,8 @@ pub struct Flight {
     opened: Opened,
 }
 
+/// The action that tells a dataset's profile.
+const DATASET_PROFILE: &str = "dataset-profile";
 /// Messages of the Flight service may be as large as one batch of wide rows.
 const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// Tickets name columns, and there may be many.
@@ -273,12 +276,22 @@ impl FlightService for Flight {
         Err(Status::unimplemented("events are pushed by coeval.v1.Ingest/Push"))
     }
 
-    async fn do_action(&self, _: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
-        Err(Status::unimplemented("there are no actions"))
+    async fn do_action(&self, request: Request<Action>) -> Result<Response<Self::DoActionStream>, Status> {
+        let action = request.into_inner();
+        if action.r#type != DATASET_PROFILE {
+            let text = format!("there is no action `{}`; there is `{DATASET_PROFILE}`", action.r#type);
+            return Err(Status::unimplemented(text));
+        }
+        let body = self.profile(&action.body).await?;
+        Ok(Response::new(stream::iter([Ok(arrow_flight::Result { body })]).boxed()))
     }
 
     async fn list_actions(&self, _: Request<Empty>) -> Result<Response<Self::ListActionsStream>, Status> {
-        Ok(Response::new(stream::empty().boxed()))
+        let action = ActionType {
+            r#type: DATASET_PROFILE.to_owned(),
+            description: "the profile of a kept dataset as JSON; the body is a DatasetTicket".to_owned(),
+        };
+        Ok(Response::new(stream::iter([Ok(action)]).boxed()))
     }
 }
 

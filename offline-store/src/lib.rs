@@ -13,10 +13,16 @@ pub mod point_in_time;
 
 pub mod dataset;
 
+pub mod labels;
+pub mod profile;
+pub mod serving_log;
+
 pub mod flight;
 
 mod engine;
 
 pub mod explain;
 
-pub use engine::{Engine, EngineError, EngineOptions, TrainingSet, TrainingSetRequest};
+pub mod audit;
+
+pub use engine::{Engine, EngineError, EngineOptions, ProfiledSet, TrainingSet, TrainingSetRequest};

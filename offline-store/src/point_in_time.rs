@@ -128,6 +128,11 @@ pub fn position_columns(alias: &str) -> (String, String) {
     (format!("__position_time:{alias}"), format!("__position_sequence:{alias}"))
 }
 
+/// Beside [`position_columns`]: true where a reader had no answer for an input and said so. The row is UNAVAILABLE.
+pub fn not_answered_column(alias: &str) -> String {
+    format!("__not_answered:{alias}")
+}
+
 impl PitJoin {
     /// Inputs of the node beside the spine.
     pub(crate) fn plans(&self) -> usize {

@@ -103,6 +103,7 @@ pub struct Registry {
     log: ControlLog,
     artifacts: Artifacts,
     gateways: Gateways,
+    root: Path,
     clock: Clock,
     /// Written by `refresh` only, while it holds `folding`.
     state: watch::Sender<Arc<State>>,
@@ -122,6 +123,7 @@ impl Registry {
             log,
             artifacts: Artifacts::new(store.clone(), prefix),
             gateways: Gateways::new(store, prefix),
+            root: prefix.clone(),
             clock,
             state: watch::Sender::new(Arc::new(state)),
             folding: Mutex::new(()),
@@ -151,6 +153,11 @@ impl Registry {
 
     pub fn gateways(&self) -> &Gateways {
         &self.gateways
+    }
+
+    /// Below which the project keeps everything on the object store.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Folds what others have appended; one small request when there is nothing. On an error the state stays at the last

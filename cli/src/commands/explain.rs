@@ -245,7 +245,7 @@ async fn from_dataset(
 }
 
 /// The manifest of a dataset by its id, or of the newest of a name.
-async fn dataset_path(store: &Arc<dyn ObjectStore>, project: &Path, name: &str) -> Result<Path, CliError> {
+pub(super) async fn dataset_path(store: &Arc<dyn ObjectStore>, project: &Path, name: &str) -> Result<Path, CliError> {
     let folder = project.clone().join("datasets");
     let objects: Vec<_> = store.list(Some(&folder)).try_collect().await.map_err(|source| {
         let error = offline_store::dataset::DatasetError::Store { path: folder.to_string(), verb: "listed", source };

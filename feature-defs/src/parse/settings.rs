@@ -5,16 +5,31 @@ use std::time::Duration;
 
 use super::reader::{ABOUT, Reader};
 use super::{SETTINGS_FILE, overlay_path};
-use crate::catalog::{CacheSettings, Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, Settings};
+use crate::catalog::{
+    CacheSettings, Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, ServingLogSettings, Settings,
+};
 use crate::diagnose::{Diagnostic, Severity, Span, Spanned, nearest, shown};
 use crate::yaml::{self, Kind, Node};
 
-pub(super) const KEYS: [&str; 10] =
-    ["project", "store", "online", "log", "offline", "serve", "guardrails", ABOUT[0], ABOUT[1], ABOUT[2]];
+pub(super) const KEYS: [&str; 11] = [
+    "project",
+    "store",
+    "online",
+    "log",
+    "offline",
+    "serve",
+    "serving_log",
+    "guardrails",
+    ABOUT[0],
+    ABOUT[1],
+    ABOUT[2],
+];
 
 const GRPC_DEFAULT: &str = "127.0.0.1:7400";
 const HTTP_DEFAULT: &str = "127.0.0.1:7401";
 const OFFLINE_MEMORY_DEFAULT: u64 = 4 << 30;
+/// Rows per second: more is a sample of its own.
+const FALLBACKS_MAX: i64 = 100_000;
 const CACHE_MEMORY_DEFAULT: u64 = 64 << 20;
 /// Eight rows of every model: a thousandth of what one executor can do, and a broken device is noticed within a minute.
 const GOLDEN_CHECKS_DEFAULT: Duration = Duration::from_secs(30);
@@ -218,6 +233,9 @@ fn settings(reader: &mut Reader<'_>, root: &Node) -> Option<Settings> {
         log: log.map_or(LogKind::Disk, |log| log.value),
         offline,
         serve,
+        serving_log: reader
+            .optional(&object, "serving_log", serving_log)
+            .unwrap_or(Some(ServingLogSettings::default())),
         guardrails: guardrails.unwrap_or_default(),
     })
 }
@@ -332,4 +350,25 @@ fn cache(reader: &mut Reader<'_>, node: &Node) -> Option<CacheSettings> {
     let staleness = reader.required(&object, "staleness", Reader::duration)?;
     let memory_bytes = reader.optional(&object, "memory", Reader::size).unwrap_or(CACHE_MEMORY_DEFAULT);
     Some(CacheSettings { staleness, memory_bytes })
+}
+
+/// `off`, or what is logged. The outer None: what is wrong was reported.
+fn serving_log(reader: &mut Reader<'_>, node: &Node) -> Option<Option<ServingLogSettings>> {
+    // YAML 1.1 takes `off` for a truth value.
+    if matches!(&node.kind, Kind::Bool(false)) || matches!(&node.kind, Kind::String(text) if text == "off") {
+        return Some(None);
+    }
+    let keys = ["sample", "uniform", "fallbacks", "flush", "retention", "spool", "key"];
+    let object = reader.object(node, "serving log", &keys)?;
+    let usual = ServingLogSettings::default();
+    let fallbacks = reader.optional(&object, "fallbacks", |reader, node| reader.integer(node, 0..=FALLBACKS_MAX));
+    Some(Some(ServingLogSettings {
+        sample: reader.optional(&object, "sample", Reader::share).unwrap_or(usual.sample),
+        uniform: reader.optional(&object, "uniform", Reader::share).unwrap_or(usual.uniform),
+        fallbacks_per_second: fallbacks.map_or(usual.fallbacks_per_second, |rows| rows as u32),
+        flush: reader.optional(&object, "flush", Reader::duration).unwrap_or(usual.flush),
+        retention: reader.optional(&object, "retention", Reader::duration).unwrap_or(usual.retention),
+        spool_bytes: reader.optional(&object, "spool", Reader::size).unwrap_or(usual.spool_bytes),
+        key: reader.optional(&object, "key", Reader::string).map(|key| key.value),
+    }))
 }

@@ -519,3 +519,24 @@ proptest! {
         survive(&text);
     }
 }
+
+#[test]
+fn the_serving_log_is_on_unless_it_is_turned_off() {
+    let settings = |text: &str| read_settings(&[("coeval.yaml", &format!("project: p\n{text}"))], None);
+    assert_eq!(settings("").unwrap().serving_log, Some(ServingLogSettings::default()));
+    assert_eq!(settings("serving_log: off").unwrap().serving_log, None);
+    assert_eq!(settings("serving_log: false").unwrap().serving_log, None);
+    let text = "serving_log: {sample: 100%, uniform: 0, fallbacks: 3, flush: 1s, retention: 2d, spool: 1MiB, key: abc}";
+    let wanted = ServingLogSettings {
+        sample: 1.0,
+        uniform: 0.0,
+        fallbacks_per_second: 3,
+        flush: Duration::from_secs(1),
+        retention: Duration::from_secs(172_800),
+        spool_bytes: 1 << 20,
+        key: Some("abc".into()),
+    };
+    assert_eq!(settings(text).unwrap().serving_log, Some(wanted));
+    assert!(settings("serving_log: {sample: 200%}").is_err());
+    assert!(settings("serving_log: {fallbacks: -1}").is_err());
+}

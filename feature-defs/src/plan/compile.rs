@@ -650,14 +650,11 @@ impl Compiler<'_> {
             digest.add("output", &output.name);
             digest.add("type", &output.feature_type);
         }
-        Some(ServicePlan {
-            name: service.name.as_str().into(),
-            columns,
-            inputs,
-            transforms,
-            outputs,
-            semantic_digest: digest.digest(),
-        })
+        let semantic_digest = digest.digest();
+        let mut plan =
+            ServicePlan { name: service.name.as_str().into(), columns, inputs, transforms, outputs, semantic_digest };
+        sensitive::mark(self.catalog, &mut plan);
+        Some(plan)
     }
 
     /// Transforms that no service reads are compiled all the same, so that `validate` finds what is wrong with them.
@@ -723,6 +720,12 @@ impl Compiler<'_> {
             Some(decision) => self.expression(decision, &environment, Some(&Type::Bool)),
             None => None,
         };
+        let decision_reads = decision.as_ref().map_or_else(Vec::new, |decision| reads_of(decision, &names));
+        let label = model.label.as_ref().map(|label| LabelPlan {
+            name: label.name.value.clone(),
+            label_type: label.label_type.value.clone(),
+            within: label.within.map(micros),
+        });
         let (fallback, fallback_model) = match &model.fallback {
             None => (None, None),
             Some(catalog::Fallback::Model(name)) => (None, Some(name.value.clone())),
@@ -771,6 +774,8 @@ impl Compiler<'_> {
             outputs,
             post,
             decision,
+            decision_reads,
+            label,
             fallback,
             fallback_model,
             executors: model.placement.executors,
@@ -1028,8 +1033,8 @@ impl<'c, 'a> ServiceBuilder<'c, 'a> {
                 continue;
             }
             if let Some((slot, feature_type)) = self.slot(&object, &feature, feature.span) {
-                outputs
-                    .push((ServiceOutput { name: format!("{object}:{}", *feature), feature_type, slot }, feature.span));
+                let name = format!("{object}:{}", *feature);
+                outputs.push((ServiceOutput { name, feature_type, slot, sensitive: false }, feature.span));
             }
         }
         outputs
@@ -1126,7 +1131,8 @@ impl<'c, 'a> ServiceBuilder<'c, 'a> {
             return Some(index);
         }
         let name = name.to_string();
-        self.columns.push(RequestColumn { name, column_type: column_type.clone(), nullable, is_key, address });
+        let column_type = column_type.clone();
+        self.columns.push(RequestColumn { name, column_type, nullable, is_key, address, sensitive: false });
         Some(self.columns.len() - 1)
     }
 

@@ -23,7 +23,8 @@ use crate::convert;
 #[derive(Debug)]
 pub struct FeaturesAnswer {
     pub service: Arc<ServicePlan>,
-    pub features: Features,
+    /// Shared with what logs and counts answers.
+    pub features: Arc<Features>,
     pub include_provenance: bool,
 }
 
@@ -46,7 +47,7 @@ impl FeaturesAnswer {
 
     /// The bytes of [`FeaturesAnswer::to_message`].
     pub fn to_bytes(&self) -> Vec<u8> {
-        let Features { fetched, assembled, .. } = &self.features;
+        let Features { fetched, assembled, .. } = &*self.features;
         let names: usize = self.service.outputs.iter().map(|output| output.name.len()).sum();
         let cells = self.service.outputs.len() * fetched.at.len();
         let out = &mut Vec::with_capacity(2 * names + 32 * self.service.outputs.len() + 9 * cells + 256);

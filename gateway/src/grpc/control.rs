@@ -22,7 +22,7 @@ use crate::answer::Gateway;
 use crate::follow::{Retry, Served, input_columns};
 use crate::predict::spec_of;
 use crate::status::{Failure, Kind};
-use crate::{deploy, golden};
+use crate::{deploy, drift, golden};
 
 /// The largest model file. It is held in memory while it is checked and loaded.
 const MODEL_BYTES_MAX: usize = 1 << 30;
@@ -177,6 +177,11 @@ impl ControlService for Control {
         let state = self.gateway.registry.state();
         let datasets = project(&state, &self.gateway).map_or_else(Vec::new, datasets);
         Ok(Response::new(v1::ListDatasetsResponse { datasets }))
+    }
+
+    async fn get_drift(&self, request: Request<v1::GetDriftRequest>) -> Result<Response<v1::GetDriftResponse>, Status> {
+        self.gateway.check_serving()?;
+        Ok(Response::new(drift::get(&self.gateway, request.into_inner()).await?))
     }
 
     type ForgetStream = Pin<Box<dyn Stream<Item = Result<v1::ForgetProgress, Status>> + Send>>;

@@ -249,6 +249,8 @@ async fn start_with_models(
         runtime,
         models,
         flight: None,
+        serving_log: None,
+        counts: None,
     };
     let listeners = Listeners {
         grpc: listen(GRPC, "127.0.0.1:0", false).await.unwrap(),

@@ -78,7 +78,10 @@ pub struct StoredDataset {
     store: Arc<dyn ObjectStore>,
     folder: Path,
     pub manifest: Manifest,
+    /// The columns that readers see.
     pub schema: SchemaRef,
+    /// With those behind them that only profiles need.
+    whole_schema: SchemaRef,
     blocks: Vec<Block>,
     /// Read when they are first needed, and kept: they never change.
     footers: Vec<OnceCell<ArrowReaderMetadata>>,
@@ -127,14 +130,31 @@ impl std::fmt::Debug for StoredDataset {
 impl StoredDataset {
     pub async fn open(store: Arc<dyn ObjectStore>, manifest_path: &Path) -> Result<StoredDataset, DatasetError> {
         let manifest = open(&store, manifest_path).await?;
+        StoredDataset::of(store, manifest_path, manifest).await
+    }
+
+    /// The dataset of a manifest, which need not be stored yet.
+    pub(super) async fn of(
+        store: Arc<dyn ObjectStore>,
+        manifest_path: &Path,
+        manifest: Manifest,
+    ) -> Result<StoredDataset, DatasetError> {
         let folder = folder_of(manifest_path);
         let footers = manifest.files.iter().map(|_| OnceCell::new()).collect();
-        let schema = Arc::new(Schema::empty());
-        let mut dataset = StoredDataset { store, folder, manifest, schema, blocks: Vec::new(), footers };
+        let (schema, whole_schema) = (Arc::new(Schema::empty()), Arc::new(Schema::empty()));
+        let mut dataset = StoredDataset { store, folder, manifest, schema, whole_schema, blocks: Vec::new(), footers };
         if dataset.manifest.files.is_empty() {
             return Err(damaged(manifest_path, &dataset.folder, "it names no file"));
         }
-        dataset.schema = dataset.footer(0).await?.schema().clone();
+        dataset.whole_schema = dataset.footer(0).await?.schema().clone();
+        dataset.schema = match dataset.manifest.columns.len() {
+            seen if dataset.manifest.format >= super::FORMAT_HIDDEN && seen < dataset.whole_schema.fields().len() => {
+                let seen: Vec<usize> = (0..seen).collect();
+                let schema = dataset.whole_schema.project(&seen);
+                Arc::new(schema.map_err(|error| damaged(manifest_path, &dataset.folder, error))?)
+            }
+            _ => dataset.whole_schema.clone(),
+        };
         for file in 0..dataset.manifest.files.len() {
             let groups = match (dataset.manifest.row_group_rows, dataset.manifest.files[file].rows) {
                 (0, _) => {
@@ -152,7 +172,12 @@ impl StoredDataset {
         Ok(dataset)
     }
 
-    /// The columns named, in that order, or all.
+    /// All columns of the files, those that readers do not see behind the others.
+    pub fn whole_schema(&self) -> &SchemaRef {
+        &self.whole_schema
+    }
+
+    /// The columns named, in that order, or all that readers see.
     pub fn columns(&self, names: &[String]) -> Result<Vec<usize>, DatasetError> {
         if names.is_empty() {
             return Ok((0..self.schema.fields().len()).collect());
@@ -234,7 +259,7 @@ impl StoredDataset {
     ) -> Result<Batches, DatasetError> {
         let range = self.range(selection)?;
         let schema =
-            Arc::new(self.schema.project(columns).map_err(|error| DatasetError::Selection(error.to_string()))?);
+            Arc::new(self.whole_schema.project(columns).map_err(|error| DatasetError::Selection(error.to_string()))?);
         let batch_rows = match batch_rows {
             0 => ((BATCH_BYTES / self.row_bytes().max(1)) as usize).clamp(BATCH_ROWS_MIN, BATCH_ROWS_MAX),
             rows => (rows as usize).min(BATCH_ROWS_MAX),

@@ -152,9 +152,13 @@ pub async fn redact(
     let named = named(service);
     let stored = Arc::new(StoredDataset::open(store.clone(), path).await?);
     let old = stored.manifest.clone();
-    let schema: SchemaRef = stored.schema.clone();
-    let mut writer = DatasetWriter::again(store.clone(), folder_of(path), recipe(&old, service), schema);
-    let columns = stored.columns(&[])?;
+    // What lies behind the columns goes with its rows, and the profiles are made again of what is left: their edges and
+    // labels are values too.
+    let schema: SchemaRef = stored.whole_schema().clone();
+    let columns: Vec<usize> = (0..schema.fields().len()).collect();
+    let seen = stored.schema.fields().len();
+    let writer = DatasetWriter::again(store.clone(), folder_of(path), recipe(&old, service), schema);
+    let mut writer = writer.with_seen(seen);
     let mut batches = stored.read(&Selection::default(), &columns, 0)?;
     let mut redacted = Vec::new();
     loop {

@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arrow::array::{Array, RecordBatch};
 use arrow::datatypes::{DataType, SchemaRef};
 use bytes::Bytes;
+use drift::DriftError;
+use feature_defs::digest::Digest;
 use feature_defs::value::Type;
+use futures::TryStreamExt;
 use object_store::buffered::BufWriter;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
@@ -16,21 +19,27 @@ use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::profile::Profiler;
 use super::read::BLOCK_ROWS_MAX;
 use super::{
-    Column, DatasetError, DatasetFile, FORMAT, MANIFEST, Manifest, Recipe, Redacted, damaged, dataset_folder, open,
-    sweep,
+    Column, DatasetError, DatasetFile, FORMAT, MANIFEST, Manifest, PROFILES, ProfilesFile, Recipe, Redacted, Selection,
+    StoredDataset, damaged, dataset_folder, open, sweep,
 };
 use crate::point_in_time::SourceReport;
+use crate::profile::{Collector, Profiles, Recount};
 
 /// Row groups of one part: about a million rows, so that parallel readers of a large dataset have files of their own.
 const PART_BLOCKS: usize = 8;
 /// A row group of wide rows is cut before it takes more memory than this: readers hold a few of them decoded.
 const BLOCK_BYTES_MAX: usize = 64 << 20;
 const BLOCK_ROWS_MIN: usize = 1_024;
+/// Datasets of more bytes are not read again to be counted: their profiles hold samples, and say so.
+const RECOUNT_BYTES_MAX: u64 = 16 << 30;
+/// Threads that count at once.
+const RECOUNTS_MAX: usize = 4;
 /// Uploads of one part that are under way; each holds up to 10 MiB.
 const UPLOADS_MAX: usize = 2;
 
@@ -54,6 +63,8 @@ pub struct DatasetWriter {
     attempt: String,
     recipe: Recipe,
     schema: SchemaRef,
+    /// Columns that readers see; the others are behind them.
+    seen: usize,
     row_group_rows: usize,
     /// None only while a thread works with it.
     encoder: Option<Encoder>,
@@ -63,11 +74,15 @@ pub struct DatasetWriter {
     rows: u64,
     memory_bytes: u64,
     redacted: Vec<Redacted>,
+    /// A file of profiles may be there.
+    profiled: bool,
 }
 
 /// What turns rows into Parquet; it leaves the async threads alone.
 struct Encoder {
     profiler: Profiler,
+    /// None where there is nothing to profile by, or where it went wrong.
+    collector: Option<Collector>,
     writer: Option<ArrowWriter<Encoded>>,
     encoded: Encoded,
 }
@@ -104,6 +119,13 @@ impl Encoder {
         };
         writer.write(batch)?;
         self.profiler.add(batch);
+        if let Some(collector) = &mut self.collector
+            && let Err(error) = collector.add(batch)
+        {
+            // A training set without profiles is worth more than none.
+            tracing::error!(%error, "a dataset cannot be profiled: drift will not be judged by it; please report this");
+            self.collector = None;
+        }
         Ok(())
     }
 }
@@ -137,14 +159,19 @@ impl DatasetWriter {
 
     /// Another attempt at a dataset that is there, in its folder.
     pub(super) fn again(store: Arc<dyn ObjectStore>, folder: Path, recipe: Recipe, schema: SchemaRef) -> DatasetWriter {
-        let encoder =
-            Encoder { profiler: Profiler::new(&schema, &recipe.service), writer: None, encoded: Encoded::default() };
+        let collector = Collector::new(&schema, &recipe.service).unwrap_or_else(|error| {
+            tracing::error!(%error, "a dataset cannot be profiled: drift will not be judged by it; please report this");
+            None
+        });
+        let profiler = Profiler::new(&schema, &recipe.service);
+        let encoder = Encoder { profiler, collector, writer: None, encoded: Encoded::default() };
         DatasetWriter {
             store,
             folder,
             local: None,
             attempt: Uuid::new_v4().simple().to_string(),
             recipe,
+            seen: schema.fields().len(),
             schema,
             row_group_rows: 0,
             encoder: Some(encoder),
@@ -153,6 +180,7 @@ impl DatasetWriter {
             rows: 0,
             memory_bytes: 0,
             redacted: Vec::new(),
+            profiled: false,
         }
     }
 
@@ -165,6 +193,12 @@ impl DatasetWriter {
     /// Where the store's root is on this machine's disk; see [`sweep`].
     pub fn with_local(mut self, local: Option<PathBuf>) -> DatasetWriter {
         self.local = local;
+        self
+    }
+
+    /// How many of the columns readers see, from the first.
+    pub fn with_seen(mut self, seen: usize) -> DatasetWriter {
+        self.seen = seen;
         self
     }
 
@@ -290,14 +324,17 @@ impl DatasetWriter {
             self.write_rows(RecordBatch::new_empty(self.schema.clone())).await?;
         }
         self.finish_part().await?;
-        let columns = self.schema.fields().iter().map(|field| Column {
+        let columns = self.schema.fields().iter().take(self.seen).map(|field| Column {
             name: field.name().clone(),
             column_type: Type::from_arrow(field.data_type())
                 .map_or_else(|| field.data_type().to_string(), |known| known.to_string()),
         });
-        let profile = self.encoder.take().map(|encoder| encoder.profiler.finish().collect()).unwrap_or_default();
+        let (profile, collector) = match self.encoder.take() {
+            Some(encoder) => (encoder.profiler.finish().collect(), encoder.collector),
+            None => Default::default(),
+        };
         let recipe = &self.recipe;
-        Ok(Manifest {
+        let mut manifest = Manifest {
             format: FORMAT,
             id: recipe.id(),
             name: recipe.name.clone(),
@@ -315,9 +352,69 @@ impl DatasetWriter {
             columns: columns.collect(),
             known_at,
             profile,
+            profiles: None,
             created_at: recipe.created_at.clone(),
             redacted: self.redacted.clone(),
-        })
+        };
+        if let Some(collector) = collector {
+            manifest.profiles = self.put_profiles(collector, &manifest).await?;
+        }
+        Ok(manifest)
+    }
+
+    /// Counts all rows over the bins that were found while they passed, and puts the profiles beside the parts.
+    async fn put_profiles(
+        &mut self,
+        collector: Collector,
+        manifest: &Manifest,
+    ) -> Result<Option<ProfilesFile>, DatasetError> {
+        let profiles = match self.profiles(collector, manifest).await? {
+            Ok(profiles) => profiles,
+            Err(error) => {
+                tracing::error!(%error, "a dataset cannot be profiled: drift will not be judged by it; please report this");
+                return Ok(None);
+            }
+        };
+        let bytes = Bytes::from(profiles.to_bytes());
+        let file = ProfilesFile {
+            path: format!("{}/{PROFILES}", self.attempt),
+            bytes: bytes.len() as u64,
+            digest: Digest::of_bytes(&bytes),
+        };
+        let path = self.folder.clone().join(self.attempt.as_str()).join(PROFILES);
+        self.profiled = true;
+        self.store.put(&path, PutPayload::from(bytes)).await.map_err(|source| stored(&path, source))?;
+        Ok(Some(file))
+    }
+
+    async fn profiles(
+        &mut self,
+        mut collector: Collector,
+        manifest: &Manifest,
+    ) -> Result<Result<Profiles, DriftError>, DatasetError> {
+        let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
+        if bytes > RECOUNT_BYTES_MAX {
+            return Ok(collector.sampled());
+        }
+        let path = self.folder.clone().join(MANIFEST);
+        let dataset = Arc::new(StoredDataset::of(self.store.clone(), &path, manifest.clone()).await?);
+        let shares = std::thread::available_parallelism().map_or(1, usize::from).min(RECOUNTS_MAX);
+        let recounts = match collector.recounts(shares) {
+            Ok(recounts) => recounts,
+            Err(error) => return Ok(Err(error)),
+        };
+        let mut tasks: Vec<JoinHandle<_>> = Vec::new();
+        for recount in recounts {
+            tasks.push(tokio::spawn(recounted(dataset.clone(), recount)));
+        }
+        let mut counted = Vec::with_capacity(tasks.len());
+        for task in tasks {
+            match task.await.map_err(|error| DatasetError::Write(error.to_string()))?? {
+                Ok(recount) => counted.push(recount),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        Ok(collector.exact(counted))
     }
 
     async fn publish(&mut self, known_at: Vec<SourceReport>) -> Result<Created, DatasetError> {
@@ -347,11 +444,30 @@ impl DatasetWriter {
             let path = file.path.split('/').fold(self.folder.clone(), |path, part| path.join(part));
             let _ = self.store.delete(&path).await;
         }
+        if self.profiled {
+            let path = self.folder.clone().join(self.attempt.as_str()).join(PROFILES);
+            let _ = self.store.delete(&path).await;
+        }
         if let Some(local) = &self.local {
             let attempt = local.join(self.folder.as_ref()).join(&self.attempt);
             let _ = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(attempt)).await;
         }
     }
+}
+
+/// Counts the rows of a dataset that was written just now.
+async fn recounted(dataset: Arc<StoredDataset>, recount: Recount) -> Result<Result<Recount, DriftError>, DatasetError> {
+    let columns = recount.columns();
+    let mut recount = recount.projected(&columns);
+    let mut batches = dataset.read(&Selection::default(), &columns, 0)?;
+    while let Some(batch) = batches.try_next().await? {
+        let worked = tokio::task::spawn_blocking(move || recount.add(&batch).map(|()| recount)).await;
+        match worked.map_err(|error| DatasetError::Write(error.to_string()))? {
+            Ok(counted) => recount = counted,
+            Err(error) => return Ok(Err(error)),
+        }
+    }
+    Ok(Ok(recount))
 }
 
 fn stored(path: &Path, source: object_store::Error) -> DatasetError {

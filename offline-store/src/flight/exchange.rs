@@ -24,7 +24,7 @@ use super::encode::{self, Change, Message};
 use super::tensor::TensorEncoder;
 use super::{Flight, MessageStream, Surroundings, dataset_status, engine_status, is_name, stream_error};
 use crate::dataset::{self, Created, DatasetError, DatasetWriter, Recipe, Selection};
-use crate::engine::{TrainingSet, TrainingSetRequest};
+use crate::engine::{ProfiledSet, TrainingSet, TrainingSetRequest};
 use crate::point_in_time::{ORDINAL, Order, SourceReport};
 
 /// Batches that wait for being written to a dataset.
@@ -103,7 +103,8 @@ impl Flight {
         let spine = self.receive(incoming).await?;
         self.surroundings.before_read().await?;
         if asked.command.dataset.is_empty() {
-            let set = self.compute(&asked, spine, asked.order).await?;
+            let set = self.engine.training_set(self.request(&asked, spine, asked.order)).await;
+            let set = set.map_err(|error| engine_status(&error))?;
             return self.answer(&asked, set);
         }
         self.keep(asked, spine).await
@@ -171,16 +172,15 @@ impl Flight {
         Ok(Spine { schema, batches })
     }
 
-    async fn compute(&self, asked: &Asked, spine: Spine, order: Order) -> Result<TrainingSet, Status> {
-        let request = TrainingSetRequest {
+    fn request(&self, asked: &Asked, spine: Spine, order: Order) -> TrainingSetRequest {
+        TrainingSetRequest {
             service: asked.service.clone(),
             spine_schema: spine.schema,
             spine: spine.batches,
             statuses: asked.command.statuses,
             visibility: asked.visibility,
             order,
-        };
-        self.engine.training_set(request).await.map_err(|error| engine_status(&error))
+        }
     }
 
     /// A training set that nobody keeps.
@@ -205,7 +205,8 @@ impl Flight {
         let spine = Spine { schema: spine.schema, batches };
         // Planned before it is looked for, because the plan says what the sources are; nothing is computed before the
         // first batch is asked for.
-        let set = self.compute(&asked, spine, Order::Spine).await?;
+        let profiled = self.engine.profiled_training_set(self.request(&asked, spine, Order::Spine)).await;
+        let ProfiledSet { set, whole_schema } = profiled.map_err(|error| engine_status(&error))?;
         let command = &asked.command;
         let recipe = Recipe {
             name: command.dataset.clone(),
@@ -221,8 +222,8 @@ impl Flight {
         let found = dataset::find(store, &project, &recipe).await.map_err(|error| dataset_status(&error))?;
         let folder = self.surroundings.store_folder();
         let Some((manifest, path)) = found else {
-            let writer = DatasetWriter::create(store.clone(), &project, recipe, set.schema.clone());
-            let writer = writer.with_local(folder).with_redacted(redacted);
+            let writer = DatasetWriter::create(store.clone(), &project, recipe, whole_schema);
+            let writer = writer.with_local(folder).with_redacted(redacted).with_seen(set.schema.fields().len());
             let schema = set.schema.clone();
             return self.send(&asked, &schema, write(set, writer, self.surroundings.clone()));
         };
@@ -326,6 +327,8 @@ fn write(
     surroundings: Arc<dyn Surroundings>,
 ) -> BoxStream<'static, Result<Item, Status>> {
     struct Writing {
+        /// The columns that the client sees.
+        schema: SchemaRef,
         batches: SendableRecordBatchStream,
         report: Arc<std::sync::OnceLock<Vec<SourceReport>>>,
         writes: mpsc::Sender<Write>,
@@ -349,8 +352,8 @@ fn write(
         writer.discard().await;
         Ok(None)
     });
-    let TrainingSet { stream: batches, report, .. } = set;
-    let state = Writing { batches, report, writes, task, surroundings };
+    let TrainingSet { schema, stream: batches, report, .. } = set;
+    let state = Writing { schema, batches, report, writes, task, surroundings };
     let why = |ended: Result<Result<Option<Created>, DatasetError>, tokio::task::JoinError>| match ended {
         Ok(Ok(_)) => Status::internal("the writer of the dataset ended before its batches did"),
         Ok(Err(error)) => dataset_status(&error),
@@ -363,6 +366,10 @@ fn write(
                 if state.writes.send(Write::Batch(batch.clone())).await.is_err() {
                     return Err(why(state.task.await));
                 }
+                let seen = batch.columns()[..state.schema.fields().len()].to_vec();
+                let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+                let batch = RecordBatch::try_new_with_options(state.schema.clone(), seen, &options);
+                let batch = batch.map_err(|error| Status::internal(error.to_string()))?;
                 Ok(Some((Item::Batch(batch), Some(state))))
             }
             Some(Err(error)) => Err(stream_error(&error)),

@@ -120,6 +120,23 @@ impl Flight {
         Ok(batches.boxed())
     }
 
+    /// The profile of a dataset, as JSON for people.
+    pub(super) async fn profile(&self, ticket: &Bytes) -> Result<Bytes, Status> {
+        let ticket = ticket_of(ticket)?;
+        let path = self.surroundings.dataset(&ticket.project, &ticket.name, &ticket.id)?;
+        let store = self.engine.store();
+        let manifest = dataset::open(store, &path).await.map_err(|error| dataset_status(&error))?;
+        let profiles = dataset::profiles(store, &path, &manifest).await.map_err(|error| dataset_status(&error))?;
+        let profiles = profiles.ok_or_else(|| {
+            let text = format!(
+                "dataset `{}` has no profile: it was made by a version that made none; create it again under another name",
+                manifest.name
+            );
+            Status::failed_precondition(text)
+        })?;
+        Ok(profiles.describe().to_string().into())
+    }
+
     pub(super) async fn open_at(&self, path: &Path) -> Result<Arc<StoredDataset>, Status> {
         let store = self.engine.store();
         let manifest = dataset::open(store, path).await.map_err(|error| dataset_status(&error))?;

@@ -31,12 +31,12 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, Encoding};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 
-use super::by_row::ByRow;
+use super::by_row::{Applied, ByRow};
 use super::files::{Files, Location};
 use super::index::SpineIndex;
 use super::scan::{Scan, external, position_columns as stream_positions};
 use super::spill::SpillFile;
-use super::{EVENT_TIMESTAMP, PitJoin, Read, SourceReport, node, position_columns};
+use super::{EVENT_TIMESTAMP, PitJoin, Read, SourceReport, node, not_answered_column, position_columns};
 
 /// Rows of one output batch.
 const BATCH_ROWS: usize = 32 << 10;
@@ -507,14 +507,25 @@ fn spine_times(spine: &RecordBatch) -> Result<Vec<Micros>> {
     Ok(times.values().to_vec())
 }
 
-fn applied_positions(spine: &RecordBatch, alias: &str) -> Result<Vec<Position>> {
+/// What of an input's events each spine row may see. A position that is null says that nothing had been applied.
+fn applied_positions(spine: &RecordBatch, alias: &str) -> Result<Vec<Applied>> {
     let (time, sequence) = position_columns(alias);
     let times = spine.column_by_name(&time).and_then(|column| column.as_primitive_opt::<Int64Type>());
     let sequences = spine.column_by_name(&sequence).and_then(|column| column.as_primitive_opt::<UInt64Type>());
     let (Some(times), Some(sequences)) = (times, sequences) else {
         return internal_err!("the spine has no positions for `{alias}`");
     };
-    Ok((0..spine.num_rows()).map(|row| Position { time: times.value(row), sequence: sequences.value(row) }).collect())
+    let not_answered = spine.column_by_name(&not_answered_column(alias)).and_then(|column| column.as_boolean_opt());
+    let applied = (0..spine.num_rows()).map(|row| {
+        if not_answered.is_some_and(|rows| rows.is_valid(row) && rows.value(row)) {
+            Applied::NotAnswered
+        } else if times.is_null(row) || sequences.is_null(row) {
+            Applied::Nothing
+        } else {
+            Applied::UpTo(Position { time: times.value(row), sequence: sequences.value(row) })
+        }
+    });
+    Ok(applied.collect())
 }
 
 /// The answers in an output batch, by input of the service; features that the service does not read are empty columns.

@@ -2070,6 +2070,67 @@ pub struct ForgottenPlace {
     #[prost(string, tag = "6")]
     pub note: ::prost::alloc::string::String,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetDriftRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    /// 0: the champion.
+    #[prost(uint32, tag = "3")]
+    pub version: u32,
+    /// Why the version was asked: `champion` where it is empty.
+    #[prost(string, tag = "4")]
+    pub arm: ::prost::alloc::string::String,
+    /// Microseconds; widened to whole hours. Without them, the last 24 hours.
+    #[prost(int64, tag = "5")]
+    pub from: i64,
+    #[prost(int64, tag = "6")]
+    pub to: i64,
+    /// Only these; all where none is named. Fewer features are fewer tests, so their chances are corrected less.
+    #[prost(string, repeated, tag = "7")]
+    pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Adds both distributions of every feature to `report`.
+    #[prost(bool, tag = "8")]
+    pub histograms: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetDriftResponse {
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    #[prost(string, tag = "2")]
+    pub arm: ::prost::alloc::string::String,
+    /// STABLE, INSUFFICIENT_DATA or DRIFT: the worst of the features.
+    #[prost(string, tag = "3")]
+    pub verdict: ::prost::alloc::string::String,
+    #[prost(int64, tag = "4")]
+    pub from: i64,
+    #[prost(int64, tag = "5")]
+    pub to: i64,
+    #[prost(uint64, tag = "6")]
+    pub rows: u64,
+    /// Rows that were answered and not counted.
+    #[prost(uint64, tag = "7")]
+    pub uncounted_rows: u64,
+    #[prost(message, repeated, tag = "8")]
+    pub features: ::prost::alloc::vec::Vec<FeatureDrift>,
+    /// All of it as JSON.
+    #[prost(string, tag = "9")]
+    pub report: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FeatureDrift {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub verdict: ::prost::alloc::string::String,
+    /// How far by the distance that decides, without the noise's share.
+    #[prost(double, tag = "3")]
+    pub effect: f64,
+    /// In words, the worst first.
+    #[prost(string, repeated, tag = "4")]
+    pub reasons: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// Generated client implementations.
 pub mod control_client {
     #![allow(
@@ -2423,6 +2484,32 @@ pub mod control_client {
                 .insert(GrpcMethod::new("coeval.v1.Control", "ListDatasets"));
             self.inner.unary(req, path, codec).await
         }
+        /// Whether what a version was served looks like what it was trained on: features and outputs of a window of whole hours, as
+        /// counted by every gateway.
+        pub async fn get_drift(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetDriftRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetDriftResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/GetDrift",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "GetDrift"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Removes entities from everything that is kept, and hides them from then on. May be repeated; a call that breaks off
         /// is finished by the server.
         pub async fn forget(
@@ -2535,6 +2622,15 @@ pub mod control_server {
             request: tonic::Request<super::ListDatasetsRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ListDatasetsResponse>,
+            tonic::Status,
+        >;
+        /// Whether what a version was served looks like what it was trained on: features and outputs of a window of whole hours, as
+        /// counted by every gateway.
+        async fn get_drift(
+            &self,
+            request: tonic::Request<super::GetDriftRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetDriftResponse>,
             tonic::Status,
         >;
         /// Server streaming response type for the Forget method.
@@ -3104,6 +3200,49 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ListDatasetsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/GetDrift" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetDriftSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::GetDriftRequest>
+                    for GetDriftSvc<T> {
+                        type Response = super::GetDriftResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetDriftRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_drift(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetDriftSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -58,6 +58,13 @@ class Flights:
         except (flight.FlightError, pa.ArrowException) as error:
             raise errors.from_flight(error) from error
 
+    def profile(self, ticket: flight_pb2.DatasetTicket) -> bytes:
+        try:
+            action = flight.Action("dataset-profile", ticket.SerializeToString())
+            return b"".join(result.body.to_pybytes() for result in self._client().do_action(action))
+        except (flight.FlightError, pa.ArrowException) as error:
+            raise errors.from_flight(error) from error
+
 
 class Dataset:
     """A training set.
@@ -133,6 +140,15 @@ class Dataset:
         self._make_sure_it_is_kept("describe")
         described: dict[str, Any] = json.loads(self._flights.info(self._ticket()).app_metadata)
         return described
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """What drift of a model trained on this is judged by: for every feature its rows, nulls, defaults and stale
+        values, and for each distribution (one; of a vector, one for each number) moments and bins with their labels.
+        Asks the server each time."""
+        self._make_sure_it_is_kept("profile")
+        profile: dict[str, Any] = json.loads(self._flights.profile(self._ticket()))
+        return profile
 
     def batches(
         self,

@@ -114,7 +114,7 @@ fn answer(service: &Arc<ServicePlan>, rows: &[Row], stale: bool, include_provena
         fetch_time: Duration::ZERO,
         transform_time: Duration::ZERO,
     };
-    FeaturesAnswer { service: service.clone(), features, include_provenance }
+    FeaturesAnswer { service: service.clone(), features: Arc::new(features), include_provenance }
 }
 
 proptest! {
@@ -135,14 +135,15 @@ proptest! {
     fn a_slice_of_a_column_is_written_like_the_column(rows in prop::collection::vec(row(), 2..6)) {
         let service = service();
         let mut sliced = answer(&service, &rows, false, false);
-        for column in &mut sliced.features.assembled.columns {
+        let features = Arc::get_mut(&mut sliced.features).unwrap();
+        for column in &mut features.assembled.columns {
             *column = column.slice(1, rows.len() - 1);
         }
-        for statuses in &mut sliced.features.assembled.statuses {
+        for statuses in &mut features.assembled.statuses {
             *statuses = statuses[1..].into();
         }
-        sliced.features.fetched.at.remove(0);
-        sliced.features.fetched.inputs[0].reasons.remove(0);
+        features.fetched.at.remove(0);
+        features.fetched.inputs[0].reasons.remove(0);
         let whole = answer(&service, &rows[1..], false, false);
         prop_assert_eq!(sliced.to_bytes(), whole.to_bytes());
     }

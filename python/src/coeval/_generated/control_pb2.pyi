@@ -472,3 +472,55 @@ class ForgottenPlace(_message.Message):
     files: int
     note: str
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., rows_removed: _Optional[int] = ..., rows_cleared: _Optional[int] = ..., files: _Optional[int] = ..., note: _Optional[str] = ...) -> None: ...
+
+class GetDriftRequest(_message.Message):
+    __slots__ = ("project", "model", "version", "arm", "to", "features", "histograms")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    version: int
+    arm: str
+    to: int
+    features: _containers.RepeatedScalarFieldContainer[str]
+    histograms: bool
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., arm: _Optional[str] = ..., to: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., histograms: _Optional[bool] = ..., **kwargs) -> None: ...
+
+class GetDriftResponse(_message.Message):
+    __slots__ = ("version", "arm", "verdict", "to", "rows", "uncounted_rows", "features", "report")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    UNCOUNTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    arm: str
+    verdict: str
+    to: int
+    rows: int
+    uncounted_rows: int
+    features: _containers.RepeatedCompositeFieldContainer[FeatureDrift]
+    report: str
+    def __init__(self, version: _Optional[int] = ..., arm: _Optional[str] = ..., verdict: _Optional[str] = ..., to: _Optional[int] = ..., rows: _Optional[int] = ..., uncounted_rows: _Optional[int] = ..., features: _Optional[_Iterable[_Union[FeatureDrift, _Mapping]]] = ..., report: _Optional[str] = ..., **kwargs) -> None: ...
+
+class FeatureDrift(_message.Message):
+    __slots__ = ("name", "verdict", "effect", "reasons")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    EFFECT_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    verdict: str
+    effect: float
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., verdict: _Optional[str] = ..., effect: _Optional[float] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -89,6 +89,11 @@ class ControlStub:
                 request_serializer=coeval_dot_v1_dot_control__pb2.ListDatasetsRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_control__pb2.ListDatasetsResponse.FromString,
                 _registered_method=True)
+        self.GetDrift = channel.unary_unary(
+                '/coeval.v1.Control/GetDrift',
+                request_serializer=coeval_dot_v1_dot_control__pb2.GetDriftRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.GetDriftResponse.FromString,
+                _registered_method=True)
         self.Forget = channel.unary_stream(
                 '/coeval.v1.Control/Forget',
                 request_serializer=coeval_dot_v1_dot_control__pb2.ForgetRequest.SerializeToString,
@@ -173,6 +178,14 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDrift(self, request, context):
+        """Whether what a version was served looks like what it was trained on: features and outputs of a window of whole hours, as
+        counted by every gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forget(self, request, context):
         """Removes entities from everything that is kept, and hides them from then on. May be repeated; a call that breaks off
         is finished by the server.
@@ -238,6 +251,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ListDatasets,
                     request_deserializer=coeval_dot_v1_dot_control__pb2.ListDatasetsRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_control__pb2.ListDatasetsResponse.SerializeToString,
+            ),
+            'GetDrift': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDrift,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.GetDriftRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.GetDriftResponse.SerializeToString,
             ),
             'Forget': grpc.unary_stream_rpc_method_handler(
                     servicer.Forget,
@@ -542,6 +560,33 @@ class Control:
             '/coeval.v1.Control/ListDatasets',
             coeval_dot_v1_dot_control__pb2.ListDatasetsRequest.SerializeToString,
             coeval_dot_v1_dot_control__pb2.ListDatasetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDrift(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/GetDrift',
+            coeval_dot_v1_dot_control__pb2.GetDriftRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.GetDriftResponse.FromString,
             options,
             channel_credentials,
             insecure,
