@@ -263,13 +263,11 @@ impl Flags {
                     return Ok(Some(record.changed.entry));
                 }
                 self.looked_at(&flag.name, *after)?;
-                match found {
-                    None if self.flags.len() >= FLAGS_MAX => return Err(FlagError::TooMany),
-                    Some(record) if !reshuffle => match record.flag.loses(flag) {
-                        Some(variant) => return Err(FlagError::LosesUnits { flag: flag.name.clone(), variant }),
-                        None => {}
-                    },
-                    _ => {}
+                if found.is_none() && self.flags.len() >= FLAGS_MAX {
+                    return Err(FlagError::TooMany);
+                }
+                if !reshuffle && let Some(variant) = found.and_then(|record| record.flag.loses(flag)) {
+                    return Err(FlagError::LosesUnits { flag: flag.name.clone(), variant });
                 }
                 Ok(None)
             }

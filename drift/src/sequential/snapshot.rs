@@ -87,13 +87,13 @@ impl Snapshot {
             return Err(SnapshotError::Damaged("there are too many of them"));
         }
         let mut reader = Reader(rest);
-        let mut counts = Counts::default();
-        counts.uncounted = Uncounted {
+        let uncounted = Uncounted {
             without_unit: reader.number()?,
             repeated: reader.number()?,
             full: reader.number()?,
             elsewhere: reader.number()?,
         };
+        let mut counts = Counts { uncounted, ..Counts::default() };
         for _ in 0..reader.count(STEPS_MAX)? {
             let step = reader.number()?;
             let mut cells = std::collections::BTreeMap::new();

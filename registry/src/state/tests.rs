@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::deployment::{Activate, GiveUp, Prepare};
 use crate::id::{Incarnation, KeyHash, Salt, Sha256};
 use crate::model::{Artifact, InputColumns};
 
