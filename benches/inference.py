@@ -17,7 +17,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from online import KEYS, NO_LOG, Ours, Process, Redis, Watch, definitions_of_wide, generate, load
+from online import KEYS, Ours, Process, Redis, Watch, definitions_of_wide, generate, load
 from report import PEERS, Place, Report, Wrong, measured, say
 
 # What the issue of the research calls usual; not to be changed because a number misses it.
@@ -78,7 +78,7 @@ class Gateway(Ours):
     """Ours with models."""
 
     def __init__(
-        self, place: Place, folder: Path, data: Path, online: str, files: Path, more: str = NO_LOG, project: str = "bench"
+        self, place: Place, folder: Path, data: Path, online: str, files: Path, more: str = "", project: str = "bench"
     ) -> None:
         super().__init__(place, folder, data, online, definitions(data), more, project)
         self.files = files

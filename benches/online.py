@@ -137,10 +137,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# What the older workloads measure is serving alone; `logging` measures what a log adds.
-NO_LOG = "serving_log: off\naudit: off\n"
-
-
 class Process:
     """A child that is ended with the block."""
 
@@ -192,7 +188,7 @@ class Ours(Process):
         data: Path,
         online: str,
         text: str | None = None,
-        more: str = NO_LOG,
+        more: str = "",
         project: str = "bench",
     ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
