@@ -4,13 +4,16 @@
 ONLINE ?= embedded
 export ONLINE
 
-.PHONY: setup demo test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-audit
+.PHONY: setup demo demo-audit test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-audit
 
 setup: ## what `demo` needs: compilers, a Python environment, libtorch
 	@scripts/setup.sh
 
 demo: ## definitions to served predictions on real flights, with the audit
 	@scripts/demo.sh
+
+demo-audit: ## what is served on real flights, logged and audited; labels; drift; planted faults
+	@scripts/demo.sh audit
 
 test: ## formatting, clippy, Rust tests, Python tests against a real server
 	@scripts/test.sh

@@ -28,6 +28,7 @@ use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served};
+use crate::labels::Reports;
 use crate::memory::MemoryWatch;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, ObservedPrediction, Observing};
@@ -133,6 +134,7 @@ impl Gateway {
             memory: MemoryWatch::default(),
             observing,
             uploads,
+            reports: Reports::default(),
             drift,
             audits,
             deploying: tokio::sync::Mutex::default(),

@@ -30,6 +30,7 @@ pub mod follow;
 pub mod forget;
 pub mod golden;
 pub mod guard;
+pub mod labels;
 pub mod memory;
 pub mod metrics;
 pub mod model_files;

@@ -18,11 +18,14 @@ pub mod id;
 pub mod log;
 pub mod state;
 
+pub mod assignment;
 pub mod dataset;
 pub mod deployment;
+pub mod flags;
 pub mod forgotten;
 pub mod gateways;
 pub mod model;
+pub mod rollout;
 pub mod snapshot;
 pub mod store;
 

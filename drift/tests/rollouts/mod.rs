@@ -1,0 +1,237 @@
+//! Simulated rollouts with the truth known: arms that do not differ, arms that do, splits that are off. Shared by the test of
+//! calibration and the example that measures it.
+
+// Either user leaves something out.
+#![allow(dead_code, reason = "shared by a test and an example")]
+
+use drift::random::Random;
+use drift::sequential::bets::Shape;
+use drift::sequential::correction::holm;
+use drift::sequential::difference::{self, Stratum};
+use drift::sequential::exposure::{Arm, Exposure, Exposures, Options};
+use drift::sequential::mean::{self, upper_of_count};
+use drift::sequential::sample_ratio::{self, Split};
+use drift::sequential::tally::Tally;
+
+/// Of rows of one unit.
+pub const CORRELATION: f64 = 0.3;
+
+pub const ERROR_RATE: f64 = 0.05;
+
+/// Events of runs, with the bounds of Clopper and Pearson.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Found {
+    pub events: u64,
+    pub runs: u64,
+}
+
+impl Found {
+    pub fn share(&self) -> f64 {
+        self.events as f64 / self.runs.max(1) as f64
+    }
+
+    /// With 99 % confidence.
+    pub fn at_least(&self) -> f64 {
+        1.0 - upper_of_count(self.runs - self.events, self.runs, 0.01)
+    }
+
+    /// With 99 % confidence.
+    pub fn at_most(&self) -> f64 {
+        upper_of_count(self.events, self.runs, 0.01)
+    }
+
+    fn add(&mut self, event: bool) {
+        self.events += u64::from(event);
+        self.runs += 1;
+    }
+}
+
+/// One size of rollouts in which both arms are the same model.
+#[derive(Debug, Clone, Copy)]
+pub struct Same {
+    pub units: u64,
+    pub rows_per_unit: u64,
+    pub flushes: u64,
+    pub runs: u64,
+    pub alpha: f64,
+}
+
+/// What was called wrongly in them, at any of the looks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wrong {
+    /// A rollout would have been stopped: by the guardrail, whose bound is exactly the true rate, or by the primary metric.
+    pub stopped: Found,
+    /// The guardrail would have been called met.
+    pub met: Found,
+    /// The challenger would have been called better.
+    pub better: Found,
+    /// The split would have been called wrong.
+    pub split: Found,
+    /// A test of two proportions of rows at 5 %, as if nobody had looked before and rows were independent.
+    pub row_test: Found,
+}
+
+/// Rollouts of a model against itself: rows of random units, each flush counted and looked at. Every tenth unit fails, or
+/// not, as a whole; rows of one unit have the correlation of 0.3.
+pub fn same_model(case: Same, seed: u64) -> Wrong {
+    let mut wrong = Wrong::default();
+    for run in 0..case.runs {
+        let mut random = Random::of(seed, run);
+        let seen = one_run(case, &mut random);
+        for (found, event) in
+            [&mut wrong.stopped, &mut wrong.met, &mut wrong.better, &mut wrong.split, &mut wrong.row_test]
+                .into_iter()
+                .zip(seen)
+        {
+            found.add(event);
+        }
+    }
+    wrong
+}
+
+fn one_run(case: Same, random: &mut Random) -> [bool; 5] {
+    const FLUSH_US: i64 = 10_000_000;
+    const WINDOW_FLUSHES: i64 = 6;
+    let mut exposures =
+        Exposures::new(Options { window_us: WINDOW_FLUSHES * FLUSH_US, open_max: case.units as usize + 1 });
+    let mut units: Vec<Option<(Arm, bool)>> = vec![None; case.units as usize];
+    let mut rows = [[0_u64; 2]; 2];
+    let mut seen = [false; 5];
+    let rows_per_flush = (case.units * case.rows_per_unit).div_ceil(case.flushes);
+    let wanted = -case.alpha.ln();
+    // The windows that are open at the end close too.
+    for flush in 0..case.flushes as i64 + WINDOW_FLUSHES + 1 {
+        let now_us = flush * FLUSH_US;
+        for _ in 0..if flush < case.flushes as i64 { rows_per_flush } else { 0 } {
+            let unit = random.below(case.units);
+            let (arm, fails) = *units[unit as usize].get_or_insert_with(|| {
+                let arm = if random.unit() < 0.5 { Arm::Challenger } else { Arm::Champion };
+                (arm, random.unit() < ERROR_RATE)
+            });
+            let like_the_unit = random.unit() < CORRELATION.sqrt();
+            let failed = if like_the_unit { fails } else { random.unit() < ERROR_RATE };
+            let loss = 0.4 + 0.3 * f64::from(u8::from(fails)) + 0.2 * (random.unit() - 0.5);
+            rows[arm as usize][0] += u64::from(failed);
+            rows[arm as usize][1] += 1;
+            // The bucket says the arm.
+            let bucket = arm as u16;
+            let exposure = Exposure { unit: drift::random::mix(unit + 1), bucket, arm, step: 1, now_us };
+            exposures.record(exposure, &[(0, f64::from(u8::from(failed))), (1, loss)]);
+        }
+        exposures.close(now_us);
+        let of = |arm: Arm| exposures.counts().total(1, |bucket| bucket == arm as u16);
+        let (challenger, champion) = (of(Arm::Challenger), of(Arm::Champion));
+        let at = |cell: &drift::sequential::tally::Cell, metric: usize| {
+            cell.fresh.get(metric).map(Tally::sums).unwrap_or_default()
+        };
+        let errors = at(&challenger, 0);
+        let strata = [Stratum { share: 0.5, challenger: at(&challenger, 1), champion: at(&champion, 1), centre: 0.4 }];
+        let breached = mean::ln_above(&errors, ERROR_RATE, Shape::Rate);
+        let worse = difference::ln_above(&strata, 0.0, Shape::Mean);
+        seen[0] |= holm(&[breached, worse], case.alpha).contains(&true);
+        seen[1] |= mean::ln_below(&errors, ERROR_RATE, Shape::Rate) >= wanted;
+        seen[2] |= difference::ln_below(&strata, 0.0, Shape::Mean) >= wanted;
+        let split = Split { shares: vec![0.5, 0.5], units: vec![challenger.opened, champion.opened] };
+        seen[3] |= sample_ratio::ln_evidence(&[split]) >= wanted;
+        seen[4] |= two_proportions(rows);
+    }
+    seen
+}
+
+/// |z| > 1.96 of a test of two proportions.
+fn two_proportions(rows: [[u64; 2]; 2]) -> bool {
+    let [[events, of], [other_events, other_of]] = rows.map(|[events, of]| [events as f64, of as f64]);
+    let pooled = (events + other_events) / (of + other_of);
+    let variance = pooled * (1.0 - pooled) * (1.0 / of + 1.0 / other_of);
+    let z = (events / of - other_events / other_of) / variance.sqrt();
+    z.abs() > 1.96
+}
+
+/// What is compared where the challenger fails more often.
+#[derive(Debug, Clone, Copy)]
+pub struct Worse {
+    pub champion: f64,
+    pub challenger: f64,
+    pub rows_per_arm: u64,
+    /// Rows of a unit, with the correlation of 0.3.
+    pub rows_per_unit: u64,
+    pub looks: u64,
+    pub runs: u64,
+    pub alpha: f64,
+}
+
+/// Where it was found, and after how many rows an arm in the median run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Caught {
+    /// Against the champion, outcomes centred where shadow found them.
+    pub by_champion: Found,
+    pub by_champion_rows: u64,
+    /// Against a guardrail at the champion's true rate.
+    pub by_bound: Found,
+    pub by_bound_rows: u64,
+}
+
+pub fn worse_model(case: Worse, seed: u64) -> Caught {
+    let mut caught = Caught::default();
+    let (mut by_champion, mut by_bound) = (Vec::new(), Vec::new());
+    for run in 0..case.runs {
+        let mut random = Random::of(seed, run);
+        let units = 2 * case.rows_per_arm / case.rows_per_unit;
+        let mut arms = [Tally::default(); 2];
+        let mut first = [None; 2];
+        for unit in 1..=units {
+            let arm = usize::from(random.unit() >= 0.5);
+            let rate = if arm == 0 { case.challenger } else { case.champion };
+            let fails = random.unit() < rate;
+            let mut failed = 0;
+            for _ in 0..case.rows_per_unit {
+                let like_the_unit = case.rows_per_unit > 1 && random.unit() < CORRELATION.sqrt();
+                failed += u64::from(if like_the_unit { fails } else { random.unit() < rate });
+            }
+            arms[arm].add(failed as f64 / case.rows_per_unit as f64);
+            if unit % (units / case.looks).max(1) == 0 {
+                let [challenger, champion] = arms.map(|tally| tally.sums());
+                let stratum = Stratum { share: 0.5, challenger, champion, centre: case.champion };
+                let found = [
+                    difference::ln_above(&[stratum], 0.0, Shape::Rate) >= -case.alpha.ln(),
+                    mean::ln_above(&challenger, case.champion, Shape::Rate) >= -case.alpha.ln(),
+                ];
+                for (first, found) in first.iter_mut().zip(found) {
+                    if found {
+                        first.get_or_insert(unit * case.rows_per_unit / 2);
+                    }
+                }
+            }
+        }
+        caught.by_champion.add(first[0].is_some());
+        caught.by_bound.add(first[1].is_some());
+        by_champion.push(first[0].unwrap_or(u64::MAX));
+        by_bound.push(first[1].unwrap_or(u64::MAX));
+    }
+    caught.by_champion_rows = median(by_champion);
+    caught.by_bound_rows = median(by_bound);
+    caught
+}
+
+fn median(mut of: Vec<u64>) -> u64 {
+    of.sort_unstable();
+    of.get(of.len() / 2).copied().unwrap_or(u64::MAX)
+}
+
+/// Units fall into the challenger with a chance of `share` where one half is declared; in how many runs that was found, and
+/// after how many units in the median one.
+pub fn bent_split(share: f64, units: u64, runs: u64, alpha: f64, seed: u64) -> (Found, u64) {
+    let (mut found, mut when) = (Found::default(), Vec::new());
+    for run in 0..runs {
+        let mut random = Random::of(seed, run);
+        let mut counts = [0, 0];
+        let first = (1..=units).find(|unit| {
+            counts[usize::from(random.unit() >= share)] += 1;
+            let split = || Split { shares: vec![0.5, 0.5], units: counts.to_vec() };
+            unit % 1_000 == 0 && sample_ratio::ln_evidence(&[split()]) >= -alpha.ln()
+        });
+        found.add(first.is_some());
+        when.push(first.unwrap_or(u64::MAX));
+    }
+    (found, median(when))
+}
