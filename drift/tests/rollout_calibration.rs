@@ -2,7 +2,10 @@
 
 mod rollouts;
 
-use rollouts::{Same, Worse, bent_split, same_model, worse_model};
+use drift::sequential::bets::Shape;
+use drift::sequential::judge::Decision;
+use drift::sequential::policy::{CanaryPolicy, Guardrail, Needs, Policy, Side, Success};
+use rollouts::{Course, Same, Worse, bent_split, same_model, worse_model};
 
 #[track_caller]
 fn check_same(units: u64, runs: u64) {
@@ -49,4 +52,71 @@ fn a_bent_split_is_caught_within_half_a_million_units() {
     assert!(found.events >= 24, "{found:?}");
     let (found, _) = bent_split(0.5, 200_000, 25, 0.001, 15);
     assert_eq!(found.events, 0);
+}
+
+/// What the flights example declares, with a step that compares the arms evenly.
+fn policy(needs: Needs) -> Policy {
+    let success = Success {
+        metric: "log_loss".into(),
+        lower_is_better: true,
+        needs,
+        range: (0.0, 4.0),
+        centre: 0.5,
+        shape: Shape::Mean,
+    };
+    Policy {
+        alpha: 0.05,
+        sample_ratio_alpha: 0.001,
+        shadow: None,
+        canary: Some(CanaryPolicy {
+            unit: "aircraft".into(),
+            steps: vec![2_500, 5_000, 10_000],
+            bake_us: 1_800_000_000,
+            min_units: 100,
+            ends_after_us: 86_400_000_000,
+            success: vec![success],
+            whole_weeks: false,
+            blackouts: vec![],
+        }),
+        guardrails: vec![
+            Guardrail::declared("error_rate < 0.5%", "error_rate", Side::Below, 0.005),
+            Guardrail::declared("p99 < 60ms", "p99", Side::Below, 0.06),
+        ],
+        hard: Default::default(),
+    }
+}
+
+fn courses(needs: Needs, failing: [f64; 2], loss: [f64; 2]) -> Vec<Course> {
+    (0..4).map(|seed| rollouts::canary(&policy(needs), failing, loss, 180, seed)).collect()
+}
+
+#[test]
+fn a_good_model_is_promoted() {
+    let courses = courses(Needs::NotWorseBy(0.05), [0.0005, 0.0005], [0.5, 0.5]);
+    let promoted = courses.iter().filter(|course| course.decision == Decision::Promote).count();
+    assert!(promoted >= 3, "{courses:#?}");
+    assert!(courses.iter().all(|course| course.flushes >= 90), "each step bakes for half an hour");
+    assert!(courses.iter().all(|course| course.decision != Decision::RollBack), "{courses:#?}");
+}
+
+#[test]
+fn a_model_that_fails_more_or_loses_more_is_taken_back_early() {
+    for (failing, loss, name) in
+        [([0.0005, 0.03], [0.5, 0.5], "error_rate"), ([0.0005, 0.0005], [0.5, 0.6], "log_loss")]
+    {
+        for course in courses(Needs::Better, failing, loss) {
+            assert_eq!(course.decision, Decision::RollBack, "{course:#?}");
+            assert!(course.step <= 1 && course.judgement.reasons[0].contains(name), "{course:#?}");
+        }
+    }
+}
+
+#[test]
+fn a_model_that_is_no_better_is_neither_promoted_nor_taken_back() {
+    for course in courses(Needs::Better, [0.0005, 0.0005], [0.5, 0.5]) {
+        assert_eq!((course.decision, course.step), (Decision::Hold, 2), "{course:#?}");
+    }
+    let better = courses(Needs::Better, [0.0005, 0.0005], [0.5, 0.45]);
+    let promoted = better.iter().filter(|course| course.decision == Decision::Promote).count();
+    assert!(promoted >= 3, "{better:#?}");
 }
