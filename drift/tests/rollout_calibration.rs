@@ -2,9 +2,8 @@
 
 mod rollouts;
 
-use drift::sequential::bets::Shape;
 use drift::sequential::judge::Decision;
-use drift::sequential::policy::{CanaryPolicy, Guardrail, Needs, Policy, Side, Success};
+use drift::sequential::policy::Needs;
 use rollouts::{Course, Same, Worse, bent_split, same_model, worse_model};
 
 #[track_caller]
@@ -54,40 +53,8 @@ fn a_bent_split_is_caught_within_half_a_million_units() {
     assert_eq!(found.events, 0);
 }
 
-/// What the flights example declares, with a step that compares the arms evenly.
-fn policy(needs: Needs) -> Policy {
-    let success = Success {
-        metric: "log_loss".into(),
-        lower_is_better: true,
-        needs,
-        range: (0.0, 4.0),
-        centre: 0.5,
-        shape: Shape::Mean,
-    };
-    Policy {
-        alpha: 0.05,
-        sample_ratio_alpha: 0.001,
-        shadow: None,
-        canary: Some(CanaryPolicy {
-            unit: "aircraft".into(),
-            steps: vec![2_500, 5_000, 10_000],
-            bake_us: 1_800_000_000,
-            min_units: 100,
-            ends_after_us: 86_400_000_000,
-            success: vec![success],
-            whole_weeks: false,
-            blackouts: vec![],
-        }),
-        guardrails: vec![
-            Guardrail::declared("error_rate < 0.5%", "error_rate", Side::Below, 0.005),
-            Guardrail::declared("p99 < 60ms", "p99", Side::Below, 0.06),
-        ],
-        hard: Default::default(),
-    }
-}
-
 fn courses(needs: Needs, failing: [f64; 2], loss: [f64; 2]) -> Vec<Course> {
-    (0..4).map(|seed| rollouts::canary(&policy(needs), failing, loss, 180, seed)).collect()
+    (0..4).map(|seed| rollouts::canary(&rollouts::flights(needs), failing, loss, 180, seed)).collect()
 }
 
 #[test]

@@ -12,7 +12,7 @@ use drift::sequential::evidence::{CanaryEvidence, StepEvidence};
 use drift::sequential::exposure::{Arm, Exposure, Exposures, Options};
 use drift::sequential::judge::{self, Decision, Judgement};
 use drift::sequential::mean::{self, upper_of_count};
-use drift::sequential::policy::Policy;
+use drift::sequential::policy::{CanaryPolicy, Guardrail, Needs, Policy, Side, Success};
 use drift::sequential::sample_ratio::{self, Split};
 use drift::sequential::snapshot::Snapshot;
 use drift::sequential::tally::Tally;
@@ -240,6 +240,38 @@ pub fn bent_split(share: f64, units: u64, runs: u64, alpha: f64, seed: u64) -> (
     (found, median(when))
 }
 
+/// What the flights example declares, with a step that compares the arms evenly.
+pub fn flights(needs: Needs) -> Policy {
+    let success = Success {
+        metric: "log_loss".into(),
+        lower_is_better: true,
+        needs,
+        range: (0.0, 4.0),
+        centre: 0.5,
+        shape: Shape::Mean,
+    };
+    Policy {
+        alpha: 0.05,
+        sample_ratio_alpha: 0.001,
+        shadow: None,
+        canary: Some(CanaryPolicy {
+            unit: "aircraft".into(),
+            steps: vec![2_500, 5_000, 10_000],
+            bake_us: 1_800_000_000,
+            min_units: 100,
+            ends_after_us: 86_400_000_000,
+            success: vec![success],
+            whole_weeks: false,
+            blackouts: vec![],
+        }),
+        guardrails: vec![
+            Guardrail::declared("error_rate < 0.5%", "error_rate", Side::Below, 0.005),
+            Guardrail::declared("p99 < 60ms", "p99", Side::Below, 0.06),
+        ],
+        hard: Default::default(),
+    }
+}
+
 /// How a simulated rollout has ended.
 #[derive(Debug, Clone)]
 pub struct Course {
@@ -306,4 +338,37 @@ pub fn canary(policy: &Policy, failing: [f64; 2], loss: [f64; 2], flushes_max: u
         }
     }
     unreachable!("the last flush ends it")
+}
+
+/// Seconds that one judgement takes, and seconds and bytes of one snapshot, written and read.
+pub fn cost() -> (f64, f64, usize) {
+    let mut exposures = Exposures::new(Options { window_us: 1, open_max: 10_000 });
+    let mut random = Random::new(9);
+    for unit in 0..6_000_u64 {
+        let bucket = random.below(10_000) as u16;
+        let (step, share) = [(0, 2_500), (1, 5_000), (2, 10_000)][(unit % 3) as usize];
+        let arm = if bucket < share { Arm::Challenger } else { Arm::Champion };
+        let exposure = Exposure { unit: random.bits(), bucket, arm, step, now_us: unit as i64 };
+        exposures.record(exposure, &[(0, 0.0), (1, f64::from(u8::from(unit % 500 == 0))), (2, random.unit())]);
+    }
+    exposures.close(i64::MAX);
+    let policy = flights(Needs::Better);
+    let begun = std::time::Instant::now();
+    let mut written = Snapshot::of(&exposures).encode();
+    for _ in 0..20 {
+        let read = Snapshot::decode(&written).expect("what was written is read");
+        written = read.encode();
+    }
+    let snapshot = begun.elapsed().as_secs_f64() / 20.0;
+    let begun = std::time::Instant::now();
+    for _ in 0..20 {
+        let counted = |(step, share): (u64, u16)| {
+            let arm = |bucket| Some(if bucket < share { Arm::Challenger } else { Arm::Champion });
+            StepEvidence::counted(exposures.counts(), step, policy.metrics(), arm)
+        };
+        let steps = [(0, 2_500), (1, 5_000), (2, 10_000)].map(counted).to_vec();
+        let evidence = CanaryEvidence { step: 2, steps, ..CanaryEvidence::default() };
+        std::hint::black_box(judge::canary(&policy, &evidence, 1));
+    }
+    (begun.elapsed().as_secs_f64() / 20.0, snapshot, written.len())
 }
