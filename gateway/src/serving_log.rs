@@ -244,10 +244,10 @@ impl ServingLog {
             project,
             gateway,
             incarnation,
-            key,
+            key: key.clone(),
         };
         let uploads =
-            Uploads { store, root, folder, spool, changed, metrics, accounts, retention, failing: Mutex::default() };
+            Uploads { store, root, folder, spool, changed, metrics, accounts, retention, failing: Mutex::default(), key };
         Ok(ServingLog { observer: Box::new(observer), uploads })
     }
 }

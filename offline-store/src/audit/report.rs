@@ -38,6 +38,8 @@ pub struct Report {
     /// Of all rows with wrong values.
     pub cause: Option<Cause>,
     pub bugs: Series,
+    /// Request and row of the first that have wrong values.
+    pub wrong_rows: Vec<(String, u32)>,
     pub features: Vec<FeatureReport>,
     pub lateness: Vec<LateSource>,
     /// Late values that the reasons were looked for in.
