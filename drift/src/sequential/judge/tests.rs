@@ -152,6 +152,14 @@ fn drift_holds_until_it_is_acknowledged_and_never_stops() {
     // Another feature drifts afterwards.
     drift.features.push("weather_now:visib".to_owned());
     check(&judge(&drift), Decision::Hold, "weather_now:visib");
+    drift.acknowledged.push(ALL_FEATURES.to_owned());
+    check(&judge(&drift), Decision::Advance { to: 0 }, "");
+
+    let mut unknown = DriftEvidence { verdict: DriftVerdict::InsufficientData, ..DriftEvidence::default() };
+    check(&judge(&unknown), Decision::Hold, "too little is known of drift yet");
+    unknown.acknowledged.push(ALL_FEATURES.to_owned());
+    check(&judge(&unknown), Decision::Advance { to: 0 }, "");
+    check(&judge(&DriftEvidence::default()), Decision::Hold, "too little is known of drift yet");
 }
 
 #[test]
