@@ -569,4 +569,4 @@ impl Encoding {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -78,7 +78,7 @@ pub(super) struct VersionProfiles {
 }
 
 impl VersionProfiles {
-    fn new(
+    pub(super) fn new(
         digest: String,
         dataset: String,
         features: Profiles,
