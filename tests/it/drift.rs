@@ -45,7 +45,7 @@ fn length(seed: u64, row: u64) -> f64 {
 }
 
 fn weight(seed: u64, row: u64) -> Option<f64> {
-    (noise(seed + 10, row) > 0.1).then(|| 100.0 * noise(seed + 11, row))
+    (noise(seed + 10, row) > 0.005).then(|| 100.0 * noise(seed + 11, row))
 }
 
 fn kind(seed: u64, row: u64) -> &'static str {
