@@ -72,6 +72,8 @@ pub struct Drift {
     /// Of this life: the next one writes objects of its own.
     incarnation: String,
     state: Mutex<State>,
+    /// One flush at a time: an older one must not replace what a newer one has written.
+    flushing: tokio::sync::Mutex<()>,
     pub metrics: DriftMetrics,
 }
 
@@ -88,7 +90,15 @@ impl Drift {
         let DriftParts { store, root, gateway } = parts;
         let gateway = gateway.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let incarnation = Uuid::new_v4().simple().to_string()[..16].to_owned();
-        Arc::new(Drift { store, root, gateway, incarnation, state: Mutex::default(), metrics })
+        Arc::new(Drift {
+            store,
+            root,
+            gateway,
+            incarnation,
+            state: Mutex::default(),
+            flushing: tokio::sync::Mutex::default(),
+            metrics,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -109,6 +119,7 @@ impl Drift {
 
     /// Writes what has changed since it was written last.
     pub async fn flush(&self, now: Micros) -> Result<(), String> {
+        let _flushing = self.flushing.lock().await;
         let changed = self.lock().hours.changed();
         for (key, count) in changed {
             let (hour, version) = key.clone();

@@ -579,4 +579,4 @@ impl Encoding {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

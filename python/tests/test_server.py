@@ -279,6 +279,10 @@ def test_the_same_inputs_are_one_dataset(client):
     assert table.column("__ordinal").to_pylist() == [0, 1]
     assert table.drop_columns(["__ordinal"]).equals(first.to_arrow())
     assert [report.source for report in first.known_at] == [report.source for report in again.known_at]
+    profile = first.profile
+    assert (profile["rows"], profile["exact"]) == (2, True)
+    orders = profile["features"]["spending:orders_24h"]
+    assert orders["rows"] == 2 and sum(bin["rows"] for bin in orders["parts"][0]["bins"]) + orders["nulls"] + orders["defaults"] == 2
     described = first.describe()
     assert described["id"] == again.id and described["profile"]["spending:orders_24h"]["rows"] == 2
 
@@ -354,6 +358,33 @@ def test_the_command_line_tells_of_datasets(shop, client):
         created = shop.command(*create)
         assert created.returncode == 0, created.stdout + created.stderr
         assert json.loads(created.stdout)["existed"] is existed
+
+
+def test_datasets_are_held_against_each_other(shop, client):
+    whole = {
+        "event_timestamp": [at(3)] * 4_000,
+        "customer": ["ann", "bob", None, "zoe"] * 1_000,
+        "shop": ["x"] * 4_000,
+        "coupon": [None] * 4_000,
+    }
+    numbers = np.random.default_rng(1).normal(size=8_000)
+    client.training_set("buying", {**whole, "total": numbers[:4_000]}, name="spring").drain()
+    client.training_set("buying", {**whole, "total": numbers[4_000:] + 1.0}, name="july").drain()
+    both = ("--dataset", "july", "--against", "spring")
+    shown = shop.command("--json", "drift", "show", *both)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    verdicts = {feature["name"]: feature["verdict"] for feature in json.loads(shown.stdout)["report"]["features"]}
+    assert verdicts["basket:total"] == "DRIFT", verdicts
+    # Four customers at one moment are four blocks: of their own features nothing can be said.
+    assert verdicts["spending:orders_24h"] == "INSUFFICIENT_DATA", verdicts
+    checked = shop.command("drift", "show", "--check", *both)
+    assert checked.returncode == 1 and "basket:total: DRIFT" in checked.stdout, checked.stdout + checked.stderr
+    drawing = shop.folder / "total.svg"
+    plotted = shop.command("drift", "plot", *both, "--feature", "basket:total", "--svg", str(drawing))
+    assert plotted.returncode == 0, plotted.stdout + plotted.stderr
+    assert "█" in plotted.stdout and drawing.read_text().startswith("<svg")
+    wrong = shop.command("drift", "plot", *both, "--feature", "basket:totl")
+    assert wrong.returncode == 1 and "basket:total" in wrong.stderr, wrong.stderr
 
 
 def test_pushed_events_count(client):

@@ -1,6 +1,7 @@
 //! Whole servers, as users meet them.
 
 mod audit;
+mod drift;
 mod faults;
 mod forget;
 mod model_faults;

@@ -41,12 +41,18 @@ const BROKEN: &str = "not_countable";
 pub(super) type HourKey = (Micros, Version);
 
 /// What was counted and is not settled on the object store.
-#[derive(Default)]
 pub(super) struct Hours {
     by_key: BTreeMap<HourKey, Hour>,
     bytes: usize,
+    pub bytes_max: usize,
     /// Rows of hours that were given up.
     pub lost: u64,
+}
+
+impl Default for Hours {
+    fn default() -> Hours {
+        Hours { by_key: BTreeMap::new(), bytes: 0, bytes_max: HOURS_BYTES_MAX, lost: 0 }
+    }
 }
 
 #[derive(Default)]
@@ -162,6 +168,11 @@ impl Hours {
         });
     }
 
+    #[cfg(test)]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     pub fn waiting(&self) -> usize {
         self.by_key.values().filter(|hour| hour.changes > hour.written).count()
     }
@@ -175,7 +186,7 @@ impl Hours {
     /// Gives up the oldest hours where all together hold too much; how many rows they had.
     fn bounded(&mut self, newest: &HourKey) -> u64 {
         let mut lost = 0;
-        while self.bytes > HOURS_BYTES_MAX {
+        while self.bytes > self.bytes_max {
             let Some(oldest) = self.by_key.keys().find(|key| *key != newest).cloned() else { break };
             if let Some(hour) = self.by_key.remove(&oldest) {
                 self.bytes = self.bytes.saturating_sub(hour.bytes);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use arrow::array::{Array, ArrayRef, BooleanArray, RecordBatch, RecordBatchOptions};
 use arrow::compute::{concat_batches, filter_record_batch};
 use arrow::datatypes::{DataType, Field, Schema};
-use drift::random::mix;
+use drift::random::{hash, mix};
 use feature_defs::plan::{Assembled, ServicePlan};
 use feature_defs::time::Status;
 use feature_defs::value::Type;
@@ -38,6 +38,11 @@ use crate::versions::ServedModel;
 const AGAIN: Duration = Duration::from_secs(30);
 /// A dataset may lose rows of somebody who is forgotten; then it is counted over other bins.
 const LOOK_AGAIN: Duration = Duration::from_secs(600);
+/// Files of profiles of outputs begin so; the digest of the dataset's profile follows.
+const OUTPUTS: &str = "output-profile-";
+/// Gateways wait for so many turns of so long before they run what another may have run.
+const TURNS: u64 = 8;
+const TURN: Duration = Duration::from_secs(3);
 /// Rows of the training set that a version is run on.
 const OUTPUT_ROWS: u64 = 10_000;
 /// Rows of one piece of it, what it may take, and the pause behind it: never more than a small share of an executor.
@@ -75,10 +80,12 @@ pub(super) struct VersionProfiles {
     /// Names of all blocks that are counted by.
     pub blocks: BTreeSet<String>,
     looked: Instant,
+    /// When its outputs were last asked for with a model at hand; None before the first time.
+    tried: Option<Instant>,
 }
 
 impl VersionProfiles {
-    fn new(
+    pub(super) fn new(
         digest: String,
         dataset: String,
         features: Profiles,
@@ -87,7 +94,8 @@ impl VersionProfiles {
     ) -> VersionProfiles {
         let all = features.features.iter().chain(outputs.iter().flat_map(|outputs| &outputs.features));
         let blocks = all.map(|feature| feature.blocks.clone()).collect();
-        VersionProfiles { digest, dataset, features, outputs, outputs_why, blocks, looked: Instant::now() }
+        let looked = Instant::now();
+        VersionProfiles { digest, dataset, features, outputs, outputs_why, blocks, looked, tried: None }
     }
 }
 
@@ -130,31 +138,45 @@ pub(super) async fn look(gateway: &Arc<Gateway>, drift: &Arc<Drift>) {
             Known::Wanted => true,
             Known::Without { .. } => false,
             Known::Failed { at, .. } => at.elapsed() >= AGAIN,
-            Known::Ready(profiles) => {
-                profiles.looked.elapsed() >= if profiles.outputs.is_none() { AGAIN } else { LOOK_AGAIN }
-            }
+            Known::Ready(profiles) => profiles.looked.elapsed() >= LOOK_AGAIN,
         };
         state.known.iter().filter(|(_, known)| is_due(known)).map(|(version, _)| version.clone()).collect()
     };
     for version in due {
-        let model = active.iter().find(|(known, _)| *known == version).map(|(_, model)| model.clone());
-        let before = match drift.lock().known.get(&version) {
-            Some(Known::Ready(profiles)) => Some(profiles.clone()),
-            _ => None,
-        };
-        let found = find(gateway, drift, &version, model.as_ref(), before.as_ref()).await;
-        let known = match (found, before) {
-            (Ok(profiles), _) => Known::Ready(profiles),
-            (Err(Missing::Never(why)), _) => {
-                tracing::info!(model = &*version.0, version = version.1, why, "drift of a version cannot be judged");
-                Known::Without { why }
-            }
-            // What was found before stays true until the store says otherwise.
-            (Err(Missing::Now(_)), Some(before)) => Known::Ready(before),
-            (Err(Missing::Now(why)), None) => Known::Failed { why, at: Instant::now() },
-        };
-        drift.lock().known.insert(version, known);
+        // The features of all versions before the outputs of any: those take a while.
+        again(gateway, drift, &version, None).await;
     }
+    for (version, model) in active {
+        let lacks_outputs = match drift.lock().known.get(&version) {
+            Some(Known::Ready(profiles)) => {
+                profiles.outputs.is_none() && profiles.tried.is_none_or(|tried| tried.elapsed() >= AGAIN)
+            }
+            _ => false,
+        };
+        if lacks_outputs {
+            again(gateway, drift, &version, Some(&model)).await;
+        }
+    }
+}
+
+/// Looks for the bins of one version, and remembers what came of it.
+async fn again(gateway: &Arc<Gateway>, drift: &Arc<Drift>, version: &Version, model: Option<&Arc<ServedModel>>) {
+    let before = match drift.lock().known.get(version) {
+        Some(Known::Ready(profiles)) => Some(profiles.clone()),
+        _ => None,
+    };
+    let found = find(gateway, drift, version, model, before.as_ref()).await;
+    let known = match (found, before) {
+        (Ok(profiles), _) => Known::Ready(profiles),
+        (Err(Missing::Never(why)), _) => {
+            tracing::info!(model = &*version.0, version = version.1, why, "drift of a version cannot be judged");
+            Known::Without { why }
+        }
+        // What was found before stays true until the store says otherwise.
+        (Err(Missing::Now(_)), Some(before)) => Known::Ready(before),
+        (Err(Missing::Now(why)), None) => Known::Failed { why, at: Instant::now() },
+    };
+    drift.lock().known.insert(version.clone(), known);
 }
 
 /// Why there are no bins for a version, in words.
@@ -226,22 +248,25 @@ async fn find(
     };
     let outputs = match before.filter(|before| before.digest == digest).and_then(|before| before.outputs.clone()) {
         Some(outputs) => Ok(outputs),
-        None => outputs(drift, version, model, &path, &manifest, &digest).await,
+        None => outputs(gateway, drift, version, model, &path, &manifest, &digest).await,
     };
     let (outputs, outputs_why) = match outputs {
         Ok(outputs) => (Some(outputs), None),
         Err(why) => (None, Some(why)),
     };
-    Ok(Arc::new(VersionProfiles::new(digest, name, features, outputs, outputs_why)))
+    let mut profiles = VersionProfiles::new(digest, name, features, outputs, outputs_why);
+    profiles.tried = model.map(|_| Instant::now());
+    Ok(Arc::new(profiles))
 }
 
 fn outputs_path(root: &Path, version: &Version, digest: &str) -> Path {
     let folder = root.clone().join("models").join(&*version.0).join(version.1.to_string());
-    folder.join(format!("output-profile-{}.json", &digest[..digest.len().min(16)]))
+    folder.join(format!("{OUTPUTS}{}.json", &digest[..digest.len().min(16)]))
 }
 
 /// The profile of the outputs: what is there, or what running the version gives.
 async fn outputs(
+    gateway: &Gateway,
     drift: &Drift,
     version: &Version,
     model: Option<&Arc<ServedModel>>,
@@ -254,11 +279,20 @@ async fn outputs(
         return Ok(found);
     }
     let model = model.ok_or("no gateway has run the version on its training set yet")?;
+    if !gateway.presence.others().is_empty() {
+        // All gateways get here at once; one of them is enough.
+        let turn = hash(drift.incarnation.as_bytes()) % TURNS;
+        tokio::time::sleep(TURN * u32::try_from(turn).unwrap_or(0)).await;
+        if let Some(found) = stored_outputs(drift, &path).await? {
+            return Ok(found);
+        }
+    }
     let stored = StoredDataset::open(drift.store.clone(), dataset_path).await.map_err(|error| chain(&error))?;
     let profiles = run(&Arc::new(stored), manifest, model).await?;
     let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
     match drift.store.put_opts(&path, profiles.to_bytes().into(), create).await {
         Ok(_) => {
+            remove_earlier(drift, &path).await;
             tracing::info!(
                 model = &*version.0,
                 version = version.1,
@@ -272,6 +306,18 @@ async fn outputs(
             stored_outputs(drift, &path).await?.ok_or_else(|| "the profile of the outputs is gone again".to_owned())
         }
         Err(error) => Err(chain(&error)),
+    }
+}
+
+/// What was made of the training set as it was before somebody in it was forgotten.
+async fn remove_earlier(drift: &Drift, path: &Path) {
+    let folder: Path = path.parts().take(path.parts().count().saturating_sub(1)).collect();
+    let is_earlier = |other: &Path| other != path && other.filename().is_some_and(|name| name.starts_with(OUTPUTS));
+    let listed: Result<Vec<_>, _> = drift.store.list(Some(&folder)).try_collect().await;
+    for object in listed.unwrap_or_default().into_iter().filter(|object| is_earlier(&object.location)) {
+        if let Err(error) = drift.store.delete(&object.location).await {
+            tracing::warn!(%error, path = %object.location, "an earlier profile of outputs could not be removed");
+        }
     }
 }
 

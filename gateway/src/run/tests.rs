@@ -207,7 +207,7 @@ async fn start_with(request_time: RequestTime, runtime: Option<Arc<dyn Runtime>>
 
 /// One of several gateways, where others are over the same objects.
 async fn start_over(
-    objects: Arc<dyn object_store::ObjectStore>,
+    objects: Arc<dyn ObjectStore>,
     request_time: RequestTime,
     runtime: Option<Arc<dyn Runtime>>,
 ) -> Server {
@@ -215,7 +215,7 @@ async fn start_over(
 }
 
 async fn start_with_models(
-    objects: Arc<dyn object_store::ObjectStore>,
+    objects: Arc<dyn ObjectStore>,
     request_time: RequestTime,
     runtime: Option<Arc<dyn Runtime>>,
     models: ModelPlaces,

@@ -21,9 +21,9 @@ const NOON: Micros = 1_000 * DAY + DAY / 2;
 
 /// An object store that can be away.
 #[derive(Debug, Default)]
-struct Away {
+pub(crate) struct Away {
     store: InMemory,
-    is_away: AtomicBool,
+    pub(crate) is_away: AtomicBool,
 }
 
 impl fmt::Display for Away {

@@ -4,7 +4,7 @@
 //! - of an as-of view, the source row: the entity and the event time of the row that answered;
 //! - of a window, the entity and the span of the window's length that the row's time lies in: two rows that are further
 //!   apart share no event;
-//! - of what came with the request, the row itself.
+//! - of what came with the request, the row itself: all that it brought, and its time.
 //!
 //! Training and serving name them by the same code. What depends on several inputs has a block of each, and the profile
 //! keeps the one by which its rows are worth least.
@@ -16,11 +16,11 @@ use drift::counts::bucket_of_row;
 use drift::random::{hash, mix};
 use feature_defs::plan::{EntityKeys, ServicePlan, Slot, ViewPlanKind, encode_entity_keys};
 use feature_defs::time::{Micros, floor_to};
-use feature_defs::value::Type;
+use feature_defs::value::{Cells, Type, encode_cells};
 use feature_defs::window::{DAY, HOUR, MINUTE, SECOND};
 
-/// The block of what depends on nothing but the request.
-pub const ROW: &str = "row";
+/// The block of what depends on nothing but the request. No view may be called so.
+pub const ROW: &str = "(row)";
 
 /// Blocks that one feature is counted by while its profile is made; a transform of more inputs than this is judged by the
 /// first ones.
@@ -80,7 +80,7 @@ impl Blocks {
         let name = match shared {
             Shared::Nothing => ROW.to_owned(),
             Shared::SourceRow { input } => service.inputs[input].alias.clone(),
-            Shared::Window { input, length } => format!("{}_{}", service.inputs[input].alias, span(length)),
+            Shared::Window { input, length } => format!("{}[{}]", service.inputs[input].alias, span(length)),
         };
         self.kinds.push((name, shared));
         self.kinds.len() - 1
@@ -103,13 +103,15 @@ impl Blocks {
     pub fn buckets(&self, service: &ServicePlan, given: &Answered<'_>, wanted: impl Fn(usize) -> bool) -> Vec<Vec<u8>> {
         let rows = given.at.len();
         let mut hashed: HashMap<&[usize], Vec<u64>> = HashMap::new();
-        let of_row: Vec<usize> = (0..service.columns.len()).filter(|column| service.columns[*column].is_key).collect();
+        let mut of_rows = Vec::new();
         for (_, (_, shared)) in self.kinds.iter().enumerate().filter(|(index, _)| wanted(*index)) {
-            let keys = match shared {
-                Shared::Nothing => of_row.as_slice(),
-                Shared::SourceRow { input } | Shared::Window { input, .. } => &service.inputs[*input].keys,
-            };
-            hashed.entry(keys).or_insert_with(|| entities(service, keys, given.columns, rows));
+            match shared {
+                Shared::Nothing => of_rows = requests(service, given.columns, rows),
+                Shared::SourceRow { input } | Shared::Window { input, .. } => {
+                    let keys = service.inputs[*input].keys.as_slice();
+                    hashed.entry(keys).or_insert_with(|| entities(service, keys, given.columns, rows));
+                }
+            }
         }
         let bucket = |entity: u64, time: Micros| bucket_of_row(entity ^ mix(time as u64));
         let kinds = self.kinds.iter().enumerate().map(|(index, (_, shared))| {
@@ -118,9 +120,7 @@ impl Blocks {
             }
             let entities = |keys: &[usize]| hashed.get(keys).map(Vec::as_slice).unwrap_or_default();
             match *shared {
-                Shared::Nothing => {
-                    entities(&of_row).iter().zip(given.at).map(|(entity, at)| bucket(*entity, *at)).collect()
-                }
+                Shared::Nothing => of_rows.iter().zip(given.at).map(|(row, at)| bucket(*row, *at)).collect(),
                 Shared::Window { input, length } => {
                     let entities = entities(&service.inputs[input].keys).iter();
                     entities.zip(given.at).map(|(entity, at)| bucket(*entity, floor_to(*at, length.max(1)))).collect()
@@ -136,6 +136,19 @@ impl Blocks {
         });
         kinds.collect()
     }
+}
+
+/// Hashes of all that rows brought.
+fn requests(service: &ServicePlan, columns: &[ArrayRef], rows: usize) -> Vec<u64> {
+    let cells: Vec<Cells<'_>> =
+        service.columns.iter().zip(columns).map(|(wanted, column)| Cells::new(column, &wanted.column_type)).collect();
+    let mut bytes = Vec::new();
+    let row = |row: usize| {
+        bytes.clear();
+        encode_cells(&cells, row, &mut bytes);
+        hash(&bytes)
+    };
+    (0..rows).map(row).collect()
 }
 
 /// Hashes of the entities of rows.

@@ -246,14 +246,14 @@ async fn blocks_are_source_rows_windows_and_rows() {
     let (stored, profiles) = world.open(&created).await;
     let blocks = |name: &str| profiles.feature(name).unwrap().blocks.clone();
     assert_eq!(blocks("last_sale:amount"), "last_sale");
-    assert_eq!(blocks("busy:sales_1d"), "busy_1d");
-    assert_eq!(blocks("visit:basket"), "row");
-    assert!(["last_sale", "busy_1d"].contains(&&*blocks("both:per_sale")));
+    assert_eq!(blocks("busy:sales_1d"), "busy[1d]");
+    assert_eq!(blocks("visit:basket"), "(row)");
+    assert!(["last_sale", "busy[1d]"].contains(&&*blocks("both:per_sale")));
     assert_eq!((blocks("both:share"), blocks("both:since")), ("last_sale".into(), "last_sale".into()));
 
     // Rows that one sale answered are in one bucket: by shop, between two sales.
     let whole = stored.whole_schema().clone();
-    let names = ["shop", "event_timestamp", "__block:last_sale", "__block:busy_1d"];
+    let names = ["shop", "event_timestamp", "__block:last_sale", "__block:busy[1d]"];
     let columns: Vec<usize> = names.iter().map(|name| whole.index_of(name).unwrap()).collect();
     let rows = rows_of(&stored, &columns).await;
     let shops = rows.column(0).as_string::<i32>();

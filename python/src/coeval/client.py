@@ -7,6 +7,7 @@ takes is the caller's choice.
 from __future__ import annotations
 
 import collections
+import datetime
 import difflib
 import io
 import json
@@ -41,6 +42,8 @@ from .types import (
     Catalog,
     DatasetInfo,
     Deployed,
+    Drift,
+    FeatureDrift,
     Features,
     GatewayVersion,
     Materialized,
@@ -63,6 +66,8 @@ LABEL_ROWS = 100_000
 MODEL_CHUNK_BYTES = 1024 * 1024
 # As long as the server waits for its gateways, and a little longer.
 DEPLOY_SECONDS_MAX = 660.0
+# A window of a month over many gateways is read and judged.
+DRIFT_SECONDS = 120.0
 # Messages a Pusher has sent and not yet seen acknowledged.
 PUSHES_OUTSTANDING_MAX = 64
 
@@ -477,6 +482,47 @@ class Client:
         )
         self._call(self._control.ApproveModel, request)
 
+    def drift(
+        self,
+        model: str,
+        version: int | None = None,
+        *,
+        arm: str | None = None,
+        since: datetime.datetime | None = None,
+        until: datetime.datetime | None = None,
+        features: Sequence[str] = (),
+        histograms: bool = False,
+    ) -> Drift:
+        """Whether what a version was served looks like what it was trained on, feature by feature and output by output.
+
+        Without a version, the champion; without times, the last 24 hours. Whole hours are judged. `arm` is why the version
+        was asked, as the outcomes of predictions say; `champion` where it is not given. A drift is a difference and not a
+        fault: seasons drift. Raises `Refused` where the version names no dataset that it was trained on.
+        """
+        request = control_pb2.GetDriftRequest(
+            project=self.project,
+            model=model,
+            version=version or 0,
+            arm=arm or "",
+            to=tables.to_microseconds(until, 1)[0] if until is not None else 0,
+            features=list(features),
+            histograms=histograms,
+        )
+        # `from` is a word of the language.
+        setattr(request, "from", tables.to_microseconds(since, 1)[0] if since is not None else 0)
+        answer = self._call(self._control.GetDrift, request, timeout=max(self._timeout, DRIFT_SECONDS))
+        return Drift(
+            version=answer.version,
+            arm=answer.arm,
+            verdict=answer.verdict,
+            since=_datetime(getattr(answer, "from")),
+            until=_datetime(answer.to),
+            rows=answer.rows,
+            uncounted_rows=answer.uncounted_rows,
+            features=[FeatureDrift(f.name, f.verdict, f.effect, list(f.reasons)) for f in answer.features],
+            report=json.loads(answer.report),
+        )
+
     # Inside.
 
     def _call(self, method: Any, request: Any, timeout: float | None = -1.0) -> Any:
@@ -743,6 +789,10 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"; did you mean `{near[0]}`?" if near else f"; there is {', '.join(f'`{k}`' for k in known) or 'none'}"
     return f"no {kind} `{name}`{hint}"
+
+
+def _datetime(micros: int) -> datetime.datetime:
+    return datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc) + datetime.timedelta(microseconds=micros)
 
 
 def _user() -> str:

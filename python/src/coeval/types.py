@@ -7,6 +7,7 @@ for one.
 
 from __future__ import annotations
 
+import datetime
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -550,6 +551,41 @@ class Traffic:
     before: int
     #: What a rollback would go back to.
     previous: int
+
+
+@dataclass(frozen=True)
+class FeatureDrift:
+    """The verdict on one feature or output."""
+
+    name: str
+    #: STABLE, INSUFFICIENT_DATA or DRIFT.
+    verdict: str
+    #: How far by the distance that decides, without what noise adds.
+    effect: float
+    #: In words, the worst first.
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Whether what a version was served looks like what it was trained on."""
+
+    version: int
+    arm: str
+    #: The worst of the features.
+    verdict: str
+    #: Whole hours.
+    since: datetime.datetime
+    until: datetime.datetime
+    rows: int
+    #: Rows that were answered and not counted; `report["uncounted"]` says why.
+    uncounted_rows: int
+    features: list[FeatureDrift]
+    #: All of it, with rates, distances, floors and (when asked for) histograms.
+    report: dict[str, Any]
+
+    def drifted(self) -> list[str]:
+        return [feature.name for feature in self.features if feature.verdict == "DRIFT"]
 
 
 @dataclass(frozen=True)
