@@ -59,7 +59,8 @@ pub async fn add(gateway: &Gateway, request: v1::AddLabelsRequest) -> Result<v1:
                 return Err(Failure::unknown("column of labels named", name, known));
             }
         };
-        let array = convert::to_array(column, &column_type, rows).map_err(|error| Failure::invalid(error.to_string()))?;
+        let array =
+            convert::to_array(column, &column_type, rows).map_err(|error| Failure::invalid(error.to_string()))?;
         columns.push((column.name.clone(), array, true));
     }
     let given = RecordBatch::try_from_iter_with_nullable(columns)

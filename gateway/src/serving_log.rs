@@ -246,8 +246,18 @@ impl ServingLog {
             incarnation,
             key: key.clone(),
         };
-        let uploads =
-            Uploads { store, root, folder, spool, changed, metrics, accounts, retention, failing: Mutex::default(), key };
+        let uploads = Uploads {
+            store,
+            root,
+            folder,
+            spool,
+            changed,
+            metrics,
+            accounts,
+            retention,
+            failing: Mutex::default(),
+            key,
+        };
         Ok(ServingLog { observer: Box::new(observer), uploads })
     }
 }

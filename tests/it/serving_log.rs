@@ -20,7 +20,8 @@ use tonic::transport::Channel;
 
 use crate::process::Process;
 
-const SETTINGS: &str = "project: logged\nserve: {grpc: 127.0.0.1:0, http: 127.0.0.1:0}\nserving_log: {sample: 100%, flush: 1s}\n";
+const SETTINGS: &str =
+    "project: logged\nserve: {grpc: 127.0.0.1:0, http: 127.0.0.1:0}\nserving_log: {sample: 100%, flush: 1s}\n";
 
 const DEFINITIONS: &str = r#"
 entities:
@@ -116,7 +117,12 @@ async fn a_killed_server_loses_at_most_one_flush_and_doubles_nothing() {
     assert_eq!(process.exit_code(Duration::from_secs(60)).await, Some(0));
     let logged = logged(&project).await;
     let missing: Vec<&String> = must_be_there.iter().filter(|thing| !logged.contains_key(*thing)).collect();
-    assert!(missing.is_empty(), "{} rows older than a flush are lost: {:?}", missing.len(), &missing[..missing.len().min(5)]);
+    assert!(
+        missing.is_empty(),
+        "{} rows older than a flush are lost: {:?}",
+        missing.len(),
+        &missing[..missing.len().min(5)]
+    );
     assert!(logged.iter().all(|(thing, times)| *times == 1 && answered.contains(thing)));
     // The accounts say who ended, and what each knew of when it was killed.
     let accounts = accounts(&project).await;
