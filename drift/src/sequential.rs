@@ -25,6 +25,46 @@
 //! Exact means: with chance at least 1 − alpha *no* look ever shows evidence of 1/alpha against what is true (Ville 1939).
 //! What it costs is told by `plan` before anything starts.
 //!
+//! # From rows to a decision
+//!
+//! ```
+//! use drift::sequential::evidence::{CanaryEvidence, StepEvidence};
+//! use drift::sequential::exposure::{Arm, Exposure, Exposures, Options};
+//! use drift::sequential::judge::{self, Decision};
+//! use drift::sequential::policy::{CanaryPolicy, Guardrail, Policy, Side};
+//! use drift::sequential::snapshot::Snapshot;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let policy: Policy = serde_json::from_str(
+//!     r#"{"canary": {"unit": "aircraft", "steps": [5000, 10000], "bake_us": 60000000, "min_units": 50, "ends_after_us": 86400000000},
+//!         "guardrails": [{"text": "error_rate < 1%", "measure": {"share": "error_rate"}, "side": "below", "bound": 0.01}]}"#,
+//! )?;
+//! policy.check()?;
+//!
+//! // A gateway: step 17 is the entry of the control log that began it.
+//! let arm = |bucket: u16| if bucket % 2 == 0 { Arm::Challenger } else { Arm::Champion };
+//! let mut exposures = Exposures::new(Options { window_us: 10_000_000, ..Options::default() });
+//! for unit in 0..400_u64 {
+//!     let bucket = (unit % 10_000) as u16;
+//!     let failed = arm(bucket) == Arm::Challenger && unit % 8 == 0;
+//!     let exposure = Exposure { unit, bucket, arm: arm(bucket), step: 17, now_us: 0 };
+//!     exposures.record(exposure, &[(0, f64::from(u8::from(failed)))]);
+//! }
+//! exposures.close(10_000_000);
+//! let bytes = Snapshot::of(&exposures).encode();
+//!
+//! // Whoever judges merges what all gateways have written.
+//! let mut merged = Snapshot::default();
+//! merged.merge(&Snapshot::decode(&bytes)?);
+//! let step = StepEvidence::counted(&merged.counts, 17, policy.metrics(), |bucket| Some(arm(bucket)));
+//! let evidence = CanaryEvidence { steps: vec![step], ..CanaryEvidence::default() };
+//! let judgement = judge::canary(&policy, &evidence, 10_000_000);
+//! assert_eq!(judgement.decision, Decision::RollBack);
+//! assert!(judgement.reasons[0].starts_with("`error_rate < 1%` is breached: 25.00 % of 200 units"));
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Sources
 //!
 //! Bets on bounded means: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting" (JRSS B 2024).

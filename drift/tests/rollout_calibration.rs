@@ -2,7 +2,9 @@
 
 mod rollouts;
 
-use rollouts::{Same, Worse, bent_split, same_model, worse_model};
+use drift::sequential::judge::Decision;
+use drift::sequential::policy::Needs;
+use rollouts::{Course, Same, Worse, bent_split, same_model, worse_model};
 
 #[track_caller]
 fn check_same(units: u64, runs: u64) {
@@ -49,4 +51,39 @@ fn a_bent_split_is_caught_within_half_a_million_units() {
     assert!(found.events >= 24, "{found:?}");
     let (found, _) = bent_split(0.5, 200_000, 25, 0.001, 15);
     assert_eq!(found.events, 0);
+}
+
+fn courses(needs: Needs, failing: [f64; 2], loss: [f64; 2]) -> Vec<Course> {
+    (0..4).map(|seed| rollouts::canary(&rollouts::flights(needs), failing, loss, 180, seed)).collect()
+}
+
+#[test]
+fn a_good_model_is_promoted() {
+    let courses = courses(Needs::NotWorseBy(0.05), [0.0005, 0.0005], [0.5, 0.5]);
+    let promoted = courses.iter().filter(|course| course.decision == Decision::Promote).count();
+    assert!(promoted >= 3, "{courses:#?}");
+    assert!(courses.iter().all(|course| course.flushes >= 90), "each step bakes for half an hour");
+    assert!(courses.iter().all(|course| course.decision != Decision::RollBack), "{courses:#?}");
+}
+
+#[test]
+fn a_model_that_fails_more_or_loses_more_is_taken_back_early() {
+    for (failing, loss, name) in
+        [([0.0005, 0.03], [0.5, 0.5], "error_rate"), ([0.0005, 0.0005], [0.5, 0.6], "log_loss")]
+    {
+        for course in courses(Needs::Better, failing, loss) {
+            assert_eq!(course.decision, Decision::RollBack, "{course:#?}");
+            assert!(course.step <= 1 && course.judgement.reasons[0].contains(name), "{course:#?}");
+        }
+    }
+}
+
+#[test]
+fn a_model_that_is_no_better_is_neither_promoted_nor_taken_back() {
+    for course in courses(Needs::Better, [0.0005, 0.0005], [0.5, 0.5]) {
+        assert_eq!((course.decision, course.step), (Decision::Hold, 2), "{course:#?}");
+    }
+    let better = courses(Needs::Better, [0.0005, 0.0005], [0.5, 0.45]);
+    let promoted = better.iter().filter(|course| course.decision == Decision::Promote).count();
+    assert!(promoted >= 3, "{better:#?}");
 }

@@ -76,6 +76,7 @@ pub struct Gateway {
     pub observing: Observing,
     /// Of the serving log, where there is one.
     pub uploads: Option<Uploads>,
+    pub reports: Reports,
     /// What counts for drift.
     pub drift: Option<Arc<Drift>>,
     /// What audits the serving log.

@@ -234,13 +234,14 @@ pub struct Homes {
 
 impl Homes {
     pub fn new(me: &Incarnation, live: &BTreeSet<Incarnation>) -> Homes {
-        let weight = |gateway: &Incarnation, bucket: u16| {
-            let [seed, _] = words(parts(&["coeval-home-1", gateway.as_str()]));
-            mix(seed ^ mix(u64::from(bucket).wrapping_add(0x9e37_79b9_7f4a_7c15)))
-        };
+        let seed = |gateway: &Incarnation| words(parts(&["coeval-home-1", gateway.as_str()]))[0];
+        let weight = |seed: u64, bucket: u16| mix(seed ^ mix(u64::from(bucket).wrapping_add(0x9e37_79b9_7f4a_7c15)));
+        let my_seed = seed(me);
+        let others: Vec<(u64, &Incarnation)> =
+            live.iter().filter(|other| *other != me).map(|other| (seed(other), other)).collect();
         let mine = (0..BUCKETS).map(|bucket| {
-            let my_weight = (weight(me, bucket), me);
-            live.iter().filter(|other| *other != me).all(|other| (weight(other, bucket), other) < my_weight)
+            let my_weight = (weight(my_seed, bucket), me);
+            others.iter().all(|(seed, other)| (weight(*seed, bucket), *other) < my_weight)
         });
         Homes { mine: mine.collect() }
     }

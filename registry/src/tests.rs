@@ -330,6 +330,57 @@ async fn a_store_that_is_away_leaves_the_last_fold() {
 }
 
 #[tokio::test]
+async fn a_process_that_starts_while_the_store_is_away_begins_with_what_it_kept() {
+    let unsteady = Arc::new(Unsteady::default());
+    let store: Arc<dyn ObjectStore> = unsteady.clone();
+    let prefix = Path::from("p");
+    let registry = open(&store).await;
+    registry.submit(&flights(), &Change::Apply(catalog("d1")), "ada", None).await.unwrap();
+    let kept = registry.keep().unwrap();
+    registry.submit(&flights(), &Change::Apply(catalog("d2")), "ada", None).await.unwrap();
+
+    unsteady.away.store(true, Ordering::Relaxed);
+    let opened = |kept: Option<Vec<u8>>| {
+        let (store, prefix) = (store.clone(), prefix.clone());
+        async move { Registry::open_or_kept(store, &prefix, clock(), kept.as_deref()).await }
+    };
+    assert!(opened(None).await.err().unwrap().is_retryable());
+    let mut damaged = kept.clone();
+    *damaged.iter_mut().rfind(|byte| **byte == b'1').unwrap() = b'2';
+    assert!(opened(Some(damaged)).await.err().unwrap().is_retryable());
+    let (late, why) = opened(Some(kept.clone())).await.unwrap();
+    assert!(why.unwrap().is_retryable());
+    assert_eq!(late.state().project("flights").unwrap().catalog(), &catalog("d1"));
+    // Serving goes on, changes do not.
+    assert!(late.submit(&flights(), &Change::Apply(catalog("d3")), "ada", None).await.unwrap_err().is_retryable());
+
+    unsteady.away.store(false, Ordering::Relaxed);
+    assert_eq!(*late.refresh().await.unwrap(), *registry.state());
+    let (fresh, why) = opened(Some(kept)).await.unwrap();
+    assert!(why.is_none());
+    assert_eq!(*fresh.state(), *registry.state());
+}
+
+#[tokio::test]
+async fn what_was_kept_of_another_log_is_given_up_when_the_store_is_back() {
+    let other = open(&in_memory()).await;
+    for digest in ["x1", "x2", "x3"] {
+        other.submit(&flights(), &Change::Apply(catalog(digest)), "eve", None).await.unwrap();
+    }
+    let unsteady = Arc::new(Unsteady::default());
+    let store: Arc<dyn ObjectStore> = unsteady.clone();
+    let registry = open(&store).await;
+    registry.submit(&flights(), &Change::Apply(catalog("d1")), "ada", None).await.unwrap();
+    unsteady.away.store(true, Ordering::Relaxed);
+    let kept = other.keep().unwrap();
+    let (late, _) = Registry::open_or_kept(store, &Path::from("p"), clock(), Some(&kept)).await.unwrap();
+    assert_eq!(late.state().head, EntryNumber(3));
+    assert!(late.refresh().await.is_err());
+    unsteady.away.store(false, Ordering::Relaxed);
+    assert_eq!(*late.refresh().await.unwrap(), *registry.state());
+}
+
+#[tokio::test]
 async fn a_put_whose_answer_is_lost_is_counted_once() {
     let unsteady = Arc::new(Unsteady::default());
     let store: Arc<dyn ObjectStore> = unsteady.clone();

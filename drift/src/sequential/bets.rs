@@ -11,7 +11,7 @@
 //! - *chord*: a logarithm is concave, so on [0, 1] it lies above the line between its ends. Nothing is lost where
 //!   outcomes are 0 or 1.
 //! - *squares* (Fan, Grama and Liu 2015): ln(1 + y) ≥ y − y²·(−ln(1 − r) − r)/r² for y ≥ −r, r < 1. It knows the variance,
-//!   and loses a sixth of it at r = ½ and nothing for small stakes.
+//!   and loses a sixth of it at r = 0.2, half of it at r = ½, and nothing for small stakes.
 //!
 //! Both are mixed, with most of the weight on the one that suits the metric. The weights and stakes are fixed before the
 //! first unit, which is what makes the mixture valid.

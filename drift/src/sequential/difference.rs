@@ -37,7 +37,7 @@ pub fn bounds(strata: &[Stratum], alpha: f64, shape: Shape) -> (f64, f64) {
     let Some(middle) = estimate(strata) else { return (-1.0, 1.0) };
     let search = |end: f64, refuted: &dyn Fn(f64) -> bool| {
         // From the end inwards to the first margin that is not refuted.
-        const POINTS: i32 = 64;
+        const POINTS: i32 = 24;
         let at = |point: i32| {
             let share = f64::from(point) / f64::from(POINTS);
             middle + (end - middle) * share * share
@@ -47,7 +47,7 @@ pub fn bounds(strata: &[Stratum], alpha: f64, shape: Shape) -> (f64, f64) {
             return end;
         }
         let (mut kept, mut out) = (at(first), at(first + 1));
-        for _ in 0..40 {
+        for _ in 0..32 {
             let between = 0.5 * (kept + out);
             if refuted(between) { out = between } else { kept = between }
         }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::difference::Stratum;
 use super::exposure::Arm;
 use super::hard::Broken;
-use super::policy::{BUCKETS, Policy};
+use super::policy::{BUCKETS, Policy, ShadowMetric};
 use super::sample_ratio::Split;
 use super::tally::{Counts, Tally};
 
@@ -84,6 +84,28 @@ pub struct CanaryEvidence {
     /// Rows without a unit, which are answered by the champion and left out.
     pub without_unit: u64,
     pub broken: Vec<Broken>,
+}
+
+impl ShadowEvidence {
+    /// Puts in what gateways have counted of units under the entry that began the shadow, in the order of
+    /// [`Policy::shadow_metrics`].
+    pub fn count(&mut self, policy: &Policy, counts: &Counts, step: u64) {
+        // In shadow every unit has both versions, so there are no arms that it could be moved between.
+        let total = counts.total(step, |_| true);
+        self.guardrails = vec![ByArm::default(); policy.guardrails.len()];
+        self.paired.clear();
+        for (at, metric) in policy.shadow_metrics().into_iter().enumerate() {
+            let tally = total.fresh.get(at).copied().unwrap_or_default();
+            match metric {
+                ShadowMetric::Flip => self.flips = tally,
+                ShadowMetric::Slower => self.slower = tally,
+                ShadowMetric::ScoreDifference => self.score_difference = tally,
+                ShadowMetric::ChallengerGuardrail(index) => self.guardrails[index].challenger = tally,
+                ShadowMetric::ChampionGuardrail(index) => self.guardrails[index].champion = tally,
+                ShadowMetric::SuccessDifference(_) => self.paired.push(tally),
+            }
+        }
+    }
 }
 
 /// What was counted between two steps.

@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use super::seen::Seen;
 use super::tally::{Counts, METRICS_MAX};
 
-/// Who answers.
+/// Who is to answer a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arm {
@@ -25,6 +25,8 @@ pub struct Exposure {
     pub unit: u64,
     /// Of the assignment.
     pub bucket: u16,
+    /// That the unit was assigned to, also where another version had to answer: a version that cannot is not to be judged by
+    /// the rows that it could.
     pub arm: Arm,
     /// The entry of the control log that began the step in force.
     pub step: u64,

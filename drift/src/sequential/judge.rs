@@ -255,14 +255,20 @@ fn skew(rules: &ShadowPolicy, evidence: &ShadowEvidence, alpha: f64) -> Criterio
     }
 }
 
+/// Acknowledged in place of a feature's name, it stands for all features, also where nothing could be judged: few source rows may
+/// stay too few for ever.
+pub const ALL_FEATURES: &str = "*";
+
 /// Both versions were served the same rows, so their drift holds and never stops.
 fn drift(rules: &ShadowPolicy, evidence: &ShadowEvidence) -> Criterion {
     let drift = &evidence.drift;
+    let all = drift.acknowledged.iter().any(|name| name == ALL_FEATURES);
     let open: Vec<&str> =
         drift.features.iter().filter(|name| !drift.acknowledged.contains(name)).map(String::as_str).collect();
     let (verdict, text) = match (rules.drift, drift.verdict) {
         (DriftRule::Ignore, _) => (Verdict::Met, "drift is ignored by policy".to_owned()),
         (_, DriftVerdict::Stable) => (Verdict::Met, "inputs have not drifted".to_owned()),
+        _ if all => (Verdict::Met, "whatever drift there may be is acknowledged".to_owned()),
         (_, DriftVerdict::Drift) if open.is_empty() => {
             (Verdict::Met, format!("drift of {} is acknowledged", listed(&drift.features)))
         }
@@ -271,7 +277,9 @@ fn drift(rules: &ShadowPolicy, evidence: &ShadowEvidence) -> Criterion {
             (Verdict::Shared, text)
         }
         (_, DriftVerdict::InsufficientData | DriftVerdict::Unknown) => {
-            (Verdict::Open, "too little is known of drift yet".to_owned())
+            let text =
+                format!("too little is known of drift yet; acknowledge `{ALL_FEATURES}` to go on without knowing");
+            (Verdict::Open, text)
         }
     };
     Criterion::new("drift", verdict, evidence.rows, text)

@@ -33,14 +33,14 @@ pub fn lower(sums: &Sums, alpha: f64, shape: Shape) -> f64 {
     let refuted = |bound: f64| ln_above(sums, bound, shape) >= wanted;
     // Bounds are refuted from below; the first that is not is looked for, because evidence by squares need not fall
     // steadily with the bound.
-    const POINTS: i32 = 64;
+    const POINTS: i32 = 24;
     let at = |point: i32| {
         let share = f64::from(point) / f64::from(POINTS);
         mean * share * share
     };
     let Some(first) = (1..=POINTS).find(|point| !refuted(at(*point))) else { return mean };
     let (mut low, mut high) = (at(first - 1), at(first));
-    for _ in 0..40 {
+    for _ in 0..32 {
         let middle = 0.5 * (low + high);
         if refuted(middle) { low = middle } else { high = middle }
     }

@@ -201,6 +201,10 @@ impl Policy {
         if self.shadow.is_none() && self.canary.is_none() {
             return Err(PolicyError::NoCriteria);
         }
+        let metrics = self.metrics().max(self.shadow_metrics().len());
+        if metrics > METRICS_MAX {
+            return Err(value("metrics", metrics.to_string(), "at most 32 are counted: declare fewer guardrails"));
+        }
         share("alpha", self.alpha)?;
         share("sample_ratio_alpha", self.sample_ratio_alpha)?;
         for guardrail in &self.guardrails {
@@ -226,10 +230,6 @@ impl Policy {
             if canary.steps.is_empty() || !ascending || !within {
                 let given = format!("{:?}", canary.steps);
                 return Err(value("canary.steps", given, "steps are ascending shares of 0.01 % to 100 %"));
-            }
-            if self.metrics() > METRICS_MAX {
-                let given = self.metrics().to_string();
-                return Err(value("metrics", given, "at most 32 guardrails and success metrics are counted"));
             }
             for success in &canary.success {
                 let (low, high) = success.range;
@@ -257,10 +257,43 @@ impl Policy {
         Ok(())
     }
 
-    /// How many metrics counts have: guardrails, then success metrics.
+    /// How many metrics counts of a canary have: guardrails, then success metrics.
     pub fn metrics(&self) -> usize {
         self.guardrails.len() + self.canary.as_ref().map_or(0, |canary| canary.success.len())
     }
+
+    /// What is counted of each unit in shadow, in the order of counts.
+    pub fn shadow_metrics(&self) -> Vec<ShadowMetric> {
+        let rails = 0..self.guardrails.len();
+        let success = 0..self.canary.as_ref().map_or(0, |canary| canary.success.len());
+        [ShadowMetric::Flip, ShadowMetric::Slower, ShadowMetric::ScoreDifference]
+            .into_iter()
+            .chain(rails.clone().map(ShadowMetric::ChallengerGuardrail))
+            .chain(rails.map(ShadowMetric::ChampionGuardrail))
+            .chain(success.map(ShadowMetric::SuccessDifference))
+            .collect()
+    }
+}
+
+/// What both versions' answers to one row are counted as; all are in [0, 1].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShadowMetric {
+    /// 1 where they decide differently.
+    Flip,
+    /// 1 where the challenger took longer than the policy's ratio allows.
+    Slower,
+    /// (d + 1)/2 of the difference of scores.
+    ScoreDifference,
+    /// By index.
+    ChallengerGuardrail(usize),
+    ChampionGuardrail(usize),
+    /// (d + 1)/2 of the difference on the success metric's scale.
+    SuccessDifference(usize),
+}
+
+/// A paired difference as it is counted: d in [−1, 1] as (d + 1)/2.
+pub fn paired(challenger: f64, champion: f64) -> f64 {
+    ((challenger - champion + 1.0) / 2.0).clamp(0.0, 1.0)
 }
 
 impl CanaryPolicy {

@@ -8,9 +8,13 @@ use drift::random::Random;
 use drift::sequential::bets::Shape;
 use drift::sequential::correction::holm;
 use drift::sequential::difference::{self, Stratum};
+use drift::sequential::evidence::{CanaryEvidence, StepEvidence};
 use drift::sequential::exposure::{Arm, Exposure, Exposures, Options};
+use drift::sequential::judge::{self, Decision, Judgement};
 use drift::sequential::mean::{self, upper_of_count};
+use drift::sequential::policy::{CanaryPolicy, Guardrail, Needs, Policy, Side, Success};
 use drift::sequential::sample_ratio::{self, Split};
+use drift::sequential::snapshot::Snapshot;
 use drift::sequential::tally::Tally;
 
 /// Of rows of one unit.
@@ -234,4 +238,137 @@ pub fn bent_split(share: f64, units: u64, runs: u64, alpha: f64, seed: u64) -> (
         when.push(first.unwrap_or(u64::MAX));
     }
     (found, median(when))
+}
+
+/// What the flights example declares, with a step that compares the arms evenly.
+pub fn flights(needs: Needs) -> Policy {
+    let success = Success {
+        metric: "log_loss".into(),
+        lower_is_better: true,
+        needs,
+        range: (0.0, 4.0),
+        centre: 0.5,
+        shape: Shape::Mean,
+    };
+    Policy {
+        alpha: 0.05,
+        sample_ratio_alpha: 0.001,
+        shadow: None,
+        canary: Some(CanaryPolicy {
+            unit: "aircraft".into(),
+            steps: vec![2_500, 5_000, 10_000],
+            bake_us: 1_800_000_000,
+            min_units: 100,
+            ends_after_us: 86_400_000_000,
+            success: vec![success],
+            whole_weeks: false,
+            blackouts: vec![],
+        }),
+        guardrails: vec![
+            Guardrail::declared("error_rate < 0.5%", "error_rate", Side::Below, 0.005),
+            Guardrail::declared("p99 < 60ms", "p99", Side::Below, 0.06),
+        ],
+        hard: Default::default(),
+    }
+}
+
+/// How a simulated rollout has ended.
+#[derive(Debug, Clone)]
+pub struct Course {
+    /// The decision that ended it; `Hold` where none did.
+    pub decision: Decision,
+    /// The step that it came to, and the flushes it took.
+    pub step: usize,
+    pub flushes: u64,
+    pub judgement: Judgement,
+}
+
+/// A canary from its first step to its end, judged at every flush by the whole of the machinery: 6,000 units that come back at
+/// random, their windows, moves from arm to arm at each step, counts of two gateways that are written, read and merged.
+pub fn canary(policy: &Policy, failing: [f64; 2], loss: [f64; 2], flushes_max: u64, seed: u64) -> Course {
+    const UNITS: u64 = 6_000;
+    const FLUSH_US: i64 = 60_000_000;
+    const ROWS: u64 = 400;
+    let steps = policy.canary.as_ref().map(|canary| canary.steps.clone()).unwrap_or_default();
+    let mut random = Random::new(seed);
+    let options = Options { window_us: 10 * FLUSH_US, open_max: 10_000 };
+    let mut gateways = [Exposures::new(options), Exposures::new(options)];
+    let arm_at = |share: u16| move |bucket: u16| if bucket < share { Arm::Challenger } else { Arm::Champion };
+    let (mut step, mut step_begun_us) = (0, 0);
+    for flush in 0..flushes_max {
+        let now_us = flush as i64 * FLUSH_US;
+        for _ in 0..ROWS {
+            let number = random.below(UNITS);
+            let unit = drift::random::mix(seed ^ (number << 20));
+            let bucket = (unit % 10_000) as u16;
+            let arm = arm_at(steps[step])(bucket);
+            let failed = random.unit() < failing[arm as usize];
+            // Slow rows are as frequent in both.
+            let slow = random.unit() < 0.001;
+            // Some units are harder than others, whoever answers them.
+            let harder = 0.2 * (drift::random::mix(unit) % 100) as f64 / 100.0;
+            let loss = loss[arm as usize] + harder + 0.3 * (random.unit() - 0.5);
+            let exposure = Exposure { unit, bucket, arm, step: step as u64, now_us };
+            let outcomes = [(0, f64::from(u8::from(failed))), (1, f64::from(u8::from(slow))), (2, loss / 4.0)];
+            // Each unit has one home.
+            gateways[usize::from(bucket % 2)].record(exposure, &outcomes);
+        }
+        let mut merged = Snapshot::default();
+        for gateway in &mut gateways {
+            gateway.close(now_us);
+            let written = Snapshot::of(gateway).encode();
+            merged.merge(&Snapshot::decode(&written).expect("what was written is read"));
+        }
+        let counted = |step: usize| {
+            let arm = arm_at(steps[step]);
+            StepEvidence::counted(&merged.counts, step as u64, policy.metrics(), |bucket| Some(arm(bucket)))
+        };
+        let evidence = CanaryEvidence {
+            begun_us: 0,
+            step_begun_us,
+            step,
+            steps: (0..=step).map(counted).collect(),
+            ..CanaryEvidence::default()
+        };
+        let judgement = judge::canary(policy, &evidence, now_us);
+        match judgement.decision {
+            Decision::Hold if flush + 1 < flushes_max => {}
+            Decision::Advance { to } => (step, step_begun_us) = (to, now_us),
+            decision => return Course { decision, step, flushes: flush, judgement },
+        }
+    }
+    unreachable!("the last flush ends it")
+}
+
+/// Seconds that one judgement takes, and seconds and bytes of one snapshot, written and read.
+pub fn cost() -> (f64, f64, usize) {
+    let mut exposures = Exposures::new(Options { window_us: 1, open_max: 10_000 });
+    let mut random = Random::new(9);
+    for unit in 0..6_000_u64 {
+        let bucket = random.below(10_000) as u16;
+        let (step, share) = [(0, 2_500), (1, 5_000), (2, 10_000)][(unit % 3) as usize];
+        let arm = if bucket < share { Arm::Challenger } else { Arm::Champion };
+        let exposure = Exposure { unit: random.bits(), bucket, arm, step, now_us: unit as i64 };
+        exposures.record(exposure, &[(0, 0.0), (1, f64::from(u8::from(unit % 500 == 0))), (2, random.unit())]);
+    }
+    exposures.close(i64::MAX);
+    let policy = flights(Needs::Better);
+    let begun = std::time::Instant::now();
+    let mut written = Snapshot::of(&exposures).encode();
+    for _ in 0..20 {
+        let read = Snapshot::decode(&written).expect("what was written is read");
+        written = read.encode();
+    }
+    let snapshot = begun.elapsed().as_secs_f64() / 20.0;
+    let begun = std::time::Instant::now();
+    for _ in 0..20 {
+        let counted = |(step, share): (u64, u16)| {
+            let arm = |bucket| Some(if bucket < share { Arm::Challenger } else { Arm::Champion });
+            StepEvidence::counted(exposures.counts(), step, policy.metrics(), arm)
+        };
+        let steps = [(0, 2_500), (1, 5_000), (2, 10_000)].map(counted).to_vec();
+        let evidence = CanaryEvidence { step: 2, steps, ..CanaryEvidence::default() };
+        std::hint::black_box(judge::canary(&policy, &evidence, 1));
+    }
+    (begun.elapsed().as_secs_f64() / 20.0, snapshot, written.len())
 }

@@ -241,7 +241,8 @@ fn drift_is_acknowledged_by_feature_and_on_record() {
 #[test]
 fn what_cannot_be_rolled_out_is_refused() {
     let mut state = three_active();
-    let cases: [(fn(&mut Begin), &str); 10] = [
+    type Case = (fn(&mut Begin), &'static str);
+    let cases: [Case; 10] = [
         (|begin| begin.version = ModelVersion(1), "version 1 of model `delay` is champion"),
         (|begin| begin.version = ModelVersion(9), "has no version 9"),
         (|begin| begin.champion = ModelVersion(3), "is version 1 and not 3, which the rollout was planned against"),

@@ -152,6 +152,14 @@ fn drift_holds_until_it_is_acknowledged_and_never_stops() {
     // Another feature drifts afterwards.
     drift.features.push("weather_now:visib".to_owned());
     check(&judge(&drift), Decision::Hold, "weather_now:visib");
+    drift.acknowledged.push(ALL_FEATURES.to_owned());
+    check(&judge(&drift), Decision::Advance { to: 0 }, "");
+
+    let mut unknown = DriftEvidence { verdict: DriftVerdict::InsufficientData, ..DriftEvidence::default() };
+    check(&judge(&unknown), Decision::Hold, "too little is known of drift yet");
+    unknown.acknowledged.push(ALL_FEATURES.to_owned());
+    check(&judge(&unknown), Decision::Advance { to: 0 }, "");
+    check(&judge(&DriftEvidence::default()), Decision::Hold, "too little is known of drift yet");
 }
 
 #[test]
@@ -340,4 +348,47 @@ fn policies_that_cannot_be_judged_are_refused() {
 fn percentiles_are_shares_of_slower_rows() {
     let rail = Guardrail::declared("p95 < 60ms", "p95", Side::Below, 0.06);
     assert_eq!((rail.bound, rail.measure), (0.05, super::super::policy::Measure::SlowerThan(0.06)));
+}
+
+#[test]
+fn what_gateways_count_in_shadow_is_what_is_judged() {
+    use crate::sequential::exposure::{Arm, Exposure, Exposures, Options};
+    use crate::sequential::policy::{ShadowMetric, paired};
+    let policy = policy();
+    let mut exposures = Exposures::new(Options { window_us: 10, open_max: 10_000 });
+    for unit in 0..3_000_u64 {
+        let score = |arm: f64| 0.2 + 0.001 * arm + 0.1 * (unit % 7) as f64 / 7.0;
+        let outcome = |metric: &ShadowMetric| match metric {
+            ShadowMetric::Flip => f64::from(u8::from(unit % 1_000 == 0)),
+            ShadowMetric::Slower => f64::from(u8::from(unit % 10 == 0)),
+            ShadowMetric::ScoreDifference => paired(score(1.0), score(0.0)),
+            ShadowMetric::ChallengerGuardrail(index) => f64::from(u8::from(*index == 1 && unit % 500 == 0)),
+            ShadowMetric::ChampionGuardrail(_) => 0.0,
+            ShadowMetric::SuccessDifference(_) => paired(0.25, 0.3),
+        };
+        let metrics = policy.shadow_metrics();
+        let outcomes: Vec<(usize, f64)> = metrics.iter().map(outcome).enumerate().collect();
+        let exposure = Exposure { unit: unit + 1, bucket: 0, arm: Arm::Challenger, step: 5, now_us: unit as i64 };
+        exposures.record(exposure, &outcomes);
+    }
+    exposures.close(i64::MAX);
+    let mut evidence = ShadowEvidence {
+        rows: 6_000,
+        audited_rows: 6_000,
+        drift: DriftEvidence { verdict: DriftVerdict::Stable, ..DriftEvidence::default() },
+        ..ShadowEvidence::default()
+    };
+    evidence.count(&policy, exposures.counts(), 5);
+    assert_eq!((evidence.flips, evidence.slower), (Tally::of_events(3, 3_000), Tally::of_events(300, 3_000)));
+    assert_eq!(evidence.guardrails, [arms(0, 3_000, 0, 3_000), arms(6, 3_000, 0, 3_000)]);
+    let judgement = shadow(&policy, &evidence, DAY);
+    check(&judgement, Decision::Advance { to: 0 }, "");
+    let told = judgement.criteria.iter().find(|criterion| criterion.name == "log_loss (same rows)").unwrap();
+    // On the scale of 0 to 4.
+    assert!((told.estimate.unwrap() + 0.2).abs() < 1e-5 && told.verdict == Verdict::Met, "{told:?}");
+    let told = judgement.criteria.iter().find(|criterion| criterion.name == "score_difference").unwrap();
+    assert!((told.estimate.unwrap() - 0.001).abs() < 1e-6, "{told:?}");
+    let mut many = policy.clone();
+    many.guardrails = vec![many.guardrails[0].clone(); 15];
+    assert!(many.check().unwrap_err().to_string().contains("at most 32 are counted"));
 }
