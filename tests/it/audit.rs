@@ -27,7 +27,9 @@ use std::process::Command;
 use std::sync::Arc;
 use tests::column::{bools, doubles, int64s, strings, timestamps};
 use tests::{ManualClock, Project, Server};
+use tonic::transport::Channel;
 
+use crate::models;
 use crate::process::binary;
 
 const T0: Micros = 1_700_000_000 * SECOND;
@@ -534,5 +536,66 @@ async fn a_server_audits_each_window_and_says_when_something_is_wrong() {
     let metrics = gateway.metrics.encode(&gateway.served(), std::time::Duration::ZERO, true);
     let bugs = metrics.lines().find(|line| line.contains("audit_values_total") && line.contains("bug")).unwrap();
     assert!(bugs.ends_with(&format!(" {}", rows.header.rows)), "{bugs}");
+    server.stop().await.unwrap();
+}
+
+/// What a model was given and what it said are replayed, too, and it is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn tensors_are_compared_and_the_model_is_asked_again() {
+    if !cfg!(feature = "torch") {
+        eprintln!("skipped: this build has no torch");
+        return;
+    }
+    let text = "project: life\nserve: {grpc: 127.0.0.1:0, http: 127.0.0.1:0}\nserving_log: {sample: 1, flush: 1s}\naudit: {every: 1m}\n";
+    let project = Project::new(text, models::DEFINITIONS).unwrap();
+    project.apply().await.unwrap();
+    let clock = ManualClock::at(T0);
+    let server = Server::start(&project, &clock, None).await.unwrap();
+    let address = format!("http://{}", server.running.grpc_addr);
+    let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+    assert_eq!(models::register(&channel, &models::model_file()).await, 1);
+    assert_eq!(models::deploy(&channel, 1).await.unwrap().champion, 1);
+    const ROWS: usize = 20;
+    let numbers = |of: f64| (0..ROWS).map(|row| Some(row as f64 * of - 1.0)).collect::<Vec<_>>();
+    let request = v1::PredictRequest {
+        project: "life".into(),
+        model: "delay".into(),
+        rows: vec![
+            doubles("a", &numbers(0.25)),
+            doubles("b", &numbers(-0.5)),
+            doubles("c", &numbers(1.0)),
+            int64s("carrier", &[Some(1); ROWS]),
+        ],
+        ..v1::PredictRequest::default()
+    };
+    let answer = server.gateway.clone().predict(request).await.unwrap().into_inner();
+    assert!(answer.outcomes.iter().all(|outcome| outcome.status() == v1::RowStatus::Ok), "{:?}", answer.outcomes);
+    let (store, root) = registry::store::open_store(&project.path().join(".coeval").to_string_lossy()).unwrap();
+    let folder = root.join("life");
+    for _ in 0..200 {
+        if !serving_log::files(&store, &folder, "trips", 0, Micros::MAX).await.unwrap().is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    clock.advance(MINUTE + 30 * SECOND);
+    let reports = folder.join("audits").join("trips");
+    let mut found = None;
+    for _ in 0..300 {
+        let listed = store.list_with_delimiter(Some(&reports)).await.unwrap();
+        let path =
+            listed.objects.into_iter().map(|object| object.location).find(|path| path.as_ref().ends_with(".json"));
+        if let Some(path) = path {
+            found = Some(store.get(&path).await.unwrap().bytes().await.unwrap());
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let report: serde_json::Value = serde_json::from_slice(&found.expect("the window was audited")).unwrap();
+    assert_eq!((&report["outcome"], &report["rows"]["audited"]), (&"passed".into(), &ROWS.into()), "{report}");
+    let tensors = &report["tensors"];
+    assert_eq!((&tensors["compared"], &tensors["equal"]), (&ROWS.into(), &ROWS.into()), "{tensors}");
+    let scores = &report["rescored"];
+    assert_eq!((&scores["compared"], &scores["equal"]), (&ROWS.into(), &ROWS.into()), "{scores}");
     server.stop().await.unwrap();
 }
