@@ -202,9 +202,12 @@ fn as_numbers(array: &ArrayRef) -> Result<Float64Array, LabelError> {
 fn hashes(array: &ArrayRef, key_type: &Type, hash_key: &[u8], column: &str) -> ArrayRef {
     let hash = |row: usize| {
         let value = Value::from_array(array, row, key_type);
+        if value.is_null() {
+            return None;
+        }
         let mut bytes = Vec::new();
         encode(&value, &mut bytes);
-        (!value.is_null()).then(|| hashed(hash_key, &columns::input(column), &bytes))
+        Some(hashed(hash_key, &columns::input(column), &bytes))
     };
     Arc::new((0..array.len()).map(hash).collect::<StringArray>())
 }

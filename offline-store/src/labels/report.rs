@@ -231,7 +231,8 @@ impl With<'_> {
                 }
             }
             let is_shown = decided.as_ref().is_none_or(|decided| decided.is_valid(row) && decided.value(row));
-            for (name, array, key_type) in &keys {
+            // A null names nobody.
+            for (name, array, key_type) in keys.iter().filter(|(_, array, _)| array.is_valid(row)) {
                 let mut bytes = Vec::new();
                 encode(&Value::from_array(array, row, key_type), &mut bytes);
                 let counter = part.shown.entry((*name).to_owned()).or_default();

@@ -71,7 +71,10 @@ impl World {
         let columns = schema.schema.fields().iter().map(|field| -> ArrayRef {
             match field.name().as_str() {
                 "request_id" => texts(|row| row.0.into()),
-                "in:plane" => texts(|row| row.1.into()),
+                "in:plane" => {
+                    let planes = predictions.iter().map(|row| (!row.1.is_empty()).then_some(row.1));
+                    Arc::new(planes.collect::<StringArray>())
+                }
                 "in:to" => texts(|row| row.2.into()),
                 "sampled" => texts(|row| row.6.into()),
                 "status" => texts(|_| "ok".into()),
@@ -231,6 +234,16 @@ async fn reports_are_by_version_and_stretch_of_time_over_the_sample() {
     assert_eq!((shown.asked, shown.shown), (1, 1));
     // Version 2 decided for nobody.
     assert_eq!(found.parts[2].quality.shown["plane"].coverage, 0.0);
+}
+
+#[tokio::test]
+async fn a_row_without_a_key_counts_and_names_nobody() {
+    let world = World::new();
+    world.log(&[("a", "", "JFK", HOUR, 0.9, 1, "key"), ("b", "N1", "JFK", HOUR, 0.9, 1, "key")]).await;
+    world.label(vec![("plane", texts(&["N1"])), ("time", times(&[HOUR])), ("late", truths(&[Some(true)]))], DAY).await;
+    let found = world.report(DAY, DAY).await;
+    let quality = &found.parts[0].quality;
+    assert_eq!((quality.rows, quality.labelled, quality.shown["plane"].asked), (2, 1, 1));
 }
 
 #[tokio::test]
