@@ -4,13 +4,16 @@
 ONLINE ?= embedded
 export ONLINE
 
-.PHONY: setup demo test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference
+.PHONY: setup demo demo-audit test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-audit
 
 setup: ## what `demo` needs: compilers, a Python environment, libtorch
 	@scripts/setup.sh
 
 demo: ## definitions to served predictions on real flights, with the audit
 	@scripts/demo.sh
+
+demo-audit: ## what is served on real flights, logged and audited; labels; drift; planted faults
+	@scripts/demo.sh audit
 
 test: ## formatting, clippy, Rust tests, Python tests against a real server
 	@scripts/test.sh
@@ -23,6 +26,9 @@ fmt: ## format the Rust code
 
 bench-pit bench-windows bench-flight bench-online bench-inference: bench-%: ## ours and what users would pick instead, in turn on the same files
 	@scripts/bench.sh $*
+
+bench-audit: ## faults planted into a serving log: which the audit flags, and what it says they are
+	@scripts/bench.sh audit
 
 clean: ## remove what was built (the Python environment stays)
 	@scripts/clean.sh

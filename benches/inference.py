@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from online import KEYS, Ours, Process, Redis, Watch, definitions_of_wide, generate, load
@@ -26,6 +28,8 @@ REFUSAL_MS = 5
 DEADLINE_MS = 100
 # Of what the model answers one by one: the load that a second model is deployed under.
 DEPLOY_SHARE = 0.3
+# Of Predict with and without the serving log: requests per second, blocks, and how long each is.
+LOGGING_RATE, LOGGING_BLOCKS, LOGGING_SECONDS = 200, 40, 2
 # A block of a workload that needs rare events to be frequent lasts so many times as long.
 LONG = 3
 
@@ -58,11 +62,25 @@ def definitions(data: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def median_at_most(values: list[float], confidence: float = 0.95) -> float:
+    """With that confidence the median is no larger: an order statistic, by the binomial distribution."""
+    n = len(values)
+    below = 0.0
+    for at, value in enumerate(sorted(values)):
+        # The chance that at most `at` of them lie below the median.
+        below += math.comb(n, at) / 2**n
+        if below >= confidence:
+            return value
+    return math.inf
+
+
 class Gateway(Ours):
     """Ours with models."""
 
-    def __init__(self, place: Place, folder: Path, data: Path, online: str, files: Path) -> None:
-        super().__init__(place, folder, data, online, definitions(data))
+    def __init__(
+        self, place: Place, folder: Path, data: Path, online: str, files: Path, more: str = "", project: str = "bench"
+    ) -> None:
+        super().__init__(place, folder, data, online, definitions(data), more, project)
         self.files = files
 
     def register(self, model: str, file: str) -> None:
@@ -231,6 +249,43 @@ def inference(report: Report, place: Place, args: argparse.Namespace) -> None:
         metric = f"{found['answered']} predictions: memory, second half"
         report.compare(metric, late, "bytes", "first half", early, late / early, "<= 1.1")
 
+    def logging() -> None:
+        """The same requests to servers that log and one that does not, in alternating blocks."""
+        data = generate(place, 0)
+        asked = ["--project", "bench", "--service", "wide", "--model", "small", "--keys", KEYS]
+        contenders = {"off": "off", "as usual": "{}", "everything": "{sample: 100%}"}
+        found: dict[str, list[dict]] = {name: [] for name in contenders}
+        with ExitStack() as running:
+            redis = running.enter_context(Redis(work / "redis"))
+            url = f"redis://127.0.0.1:{redis.port}"
+            gateways = {}
+            for name, setting in contenders.items():
+                folder = work / f"log-{name.replace(' ', '-')}"
+                more = f"serving_log: {setting}\naudit: off\n"
+                # One of them has the store's writer; the definitions and rows are the same.
+                project = f"bench{len(gateways)}"
+                gateways[name] = running.enter_context(Gateway(place, folder, data, url, files, more, project))
+                gateways[name].fill(["wide0"])
+                gateways[name].register("small", "small.pt")
+                gateways[name].deploy("small")
+                load(place, gateways[name].address, [*asked[2:], "--project", project], "--rate", LOGGING_RATE, "--seconds", 2)
+            for block in range(LOGGING_BLOCKS):
+                # Whoever comes first in one block comes last in the next.
+                for name in list(contenders) if block % 2 == 0 else list(contenders)[::-1]:
+                    project = ["--project", f"bench{list(contenders).index(name)}"]
+                    pace = ["--rate", LOGGING_RATE, "--seconds", LOGGING_SECONDS]
+                    found[name].append(load(place, gateways[name].address, [*asked[2:], *project], *pace))
+        report.runs["logging"] = found
+        for name in ("as usual", "everything"):
+            for what, at_most in {"p50_us": 1.05, "p99_us": 1.10}.items():
+                pairs = zip(found[name], found["off"], strict=True)
+                ratios = [on[what] / off[what] for on, off in pairs]
+                ours, off = (statistics.median(run[what] for run in found[of]) for of in (name, "off"))
+                bound = median_at_most(ratios)
+                metric = f"logging {name}: {what.removesuffix('_us')}, upper 95 % bound of {len(ratios)} paired blocks"
+                report.compare(metric, ours, "us", "no log", off, bound, f"<= {at_most}")
+                report.checks.append(f"logging {name}: {what.removesuffix('_us')}: median ratio {statistics.median(ratios):.3f}")
+
     def with_gateway() -> None:
         data = generate(place, 0)
         with Redis(work / "redis") as redis:
@@ -249,6 +304,7 @@ def inference(report: Report, place: Place, args: argparse.Namespace) -> None:
     said = models(place, files)
     report.checks.append(f"slow.pt: {json.dumps({name: said[name] for name in said if name.startswith('s')})}")
     for name, measure in {
+        "logging": logging,
         "policies": policies,
         "steady": steady,
         "saturated": saturated,

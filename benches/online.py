@@ -181,11 +181,20 @@ def wait_for_port(port: int, seconds: float = 60) -> None:
 class Ours(Process):
     """`coeval serve` over a project of its own."""
 
-    def __init__(self, place: Place, folder: Path, data: Path, online: str, text: str | None = None) -> None:
+    def __init__(
+        self,
+        place: Place,
+        folder: Path,
+        data: Path,
+        online: str,
+        text: str | None = None,
+        more: str = "",
+        project: str = "bench",
+    ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         ports = f"grpc: 127.0.0.1:{free_port()}, http: 127.0.0.1:{free_port()}"
-        settings = f"project: bench\nonline: {online}\nserve: {{{ports}}}\n"
+        settings = f"project: {project}\nonline: {online}\nserve: {{{ports}}}\n{more}"
         (folder / "coeval.yaml").write_text(settings)
         (folder / "definitions.yaml").write_text(text or definitions(data))
         self.place, self.folder = place, folder

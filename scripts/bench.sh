@@ -3,14 +3,22 @@
 # says what is measured.
 #
 #     scripts/bench.sh pit|windows|flight|online|inference [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
+#     scripts/bench.sh audit [--rows N] [--seeds N]
 #
 # Generated files (about 12 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's
 # cache.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-[ $# -gt 0 ] || fail "say which benchmark: pit, windows, flight, online or inference"
+[ $# -gt 0 ] || fail "say which benchmark: pit, windows, flight, online, inference or audit"
 have cargo || fail "cargo not found; run \`make setup\` first"
+if [ "$1" = audit ]; then
+    shift
+    claim_builds
+    step "building the benchmark program (release; the first time this takes a while)"
+    cargo build --release --locked -p benches
+    exec python3 benches/audit.py --bench "$CARGO_TARGET_DIR/release/bench" "$@"
+fi
 place=${COEVAL_BENCH:-$cache/bench}
 peers=$place/peers
 

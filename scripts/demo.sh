@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The demo: installs what is missing, builds the server, and runs examples/nyc-flights/demo.py with it.
+# The demos: installs what is missing, builds the server, and runs examples/nyc-flights/demo.py or demo_audit.py with it.
 #
 #     ONLINE=embedded|redis scripts/demo.sh
+#     scripts/demo.sh audit
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -15,6 +16,13 @@ esac
 use_libtorch
 step "building the server (release; the first time this takes a while)"
 cargo build --release --locked -p cli --features torch
+
+if [ "${1:-}" = audit ]; then
+    step "building the benchmark program, which plants faults (release; the first time this takes a while)"
+    cargo build --release --locked -p benches
+    step "the audit demo"
+    exec "$python" examples/nyc-flights/demo_audit.py --server "$CARGO_TARGET_DIR/release/coeval" --bench "$CARGO_TARGET_DIR/release/bench"
+fi
 
 step "the demo, with the $online store"
 exec "$python" examples/nyc-flights/demo.py --server "$CARGO_TARGET_DIR/release/coeval" --online "$online"

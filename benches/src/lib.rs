@@ -17,6 +17,8 @@ pub mod online;
 
 pub mod models;
 
+pub mod audit;
+
 pub mod process;
 
 #[cfg(test)]

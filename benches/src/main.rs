@@ -11,7 +11,7 @@ use benches::definitions::{Known, Setup, Tails, Workload};
 use benches::online::load::Pace;
 use benches::online::requests::Asked as AskedFeatures;
 use benches::online::{self, push};
-use benches::{floor, managed, models, process, serve, training_set};
+use benches::{audit, floor, managed, models, process, serve, training_set};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use offline_store::point_in_time::Order;
 use serde_json::{Value, json};
@@ -111,6 +111,18 @@ enum Command {
     Models {
         #[command(subcommand)]
         command: models::command::Command,
+    },
+    /// Faults planted into a serving log: which of them the audit flags, and what it says they are
+    Audit {
+        /// Rows of the large log
+        #[arg(long, default_value_t = 80_000)]
+        rows: usize,
+        /// Small logs for causes, each once with every fault
+        #[arg(long, default_value_t = 200)]
+        seeds: u64,
+        /// Rows of each small log
+        #[arg(long, default_value_t = 6_000)]
+        seed_rows: usize,
     },
     /// Push events at a rate and wait until each is visible
     Push { address: String, project: String, source: String, keys: i64, rate: u64, seconds: u64 },
@@ -256,6 +268,10 @@ fn main() -> anyhow::Result<()> {
         Command::Push { address, project, source, keys, rate, seconds } => {
             let events = push::Events { project, source, keys, rate, lasts: Duration::from_secs(seconds) };
             say(serde_json::to_value(runtime.block_on(push::run(&address, &events))?)?)
+        }
+        Command::Audit { rows, seeds, seed_rows } => {
+            let size = audit::Power { rows, seeds, seed_rows };
+            say(serde_json::to_value(runtime.block_on(audit::run(size))?)?)
         }
         Command::Models { command } => say(runtime.block_on(models::command::run(command))?),
         Command::Serve { folder, views, limits } => {

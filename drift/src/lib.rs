@@ -57,6 +57,8 @@ use thiserror::Error;
 
 pub mod verdict;
 
+pub mod sequential;
+
 pub mod profile;
 
 pub mod builder;

@@ -21,14 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 HERE = Path(__file__).resolve().parent
 READY_SECONDS_MAX = 300
 DRAIN_SECONDS_MAX = 60
-STEPS = 7
 
 
 class Failed(Exception):
@@ -38,13 +37,14 @@ class Failed(Exception):
 class Steps:
     """Says what happens now, and how long it took."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int) -> None:
         self.number = 0
+        self.total = total
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
         self.number += 1
-        print(f"\n== {self.number}/{STEPS} {what}", flush=True)
+        print(f"\n== {self.number}/{self.total} {what}", flush=True)
         began = time.monotonic()
         yield
         print(f"   {time.monotonic() - began:.1f} s", flush=True)
@@ -95,6 +95,14 @@ def run(command: list[str], environment: dict[str, str]) -> None:
     status = subprocess.run(command, env=environment, check=False).returncode
     if status != 0:
         raise Failed(f"`{' '.join(command[-1:])}` ended with status {status}")
+
+
+def prepare() -> None:
+    """Makes the data, where it is not there yet."""
+    if (HERE / "data" / "spine.parquet").exists():
+        print(f"already there: {HERE / 'data'}")
+    else:
+        run([sys.executable, str(HERE / "prepare.py")], dict(os.environ))
 
 
 def copy_project(project: Path) -> None:
@@ -186,17 +194,14 @@ def address(process: subprocess.Popen[bytes], ready_file: Path, log: Path) -> st
 
 def demo(server: Path, online: str, out: Path, began: float) -> bool:
     """All steps; True when the audit held."""
-    steps = Steps()
+    steps = Steps(7)
     out.mkdir(parents=True, exist_ok=True)
     report = out / "report.json"
     report.unlink(missing_ok=True)
     project = out / "project"
     with contextlib.ExitStack() as running:
         with steps.step("The data: flights, weather and planes of New York, 2013, with honest clocks"):
-            if (HERE / "data" / "spine.parquet").exists():
-                print(f"already there: {HERE / 'data'}")
-            else:
-                run([sys.executable, str(HERE / "prepare.py")], dict(os.environ))
+            prepare()
         with steps.step("A fresh project with an empty store" + (", and a Redis" if online == "redis" else "")):
             copy_project(project)
             environment = {
@@ -245,26 +250,43 @@ def client_error() -> type[Exception]:
     return coeval.CoevalError
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments_of(text: str) -> argparse.ArgumentParser:
+    """What every demo takes."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--server", type=Path, required=True, help="the coeval binary")
-    parser.add_argument("--online", choices=["embedded", "redis"], default=os.environ.get("ONLINE") or "embedded")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "target" / "demo")
-    arguments = parser.parse_args()
-    server = arguments.server.resolve()
-    if not os.access(server, os.X_OK):
-        parser.error(f"{server} is not a program: build it with `cargo build --release`")
+    return parser
+
+
+def program(parser: argparse.ArgumentParser, path: Path) -> Path:
+    """A program that was built."""
+    resolved = path.resolve()
+    if not os.access(resolved, os.X_OK):
+        parser.error(f"{resolved} is not a program: build it with `cargo build --release`")
+    return resolved
+
+
+def conduct(demonstration: Callable[[], bool]) -> None:
+    """Runs a demo, ends through every `finally` whatever happens, and exits with 0 when it held."""
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
-    began = time.monotonic()
     server_failure = client_error()
     try:
-        held = demo(server, arguments.online, arguments.out.resolve(), began)
+        held = demonstration()
     except (Failed, server_failure) as failure:
         sys.exit(f"\nFAILED: {failure}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; nothing is left running")
     sys.exit(0 if held else 1)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--online", choices=["embedded", "redis"], default=os.environ.get("ONLINE") or "embedded")
+    arguments = parser.parse_args()
+    server = program(parser, arguments.server)
+    began = time.monotonic()
+    conduct(lambda: demo(server, arguments.online, arguments.out.resolve(), began))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class Replay:
     predict_features: pa.Table
     p_late: np.ndarray
     outcomes: dict[str, int]
+    # Of every row: the request that it was part of, and its place there.
+    requests: list[tuple[str, int]]
     features_us: np.ndarray
     predict_us: np.ndarray
     pushed: int
@@ -63,13 +65,26 @@ class Audit:
     examples: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Late:
+    """Some events arrive later than they happen."""
+
+    one_in: int
+    by_us: int
+
+
 class Events:
     """The events of one source, in time order, and how far they have been pushed."""
 
-    def __init__(self, client: coeval.Client, source: str, path: Path, time_column: str) -> None:
+    def __init__(self, client: coeval.Client, source: str, path: Path, time_column: str, late: Late | None = None) -> None:
         self.table = pq.read_table(path).combine_chunks()
         self.times = self.table.column(time_column).cast(pa.int64()).to_numpy()
         assert (np.diff(self.times) >= 0).all(), f"{path} is not in time order"
+        if late is not None:
+            # Pushed in the order in which they arrive; what happened is not changed.
+            self.times = self.times + np.where(np.arange(len(self.times)) % late.one_in == 0, late.by_us, 0)
+            order = np.argsort(self.times, kind="stable")
+            self.table, self.times = self.table.take(pa.array(order)), self.times[order]
         self.next = 0
         self.pusher = client.pusher(source, wait_visible=True)
 
@@ -85,8 +100,11 @@ class Events:
         return result.accepted
 
 
-def replay(client: coeval.Client, rows: pa.Table, data: Path) -> Replay:
-    """Serves every row at its own time, having told the server what had happened by then and nothing else."""
+def replay(client: coeval.Client, rows: pa.Table, data: Path, late: Late | None = None) -> Replay:
+    """Serves every row at its own time, having told the server what had happened by then and nothing else.
+
+    With `late`, some departures are told later than they happened.
+    """
     at = rows.column("event_timestamp").cast(pa.int64()).to_numpy()
     starts = np.flatnonzero(np.concatenate(([True], at[1:] != at[:-1])))
     ends = np.concatenate((starts[1:], [len(at)]))
@@ -95,11 +113,12 @@ def replay(client: coeval.Client, rows: pa.Table, data: Path) -> Replay:
     predicted: list[pa.Table] = []
     p_late: list[np.ndarray] = []
     outcomes: dict[str, int] = {}
+    requests: list[tuple[str, int]] = []
     features_us, predict_us = [], []
     pushed, weather_through = 0, int(at[0]) // HOUR_US
     show = Progress(len(at))
     began = time.monotonic()
-    departures = Events(client, "departures", data / "replay" / "departures.parquet", "departed_at")
+    departures = Events(client, "departures", data / "replay" / "departures.parquet", "departed_at", late)
     arrivals = Events(client, "arrivals", data / "replay" / "arrivals.parquet", "landed_at")
     # What files know by the beginning; from then on only the weather changes.
     client.materialize(through=int(at[0]))
@@ -130,6 +149,7 @@ def replay(client: coeval.Client, rows: pa.Table, data: Path) -> Replay:
                 raise SystemExit("the prediction came without the features it was made of")
             predicted.append(given.to_arrow(statuses=True))
             p_late.append(prediction["p_late"])
+            requests.extend((prediction.request_id, row) for row in range(end - start))
             for outcome in prediction.outcomes:
                 key = outcome.status.name if not outcome.reason else f"{outcome.status.name} ({outcome.reason})"
                 outcomes[key] = outcomes.get(key, 0) + 1
@@ -140,11 +160,28 @@ def replay(client: coeval.Client, rows: pa.Table, data: Path) -> Replay:
         predict_features=pa.concat_tables(predicted),
         p_late=np.concatenate(p_late),
         outcomes=outcomes,
+        requests=requests,
         features_us=np.array(features_us),
         predict_us=np.array(predict_us),
         pushed=pushed,
         seconds=time.monotonic() - began,
     )
+
+
+def write_labels(online: Replay, rows: pa.Table, path: Path) -> None:
+    """What became of the flights, by the requests that predicted it."""
+    known = rows.column("late").is_valid()
+    ids = pa.array([request for request, _ in online.requests])
+    numbers = pa.array([row for _, row in online.requests], pa.uint32())
+    table = pa.table({"request_id": ids, "row": numbers, "late": rows.column("late")})
+    pq.write_table(table.filter(known), path)
+
+
+def auc_online(online: Replay, rows: pa.Table) -> float:
+    """How good the served predictions were."""
+    known = np.asarray(rows.column("late").is_valid().combine_chunks())
+    late = np.asarray(pc.fill_null(rows.column("late"), False).combine_chunks())
+    return training.auc(online.p_late.astype(np.float32)[known], late[known])
 
 
 def audit(served: pa.Table, offline: pa.Table, rows: pa.Table, what: str) -> Audit:

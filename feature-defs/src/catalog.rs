@@ -403,7 +403,24 @@ pub struct Settings {
     pub serve: ServeSettings,
     /// None: nothing of what is served is written down.
     pub serving_log: Option<ServingLogSettings>,
+    /// None: what is served is audited only when somebody asks.
+    pub audit: Option<AuditSettings>,
     pub guardrails: Vec<Guardrail>,
+}
+
+/// How the server audits what it served.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AuditSettings {
+    /// The length of the windows, one after the other.
+    pub every: Duration,
+    /// The share of values that may differ before the server says that something is wrong.
+    pub max_bug_rate: f64,
+}
+
+impl Default for AuditSettings {
+    fn default() -> AuditSettings {
+        AuditSettings { every: Duration::from_secs(3_600), max_bug_rate: 0.0 }
+    }
 }
 
 /// What of the served rows is written down, and for how long.

@@ -22,11 +22,13 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::audit::Audits;
 use crate::drift::Drift;
 use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
 use crate::follow::{Follower, Served};
+use crate::labels::Reports;
 use crate::memory::MemoryWatch;
 use crate::metrics::Metrics;
 use crate::observe::{Observed, ObservedPrediction, Observing};
@@ -74,8 +76,11 @@ pub struct Gateway {
     pub observing: Observing,
     /// Of the serving log, where there is one.
     pub uploads: Option<Uploads>,
+    pub reports: Reports,
     /// What counts for drift.
     pub drift: Option<Arc<Drift>>,
+    /// What audits the serving log.
+    pub audits: Option<Audits>,
     /// Deploys of this gateway go one after the other.
     pub deploying: tokio::sync::Mutex<()>,
     services: Services,
@@ -105,13 +110,14 @@ pub struct Parts {
     pub observing: Observing,
     pub uploads: Option<Uploads>,
     pub drift: Option<Arc<Drift>>,
+    pub audits: Option<Audits>,
     pub drain: CancellationToken,
 }
 
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
-        let Parts { request_time, metrics, observing, uploads, drift, drain, .. } = parts;
+        let Parts { request_time, metrics, observing, uploads, drift, audits, drain, .. } = parts;
         Gateway {
             project,
             store,
@@ -129,7 +135,9 @@ impl Gateway {
             memory: MemoryWatch::default(),
             observing,
             uploads,
+            reports: Reports::default(),
             drift,
+            audits,
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
@@ -369,6 +377,7 @@ impl Gateway {
         }
         reasons.extend(self.memory.alarms());
         reasons.extend(self.uploads.as_ref().and_then(Uploads::problem));
+        reasons.extend(self.audits.iter().flat_map(Audits::problems));
         reasons.extend(self.drift.as_ref().and_then(|drift| drift.problem()));
         reasons.extend(self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         if served.definitions.is_none() && served.problems.is_empty() {

@@ -313,6 +313,11 @@ impl Checks {
         ));
     }
 
+    /// How close outputs have to be to be the same.
+    pub fn tolerances(&self) -> &Tolerances {
+        &self.tolerances
+    }
+
     /// Whether there is anything to check.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()

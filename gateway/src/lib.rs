@@ -17,6 +17,7 @@ pub mod convert;
 pub mod status;
 
 pub mod answer;
+pub mod audit;
 pub mod cache;
 pub mod certify;
 pub mod data;
@@ -29,6 +30,7 @@ pub mod follow;
 pub mod forget;
 pub mod golden;
 pub mod guard;
+pub mod labels;
 pub mod memory;
 pub mod metrics;
 pub mod model_files;

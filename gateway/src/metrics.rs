@@ -18,6 +18,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::audit::AuditMetrics;
 use crate::drift::DriftMetrics;
 use crate::features::{Features, inputs_of};
 use crate::follow::Served;
@@ -405,6 +406,10 @@ impl Metrics {
 
     pub fn add_serving_log(&mut self, log: &LogMetrics) {
         log.register(&mut self.registry);
+    }
+
+    pub fn add_audit(&mut self, audit: &AuditMetrics) {
+        audit.register(&mut self.registry);
     }
 
     pub fn add_drift(&mut self, drift: &DriftMetrics) {

@@ -373,7 +373,7 @@ async fn ask<'m>(
     Ok(answers)
 }
 
-fn tensor(input: &EncodedInput, rows: &[usize]) -> Result<Tensor, inference::tensor::TensorError> {
+pub(crate) fn tensor(input: &EncodedInput, rows: &[usize]) -> Result<Tensor, inference::tensor::TensorError> {
     let width = input.width;
     fn pick<T: Copy>(values: &[T], rows: &[usize], width: usize) -> Vec<T> {
         let mut picked = Vec::with_capacity(rows.len() * width);

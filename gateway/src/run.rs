@@ -25,6 +25,7 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
 use crate::answer::{Clock, Gateway, Parts};
+use crate::audit::{AuditMetrics, AuditParts, Audits};
 use crate::cache::CachedStore;
 use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runtime, listen, local_folder, place};
 use crate::drift::{Counting, Drift, DriftMetrics, DriftParts};
@@ -69,6 +70,8 @@ pub struct Opened {
     pub serving_log: Option<LogParts>,
     /// Where what is counted for drift is kept: an object store, and the project's root on it.
     pub counts: Option<(Arc<dyn ObjectStore>, Path)>,
+    /// None: what is served is audited only when somebody asks.
+    pub audit: Option<AuditParts>,
 }
 
 /// Sockets that listen already.
@@ -172,6 +175,15 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     });
     let counts = Some((objects.clone(), prefix));
     let offline = data::open_engine(options, project.as_str(), objects.clone(), root.clone())?;
+    let audit = match (settings.audit, &settings.serving_log) {
+        (Some(audit), Some(log)) => Some(AuditParts {
+            settings: audit,
+            flush: log.flush,
+            retention: log.retention,
+            engine: offline.engine.clone(),
+        }),
+        _ => None,
+    };
     let sources = Arc::new(offline.engine.sources().clone());
     let log = local.join("log");
     let clock = options.clock.clone();
@@ -194,7 +206,7 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     };
     let models = ModelPlaces { cache: Some(local.join("models")), certifier: options.certifier.clone() };
     let (events, flight) = (Some(events), Some(offline.mount()));
-    Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log, counts })
+    Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log, counts, audit })
 }
 
 /// Whether a clock tells the time, give or take an hour: simulations bring their own.
@@ -216,7 +228,7 @@ pub async fn start(
     serve: &ServeSettings,
     clock: Clock,
 ) -> Result<Running, ServeError> {
-    let Opened { project, registry, store, events, runtime, models, flight, serving_log, counts } = opened;
+    let Opened { project, registry, store, events, runtime, models, flight, serving_log, counts, audit } = opened;
     let mut metrics = Metrics::new();
     if let Some(freshness) = events.as_ref().and_then(|events| events.freshness()) {
         metrics.add_freshness(&freshness);
@@ -229,6 +241,11 @@ pub async fn start(
     if counts.is_some() {
         metrics.add_drift(&drift_metrics);
     }
+    let audit_metrics = AuditMetrics::default();
+    if audit.is_some() {
+        metrics.add_audit(&audit_metrics);
+    }
+    let audits = audit.map(|parts| Audits::new(parts, listeners.grpc.address.to_string(), audit_metrics));
     let metrics = Arc::new(metrics);
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
     let mut uploads = None;
@@ -268,6 +285,7 @@ pub async fn start(
         observing,
         uploads,
         drift,
+        audits,
         drain: draining.clone(),
     }));
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -364,6 +382,7 @@ async fn keep_up(
         () = crate::forget::finish(&gateway) => {}
         () = upload(&gateway) => {}
         () = crate::drift::run(&gateway) => {}
+        () = crate::audit::run(&gateway) => {}
     }
 }
 

@@ -244,10 +244,20 @@ impl ServingLog {
             project,
             gateway,
             incarnation,
+            key: key.clone(),
+        };
+        let uploads = Uploads {
+            store,
+            root,
+            folder,
+            spool,
+            changed,
+            metrics,
+            accounts,
+            retention,
+            failing: Mutex::default(),
             key,
         };
-        let uploads =
-            Uploads { store, root, folder, spool, changed, metrics, accounts, retention, failing: Mutex::default() };
         Ok(ServingLog { observer: Box::new(observer), uploads })
     }
 }

@@ -159,6 +159,7 @@ impl From<RegistryError> for Failure {
                     | R::OtherDigest { .. }
                     | R::NotForgotten { .. }
                     | R::Deployment(_)
+                    | R::Flag(_)
                     | R::DatasetTaken { .. } => Kind::Precondition,
                 };
                 Failure::new(kind, refusal.to_string())

@@ -65,6 +65,8 @@ const LATE_MAX: usize = 400;
 /// Examples of each feature; of all those the worst are explained, each of which reads the sources once more.
 const EXAMPLES: usize = 3;
 const EXPLAINED_MAX: usize = 8;
+/// Rows with wrong values that are named.
+const WRONG_ROWS: usize = 1_000;
 /// Source rows shown of each kind.
 const EXPLAINED_ROWS: usize = 3;
 
@@ -101,11 +103,13 @@ pub struct AuditOptions {
     pub chunk_rows: usize,
     /// Examples are explained with rows of the sources.
     pub explain: bool,
+    /// Rows with wrong values that the report names.
+    pub wrong_rows_max: usize,
 }
 
 impl AuditOptions {
     pub fn new(from: Micros, to: Micros) -> AuditOptions {
-        AuditOptions { from, to, max_bug_rate: 0.0, chunk_rows: CHUNK_ROWS, explain: true }
+        AuditOptions { from, to, max_bug_rate: 0.0, chunk_rows: CHUNK_ROWS, explain: true, wrong_rows_max: WRONG_ROWS }
     }
 }
 
@@ -136,6 +140,7 @@ pub struct Auditor<'e> {
     tallies: Vec<Tally>,
     bugs: Counting,
     wrong: Vec<Sampled>,
+    wrong_rows: Vec<(String, u32)>,
     late: Vec<Sampled>,
     tensors: TensorReport,
     versions: Versions,
@@ -169,6 +174,7 @@ impl<'e> Auditor<'e> {
             tallies: service.outputs.iter().map(|_| Tally::default()).collect(),
             bugs: Counting::default(),
             wrong: Vec::new(),
+            wrong_rows: Vec::new(),
             late: Vec::new(),
             tensors: TensorReport::default(),
             versions: Versions::new(),
@@ -281,6 +287,11 @@ impl<'e> Auditor<'e> {
             tensors::compare(&mut self.tensors, model, &audited, &as_known, &hidden, &clean)?;
             rescore::keep(&mut self.versions, model, &audited, &clean)?;
         }
+        for row in (0..kept.len()).filter(|row| !wrong[*row].is_empty()) {
+            if self.wrong_rows.len() < self.options.wrong_rows_max {
+                self.wrong_rows.push(audited.request(row));
+            }
+        }
         for row in 0..kept.len() {
             let of_feature = |output: &usize, tallies: &[Tally]| tallies[*output].wrong < WRONG_OF_FEATURE;
             if self.wrong.len() < WRONG_MAX && wrong[row].iter().any(|output| of_feature(output, &self.tallies)) {
@@ -336,7 +347,13 @@ impl<'e> Auditor<'e> {
     /// Looks for reasons and causes, and says what was found.
     pub async fn finish(mut self) -> Result<Report, AuditError> {
         let service = self.service.clone();
-        let late = self.lateness().await?;
+        let late = match self.lateness().await {
+            Ok(found) => found,
+            Err(error) => {
+                self.notes.push(format!("why values are late could not be looked for: {error}"));
+                Vec::new()
+            }
+        };
         let (mut of_features, cause) = match self.causes().await {
             Ok(found) => found,
             // The verdict stands without them.
@@ -393,6 +410,7 @@ impl<'e> Auditor<'e> {
             values,
             cause,
             bugs: self.bugs.finish(),
+            wrong_rows: self.wrong_rows,
             features,
             lateness: late,
             lateness_sampled,

@@ -8,10 +8,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::id::{EntryNumber, Incarnation, ModelName, ModelVersion};
+use crate::rollout::{Ended, Ending, Rollout, RolloutChange, RolloutError};
 use crate::state::Fact;
 
 /// What the log says of the versions of one model that are on gateways, or are to be.
@@ -29,6 +31,15 @@ pub struct Deployment {
     /// Why the last attempt at a version came to nothing, until the next one.
     #[serde(default)]
     pub given_up: BTreeMap<ModelVersion, GivenUp>,
+    /// What is being tried out, at most one version at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Box<Rollout>>,
+    /// What was tried before, the latest last; a few.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ended: Vec<Ended>,
+    /// Set while no version answers but the declared fallback.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub off: Option<Fact>,
 }
 
 /// The version that answers requests which name none.
@@ -111,6 +122,12 @@ pub enum DeploymentError {
     IsChampion { model: ModelName, version: ModelVersion },
     #[error("version {version} of model `{model}` is what a rollback goes back to; say `--force` to give that up")]
     IsPrevious { model: ModelName, version: ModelVersion },
+    #[error(
+        "version {tried} of model `{model}` is being rolled out since entry {since} of the control log, and goes on or ends by its criteria; end it first: `coeval rollout rollback {model}`"
+    )]
+    BeingRolledOut { model: ModelName, tried: ModelVersion, since: EntryNumber },
+    #[error(transparent)]
+    Rollout(#[from] RolloutError),
 }
 
 fn shown(version: &Option<ModelVersion>) -> String {
@@ -145,6 +162,8 @@ pub enum DeploymentChange {
         model: ModelName,
         version: ModelVersion,
     },
+    /// By criteria, or by hand.
+    Rollout(RolloutChange),
 }
 
 impl DeploymentChange {
@@ -157,6 +176,7 @@ impl DeploymentChange {
             | Self::Rollback { model, .. }
             | Self::Retire { model, .. }
             | Self::Approve { model, .. } => model,
+            Self::Rollout(change) => change.model(),
         }
     }
 
@@ -169,6 +189,7 @@ impl DeploymentChange {
             | Self::Rollback { to: version, .. }
             | Self::Retire { version, .. }
             | Self::Approve { version, .. } => *version,
+            Self::Rollout(change) => change.version(),
         }
     }
 }
@@ -260,12 +281,14 @@ impl Deployment {
                 _ => self.judge_end(&model, version, *prepare),
             },
             DeploymentChange::Promote { from, .. } => match &self.champion {
-                Some(champion) if champion.version == version => Ok(Move::AlreadySo(champion.fact.entry)),
+                Some(champion) if champion.version == version && self.off.is_none() => {
+                    Ok(Move::AlreadySo(champion.fact.entry))
+                }
                 _ if !self.active.contains_key(&version) => Err(not_active(self.standing(version))),
                 _ if self.champion_version() != *from => {
                     Err(DeploymentError::Moved { model, expected: *from, found: self.champion_version() })
                 }
-                _ => Ok(Move::Append),
+                _ => self.unless_tried(model, None).map(|()| Move::Append),
             },
             DeploymentChange::Rollback { from, .. } => match &self.champion {
                 // Somebody else went back at the same time.
@@ -276,10 +299,21 @@ impl Deployment {
             DeploymentChange::Retire { previous_too, .. } => match self.standing(version) {
                 Standing::Champion => Err(DeploymentError::IsChampion { model, version }),
                 Standing::Previous if !previous_too => Err(DeploymentError::IsPrevious { model, version }),
-                Standing::Previous | Standing::Active => Ok(Move::Append),
+                Standing::Previous | Standing::Active => self.unless_tried(model, Some(version)).map(|()| Move::Append),
                 standing => Err(not_active(standing)),
             },
             DeploymentChange::Approve { .. } => Ok(Move::Append),
+            DeploymentChange::Rollout(change) => crate::rollout::judge(self, change),
+        }
+    }
+
+    /// Refuses while a rollout runs: of that version, or of any.
+    fn unless_tried(&self, model: ModelName, version: Option<ModelVersion>) -> Result<(), DeploymentError> {
+        match &self.rollout {
+            Some(rollout) if version.is_none_or(|version| version == rollout.version) => {
+                Err(DeploymentError::BeingRolledOut { model, tried: rollout.version, since: rollout.begun.entry })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -342,22 +376,34 @@ impl Deployment {
         Some(())
     }
 
-    pub(crate) fn fold_promote(&mut self, version: ModelVersion, fact: Fact) -> Option<()> {
-        let previous = self.champion_version();
-        (self.active.contains_key(&version) && previous != Some(version)).then_some(())?;
+    pub(crate) fn fold_promote(&mut self, version: ModelVersion, reasons: Vec<String>, fact: Fact) -> Option<()> {
+        let before = self.champion_version();
+        let is_so = before == Some(version) && self.off.is_none();
+        (self.active.contains_key(&version) && !is_so).then_some(())?;
+        if let Some(rollout) = &self.rollout {
+            let ending = if rollout.version == version { Ending::Promoted } else { Ending::Superseded };
+            self.end_rollout(ending, reasons, &fact);
+        }
+        self.off = None;
+        // A champion that comes back from being off has the same version behind it.
+        let previous = if before == Some(version) { self.previous_version() } else { before };
         self.champion = Some(Champion { version, previous, fact });
         Some(())
     }
 
     pub(crate) fn fold_rollback(&mut self, version: ModelVersion, fact: Fact) -> Option<()> {
         (self.previous_version() == Some(version)).then_some(())?;
+        // It was compared with a champion that is none any more.
+        self.end_rollout(Ending::Superseded, Vec::new(), &fact);
+        self.off = None;
         // What was left is no place to go back to.
         self.champion = Some(Champion { version, previous: None, fact });
         Some(())
     }
 
     pub(crate) fn fold_retire(&mut self, version: ModelVersion) -> Option<()> {
-        (self.champion_version() != Some(version)).then_some(())?;
+        let is_tried = self.rollout.as_ref().is_some_and(|rollout| rollout.version == version);
+        (self.champion_version() != Some(version) && !is_tried).then_some(())?;
         self.active.remove(&version)?;
         if let Some(champion) = &mut self.champion
             && champion.previous == Some(version)
@@ -365,6 +411,13 @@ impl Deployment {
             champion.previous = None;
         }
         Some(())
+    }
+}
+
+impl Champion {
+    /// Until when the champion before is kept on the gateways for a rollback, unless somebody retires it.
+    pub fn previous_kept_until(&self, keep: TimeDelta) -> Option<DateTime<Utc>> {
+        self.previous.and_then(|_| self.fact.at.checked_add_signed(keep))
     }
 }
 

@@ -155,6 +155,12 @@ text_id!(
     check_name
 );
 text_id!(
+    /// The name of a flag.
+    FlagName,
+    "flag name",
+    check_name
+);
+text_id!(
     /// The name of a dataset; several snapshots may bear it, each with an id of its own.
     DatasetName,
     "dataset name",

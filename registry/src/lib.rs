@@ -18,11 +18,14 @@ pub mod id;
 pub mod log;
 pub mod state;
 
+pub mod assignment;
 pub mod dataset;
 pub mod deployment;
+pub mod flags;
 pub mod forgotten;
 pub mod gateways;
 pub mod model;
+pub mod rollout;
 pub mod snapshot;
 pub mod store;
 
@@ -104,9 +107,17 @@ pub struct Registry {
     clock: Clock,
     /// Written by `refresh` only, while it holds `folding`.
     state: watch::Sender<Arc<State>>,
-    folding: Mutex<()>,
+    folding: Mutex<Folding>,
     /// Changes of one process go one after the other; between processes the log decides.
     submitting: Mutex<()>,
+}
+
+/// Whether the fold in memory is known to be of the log in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Folding {
+    OfTheLog,
+    /// It was kept elsewhere while the store was away.
+    Kept,
 }
 
 impl Registry {
@@ -116,18 +127,53 @@ impl Registry {
         let state = snapshot::load(&log).await?;
         // Following the log cannot tell a hole from the end, so holes are looked for once, here.
         log.head_after(state.head).await?;
-        let registry = Self {
-            log,
+        let registry = Self::with(store, prefix, clock, state, Folding::OfTheLog);
+        registry.refresh().await?;
+        Ok(registry)
+    }
+
+    /// As `open`; but where the store is away, it begins with the fold that `keep` has given before, so that a process which
+    /// restarts meanwhile serves what it served. The error then says why. The first `refresh` that reaches the store looks
+    /// whether the fold is of the log there, and folds the log anew where it is not.
+    pub async fn open_or_kept(
+        store: Arc<dyn ObjectStore>,
+        prefix: &Path,
+        clock: Clock,
+        kept: Option<&[u8]>,
+    ) -> Result<(Self, Option<RegistryError>), RegistryError> {
+        let away = match (Self::open(store.clone(), prefix, clock.clone()).await, kept) {
+            (Ok(registry), _) => return Ok((registry, None)),
+            (Err(error), Some(_)) if error.is_retryable() => error,
+            (Err(error), _) => return Err(error),
+        };
+        match kept.map(snapshot::decode) {
+            Some(Ok(state)) => Ok((Self::with(store, prefix, clock, state, Folding::Kept), Some(away))),
+            Some(Err(reason)) => {
+                tracing::warn!(reason, "the fold that was kept cannot be used");
+                Err(away)
+            }
+            None => Err(away),
+        }
+    }
+
+    fn with(store: Arc<dyn ObjectStore>, prefix: &Path, clock: Clock, state: State, folding: Folding) -> Self {
+        Self {
+            log: ControlLog::new(store.clone(), prefix),
             artifacts: Artifacts::new(store.clone(), prefix),
             gateways: Gateways::new(store, prefix),
             root: prefix.clone(),
             clock,
             state: watch::Sender::new(Arc::new(state)),
-            folding: Mutex::new(()),
+            folding: Mutex::new(folding),
             submitting: Mutex::new(()),
-        };
-        registry.refresh().await?;
-        Ok(registry)
+        }
+    }
+
+    /// The last fold as bytes for `open_or_kept`: to be kept outside of the store, for the time when it is away.
+    pub fn keep(&self) -> Result<Vec<u8>, RegistryError> {
+        let state = self.state();
+        snapshot::encode(&state)
+            .map_err(|error| LogError::Corrupt { object: self.log.path(state.head), reason: error.to_string() }.into())
     }
 
     /// The last fold. Never waits.
@@ -160,7 +206,15 @@ impl Registry {
     /// Folds what others have appended; one small request when there is nothing. On an error the state stays at the last
     /// entry that could be folded.
     pub async fn refresh(&self) -> Result<Arc<State>, RegistryError> {
-        let _folding = self.folding.lock().await;
+        let mut folding = self.folding.lock().await;
+        if *folding == Folding::Kept {
+            if !snapshot::is_of(&self.log, &self.state()).await? {
+                tracing::warn!("the fold that was kept is not of this log; folding the log anew");
+                self.state.send_replace(Arc::new(snapshot::load(&self.log).await?));
+            }
+            self.log.head_after(self.state().head).await?;
+            *folding = Folding::OfTheLog;
+        }
         let mut due = None;
         let folded = self.fold_new_entries(&mut due).await;
         if let Some(state) = due

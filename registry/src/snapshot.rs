@@ -41,14 +41,41 @@ pub(crate) fn is_due(state: &State) -> bool {
     state.head != EntryNumber::NONE && state.head.0.is_multiple_of(SNAPSHOT_EVERY) && state.changes_stopped.is_none()
 }
 
+/// The fold as bytes that say what they are: for a snapshot, and for a process that keeps its last fold on its disk.
+pub(crate) fn encode(state: &State) -> Result<Vec<u8>, serde_json::Error> {
+    let sha256 = Sha256::of(&serde_json::to_vec(state)?);
+    serde_json::to_vec(&Snapshot { format: FORMAT, fold: FOLD, number: state.head, sha256, state: state.clone() })
+}
+
+/// The fold in such bytes, or why they hold none that this build could use.
+pub(crate) fn decode(bytes: &[u8]) -> Result<State, String> {
+    let snapshot: Snapshot = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    let state = snapshot.state;
+    if snapshot.format != FORMAT || snapshot.fold != FOLD || snapshot.number != state.head {
+        return Err("it is not a snapshot of this number by this fold".to_owned());
+    }
+    match serde_json::to_vec(&state) {
+        Ok(bytes) if Sha256::of(&bytes) == snapshot.sha256 => Ok(state),
+        Ok(_) => Err("its digest does not hold".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Whether the log has the very entry that the fold ends with.
+pub(crate) async fn is_of(log: &ControlLog, state: &State) -> Result<bool, LogError> {
+    if state.head == EntryNumber::NONE {
+        return Ok(true);
+    }
+    let entry = log.read(state.head).await?;
+    Ok(entry.is_some_and(|entry| Some(&entry.id) == state.head_id.as_ref()))
+}
+
 /// Writes the snapshot. Everybody who folds past its number writes the same bytes, so overwriting does no harm and mends a
 /// damaged one.
 pub(crate) async fn write(log: &ControlLog, state: &State) -> Result<(), LogError> {
     let path = path(log, state.head);
     let corrupt = |error: serde_json::Error| LogError::Corrupt { object: path.clone(), reason: error.to_string() };
-    let sha256 = Sha256::of(&serde_json::to_vec(state).map_err(corrupt)?);
-    let snapshot = Snapshot { format: FORMAT, fold: FOLD, number: state.head, sha256, state: state.clone() };
-    let bytes = serde_json::to_vec(&snapshot).map_err(corrupt)?;
+    let bytes = encode(state).map_err(corrupt)?;
     if bytes.len() as u64 > SNAPSHOT_BYTES_MAX {
         let (kind, bytes) = ("snapshot".to_owned(), bytes.len() as u64);
         return Err(LogError::TooLarge { kind, bytes, limit: SNAPSHOT_BYTES_MAX });
@@ -87,25 +114,13 @@ async fn load_one(log: &ControlLog, number: EntryNumber) -> Result<Result<State,
             return Err(LogError::Store { operation: "read snapshot", object: path, source: Box::new(source) });
         }
     };
-    let snapshot: Snapshot = match serde_json::from_slice(&bytes) {
-        Ok(snapshot) => snapshot,
-        Err(error) => return Ok(Err(error.to_string())),
+    let state = match decode(&bytes) {
+        Ok(state) if state.head == number => state,
+        Ok(_) => return Ok(Err("it is not a snapshot of this number by this fold".to_owned())),
+        Err(reason) => return Ok(Err(reason)),
     };
-    let state = snapshot.state;
-    if snapshot.format != FORMAT || snapshot.fold != FOLD || snapshot.number != number || state.head != number {
-        return Ok(Err("it is not a snapshot of this number by this fold".to_owned()));
-    }
-    match serde_json::to_vec(&state) {
-        Ok(bytes) if Sha256::of(&bytes) == snapshot.sha256 => {}
-        Ok(_) => return Ok(Err("its digest does not hold".to_owned())),
-        Err(error) => return Ok(Err(error.to_string())),
-    }
     // A store restored from an older backup, or a folder copied into another, has snapshots of entries it does not have.
-    match log.read(number).await {
-        Ok(Some(entry)) if Some(&entry.id) == state.head_id.as_ref() => Ok(Ok(state)),
-        Ok(_) => Ok(Err("the log beside it has no such entry".to_owned())),
-        Err(error) => Err(error),
-    }
+    if is_of(log, &state).await? { Ok(Ok(state)) } else { Ok(Err("the log beside it has no such entry".to_owned())) }
 }
 
 fn folder(log: &ControlLog) -> Path {

@@ -14,10 +14,11 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+mod traffic;
+
 use crate::dataset::{DatasetRecord, NewDataset};
-use crate::deployment::{
-    Activate, Deployment, DeploymentChange, DeploymentError, GiveUp, Move, Named, Prepare, Standing,
-};
+use crate::deployment::{Deployment, DeploymentChange, DeploymentError, Standing};
+use crate::flags::{FlagChange, FlagError, Flags};
 use crate::forgotten::{Forget, ForgetDone, ForgottenEntities, ForgottenKey, KEYS_MAX};
 use crate::id::{
     DatasetId, DatasetName, Digest, EntityName, EntryId, EntryNumber, ModelName, ModelVersion, ProjectName,
@@ -29,8 +30,8 @@ use crate::model::{ModelRecord, NewModel};
 /// The version of the fold. It changes whenever a kind is added or an entry comes to mean something else, so that a
 /// snapshot made by a build that skipped an entry is never taken for the fold of a build that understands it.
 ///
-/// 2: entities that were forgotten. 3: versions are prepared, and traffic moves by entries of its own.
-pub const FOLD: u32 = 3;
+/// 2: entities that were forgotten. 3: versions are prepared, and traffic moves by entries of its own. 4: rollouts and flags.
+pub const FOLD: u32 = 4;
 
 /// The kinds of entries that this build understands. All of them must be understood: a reader that skipped one would
 /// judge later changes on a state that nobody else has.
@@ -47,6 +48,17 @@ mod kind {
     pub const MODEL_ROLLBACK: &str = "model_rollback";
     pub const MODEL_RETIRE: &str = "model_retire";
     pub const MODEL_APPROVE: &str = "model_approve";
+    pub const ROLLOUT_BEGIN: &str = "rollout_begin";
+    pub const ROLLOUT_STEP: &str = "rollout_step";
+    pub const ROLLOUT_HOLD: &str = "rollout_hold";
+    pub const ROLLOUT_RESUME: &str = "rollout_resume";
+    pub const ROLLOUT_ACKNOWLEDGE: &str = "rollout_acknowledge";
+    pub const ROLLOUT_END: &str = "rollout_end";
+    pub const MODEL_OFF: &str = "model_off";
+    pub const MODEL_ON: &str = "model_on";
+    pub const FLAG_SET: &str = "flag_set";
+    pub const FLAG_REMOVE: &str = "flag_remove";
+    pub const HOLDOUT_SET: &str = "holdout_set";
     pub const FORGET: &str = "forget";
     pub const FORGET_DONE: &str = "forget_done";
 }
@@ -112,6 +124,8 @@ pub struct Project {
     pub deployments: BTreeMap<ModelName, Deployment>,
     #[serde(default)]
     pub forgotten: ForgottenEntities,
+    #[serde(default)]
+    pub flags: Flags,
 }
 
 impl Project {
@@ -124,6 +138,7 @@ impl Project {
             models: BTreeMap::new(),
             deployments: BTreeMap::new(),
             forgotten: ForgottenEntities::default(),
+            flags: Flags::default(),
         }
     }
 
@@ -206,6 +221,7 @@ pub enum Change {
     CreateDataset(NewDataset),
     RegisterModel(Box<NewModel>),
     Deployment(DeploymentChange),
+    Flags(FlagChange),
     Forget(Forget),
     ForgetDone(ForgetDone),
 }
@@ -263,6 +279,8 @@ pub enum Refusal {
     NotForgotten { entity: EntityName },
     #[error(transparent)]
     Deployment(#[from] DeploymentError),
+    #[error(transparent)]
+    Flag(#[from] FlagError),
     #[error("the record of model `{model}` lacks its {field}; a version is registered with its whole record")]
     Incomplete { model: ModelName, field: &'static str },
 }
@@ -287,7 +305,8 @@ impl State {
             Change::Apply(catalog) => self.judge_apply(project, catalog),
             Change::CreateDataset(dataset) => judge_dataset(project, self.known(project)?, dataset),
             Change::RegisterModel(model) => judge_register(project, self.known(project)?, model),
-            Change::Deployment(change) => judge_deployment(project, self.known(project)?, change),
+            Change::Deployment(change) => traffic::judge_deployment(project, self.known(project)?, change),
+            Change::Flags(change) => judge_flags(&self.known(project)?.flags, change),
             Change::Forget(forget) => judge_forget(&self.known(project)?.forgotten, forget),
             Change::ForgetDone(done) => judge_forget_done(&self.known(project)?.forgotten, done),
         }
@@ -319,7 +338,16 @@ impl State {
             | kind::MODEL_PROMOTE
             | kind::MODEL_ROLLBACK
             | kind::MODEL_RETIRE
-            | kind::MODEL_APPROVE => Some(self.fold_deployment(entry)?),
+            | kind::MODEL_APPROVE
+            | kind::ROLLOUT_BEGIN
+            | kind::ROLLOUT_STEP
+            | kind::ROLLOUT_HOLD
+            | kind::ROLLOUT_RESUME
+            | kind::ROLLOUT_ACKNOWLEDGE
+            | kind::ROLLOUT_END
+            | kind::MODEL_OFF
+            | kind::MODEL_ON => Some(self.fold_deployment(entry)?),
+            kind::FLAG_SET | kind::FLAG_REMOVE | kind::HOLDOUT_SET => Some(self.fold_flags(entry)?),
             kind::FORGET => Some(self.fold_forget(entry, body(entry)?)),
             kind::FORGET_DONE => Some(self.fold_forget_done(entry, body(entry)?)),
             _ => None,
@@ -394,30 +422,12 @@ impl State {
         Some(())
     }
 
-    fn fold_deployment(&mut self, entry: &Entry) -> Result<Option<()>, FoldError> {
-        // Bodies differ; all of them name these two.
-        let Named { model, version } = body(entry)?;
-        let fact = fact(entry);
+    fn fold_flags(&mut self, entry: &Entry) -> Result<Option<()>, FoldError> {
         let Some(project) = self.projects.get_mut(&entry.project) else { return Ok(None) };
-        let Some(record) = project.models.get_mut(&model).and_then(|versions| versions.get_mut(&version)) else {
-            return Ok(None);
-        };
-        let deployment = project.deployments.entry(model).or_default();
         Ok(match entry.kind.as_str() {
-            kind::MODEL_DEPLOY => {
-                deployment.fold_deploy(version, fact);
-                Some(())
-            }
-            kind::MODEL_PREPARE => deployment.fold_prepare(body::<Prepare>(entry)?, fact),
-            kind::MODEL_ACTIVATE => deployment.fold_activate(body::<Activate>(entry)?, fact),
-            kind::MODEL_GIVE_UP => deployment.fold_give_up(body::<GiveUp>(entry)?, fact),
-            kind::MODEL_PROMOTE => deployment.fold_promote(version, fact),
-            kind::MODEL_ROLLBACK => deployment.fold_rollback(version, fact),
-            kind::MODEL_RETIRE => deployment.fold_retire(version),
-            _ => {
-                record.approvals.entry(fact.who.clone()).or_insert(fact);
-                Some(())
-            }
+            kind::FLAG_SET => project.flags.fold_set(body(entry)?, fact(entry)),
+            kind::FLAG_REMOVE => project.flags.fold_remove(&body(entry)?),
+            _ => project.flags.fold_holdout(body(entry)?, fact(entry)),
         })
     }
 
@@ -529,34 +539,14 @@ fn judge_register(project: &ProjectName, known: &Project, new: &NewModel) -> Res
     Ok(append(kind::MODEL_REGISTER, &RegisterBody { version, model: new.clone() }, Some(version)))
 }
 
-fn judge_deployment(project: &ProjectName, known: &Project, change: &DeploymentChange) -> Result<Judgement, Refusal> {
-    let (model, version) = (change.model(), change.version());
-    let Some(record) = known.model(model.as_str(), version) else {
-        declared(project, known, model)?;
-        let existing = known.models.get(model).into_iter().flat_map(|versions| versions.keys().copied()).collect();
-        return Err(Refusal::UnknownVersion { model: model.clone(), version, existing });
-    };
-    if let DeploymentChange::Prepare(_) = change {
-        let expected = declared(project, known, model)?;
-        if *expected != record.model.service {
-            let (expected, found) = (expected.clone(), record.model.service.clone());
-            return Err(Refusal::OtherService { model: model.clone(), expected, found });
-        }
+fn judge_flags(known: &Flags, change: &FlagChange) -> Result<Judgement, Refusal> {
+    if let Some(entry) = known.judge(change)? {
+        return Ok(Judgement::AlreadySo { entry, version: None });
     }
-    let nothing = Deployment::default();
-    match known.deployments.get(model).unwrap_or(&nothing).judge(change)? {
-        Move::AlreadySo(entry) => return Ok(Judgement::AlreadySo { entry, version: Some(version) }),
-        Move::Append => {}
-    }
-    let named = || Named { model: model.clone(), version };
     Ok(match change {
-        DeploymentChange::Prepare(body) => append(kind::MODEL_PREPARE, body, Some(version)),
-        DeploymentChange::Activate(body) => append(kind::MODEL_ACTIVATE, body, Some(version)),
-        DeploymentChange::GiveUp(body) => append(kind::MODEL_GIVE_UP, body, Some(version)),
-        DeploymentChange::Promote { .. } => append(kind::MODEL_PROMOTE, &named(), Some(version)),
-        DeploymentChange::Rollback { .. } => append(kind::MODEL_ROLLBACK, &named(), Some(version)),
-        DeploymentChange::Retire { .. } => append(kind::MODEL_RETIRE, &named(), Some(version)),
-        DeploymentChange::Approve { .. } => append(kind::MODEL_APPROVE, &named(), Some(version)),
+        FlagChange::Set(body) => append(kind::FLAG_SET, body, None),
+        FlagChange::Remove(body) => append(kind::FLAG_REMOVE, body, None),
+        FlagChange::Holdout(body) => append(kind::HOLDOUT_SET, body, None),
     })
 }
 

@@ -168,7 +168,7 @@ async fn a_start_reads_the_snapshot_and_needs_it_not() {
     for nth in 0..300 {
         registry.submit(&flights(), &Change::Apply(catalog(&format!("d{nth}"))), "ada", None).await.unwrap();
     }
-    let snapshot = Path::from("p/control/snapshots/00000000000000000256-f3.json");
+    let snapshot = Path::from("p/control/snapshots/00000000000000000256-f4.json");
     assert!(store.head(&snapshot).await.is_ok());
     assert_eq!(snapshot::load(registry.log()).await.unwrap().head, EntryNumber(256));
     assert_eq!(*open(&store).await.state(), *registry.state());
@@ -330,6 +330,57 @@ async fn a_store_that_is_away_leaves_the_last_fold() {
 }
 
 #[tokio::test]
+async fn a_process_that_starts_while_the_store_is_away_begins_with_what_it_kept() {
+    let unsteady = Arc::new(Unsteady::default());
+    let store: Arc<dyn ObjectStore> = unsteady.clone();
+    let prefix = Path::from("p");
+    let registry = open(&store).await;
+    registry.submit(&flights(), &Change::Apply(catalog("d1")), "ada", None).await.unwrap();
+    let kept = registry.keep().unwrap();
+    registry.submit(&flights(), &Change::Apply(catalog("d2")), "ada", None).await.unwrap();
+
+    unsteady.away.store(true, Ordering::Relaxed);
+    let opened = |kept: Option<Vec<u8>>| {
+        let (store, prefix) = (store.clone(), prefix.clone());
+        async move { Registry::open_or_kept(store, &prefix, clock(), kept.as_deref()).await }
+    };
+    assert!(opened(None).await.err().unwrap().is_retryable());
+    let mut damaged = kept.clone();
+    *damaged.iter_mut().rfind(|byte| **byte == b'1').unwrap() = b'2';
+    assert!(opened(Some(damaged)).await.err().unwrap().is_retryable());
+    let (late, why) = opened(Some(kept.clone())).await.unwrap();
+    assert!(why.unwrap().is_retryable());
+    assert_eq!(late.state().project("flights").unwrap().catalog(), &catalog("d1"));
+    // Serving goes on, changes do not.
+    assert!(late.submit(&flights(), &Change::Apply(catalog("d3")), "ada", None).await.unwrap_err().is_retryable());
+
+    unsteady.away.store(false, Ordering::Relaxed);
+    assert_eq!(*late.refresh().await.unwrap(), *registry.state());
+    let (fresh, why) = opened(Some(kept)).await.unwrap();
+    assert!(why.is_none());
+    assert_eq!(*fresh.state(), *registry.state());
+}
+
+#[tokio::test]
+async fn what_was_kept_of_another_log_is_given_up_when_the_store_is_back() {
+    let other = open(&in_memory()).await;
+    for digest in ["x1", "x2", "x3"] {
+        other.submit(&flights(), &Change::Apply(catalog(digest)), "eve", None).await.unwrap();
+    }
+    let unsteady = Arc::new(Unsteady::default());
+    let store: Arc<dyn ObjectStore> = unsteady.clone();
+    let registry = open(&store).await;
+    registry.submit(&flights(), &Change::Apply(catalog("d1")), "ada", None).await.unwrap();
+    unsteady.away.store(true, Ordering::Relaxed);
+    let kept = other.keep().unwrap();
+    let (late, _) = Registry::open_or_kept(store, &Path::from("p"), clock(), Some(&kept)).await.unwrap();
+    assert_eq!(late.state().head, EntryNumber(3));
+    assert!(late.refresh().await.is_err());
+    unsteady.away.store(false, Ordering::Relaxed);
+    assert_eq!(*late.refresh().await.unwrap(), *registry.state());
+}
+
+#[tokio::test]
 async fn a_put_whose_answer_is_lost_is_counted_once() {
     let unsteady = Arc::new(Unsteady::default());
     let store: Arc<dyn ObjectStore> = unsteady.clone();
@@ -340,4 +391,54 @@ async fn a_put_whose_answer_is_lost_is_counted_once() {
         assert_eq!(receipt.outcome, Outcome::Appended);
     }
     assert_eq!(registry.log().head().await.unwrap(), EntryNumber(2));
+}
+
+/// Two operators who have looked at the same state, over two registries: one advances the rollout, the other takes it back.
+/// Whatever the order, the log holds both facts or one refusal with its reason, and both registries agree.
+#[tokio::test]
+async fn of_two_operators_at_once_one_is_told_why() {
+    use crate::deployment::DeploymentChange;
+    use crate::rollout::{End, Ending, Evidence, RolloutChange, Stage, Step};
+    use crate::state::Refusal;
+    use crate::state::tests::{begin_rollout, delay};
+    for _ in 0..8 {
+        let store = in_memory();
+        let (first, second) = (open(&store).await, open(&store).await);
+        first.submit(&flights(), &Change::Apply(catalog("d1")), "ada", None).await.unwrap();
+        for (version, bytes) in (1..).zip(["a", "b"]) {
+            let change = Change::RegisterModel(Box::new(model(bytes, "d1")));
+            first.submit(&flights(), &change, "ada", None).await.unwrap();
+            let prepared = first.submit(&flights(), &prepare(version), "ada", None).await.unwrap().entry;
+            first.submit(&flights(), &activate(version, prepared.0), "ada", None).await.unwrap();
+        }
+        let begun = first.submit(&flights(), &begin_rollout(2, 1), "ada", Some("try it")).await.unwrap().entry;
+        second.refresh().await.unwrap();
+
+        let numbers = serde_json::json!({"rows": 6000});
+        let evidence = Evidence { judged_on: begun, reasons: vec!["met".to_owned()], numbers };
+        let (model, version, rollout) = (delay(), ModelVersion(2), begun);
+        let (from, to) = (Stage::Shadow, Stage::Canary { step: 0, share: 2_500 });
+        let step = Step { model: model.clone(), version, rollout, from, to, evidence: evidence.clone() };
+        let end = End { model, version, rollout, ending: Ending::Abandoned, evidence };
+        let change = |change| Change::Deployment(DeploymentChange::Rollout(change));
+        let (step, end) = (change(RolloutChange::Step(step)), change(RolloutChange::End(end)));
+        let (project, why) = (flights(), Some("too slow"));
+        let (stepped, ended) =
+            tokio::join!(first.submit(&project, &step, "gateway", None), second.submit(&project, &end, "bob", why));
+        ended.unwrap();
+        match stepped {
+            Ok(receipt) => assert_eq!(receipt.entry, EntryNumber(begun.0 + 1)),
+            Err(RegistryError::Refused(Refusal::Deployment(error))) => {
+                assert!(error.to_string().contains("does not run any more: Abandoned"), "{error}");
+            }
+            Err(other) => panic!("{other}"),
+        }
+        let (left, right) = (first.refresh().await.unwrap(), second.refresh().await.unwrap());
+        assert_eq!(*left, *right);
+        assert_eq!(left.without_effect, 0);
+        let deployment = &left.project("flights").unwrap().deployments["delay"];
+        assert_eq!((deployment.rollout.clone(), deployment.champion_version()), (None, Some(ModelVersion(1))));
+        let last = first.history(left.head, 1).await.unwrap().remove(0);
+        assert_eq!((last.kind.as_str(), last.who.as_str(), last.why.as_deref()), ("rollout_end", "bob", why));
+    }
 }

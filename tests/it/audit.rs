@@ -7,26 +7,36 @@
 use arrow::array::{
     Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt64Array,
 };
-use arrow::datatypes::UInt8Type;
+use arrow::datatypes::{Int64Type, UInt8Type};
 use feature_defs::time::{Micros, Status};
 use feature_defs::value::{Type, Value};
 use feature_defs::window::{DAY, HOUR, MINUTE, SECOND};
 use gateway::convert;
+use object_store::ObjectStoreExt;
+use offline_store::audit::report::Report;
+use offline_store::audit::{AuditOptions, AuditRequest};
+use offline_store::serving_log;
+use offline_store::{Engine, EngineOptions};
 use online_store::conformance::redis_cluster::RedisCluster;
 use online_store::conformance::redis_server::RedisServer;
 use proto::v1;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::sync::Arc;
 use tests::column::{bools, doubles, int64s, strings, timestamps};
 use tests::{ManualClock, Project, Server};
+use tonic::transport::Channel;
+
+use crate::models;
+use crate::process::binary;
 
 const T0: Micros = 1_700_000_000 * SECOND;
 
 fn settings(request_time: &str, online: &str) -> String {
     format!(
-        "project: audit\nonline: {online}\nserve: {{grpc: 127.0.0.1:0, http: 127.0.0.1:0, request_time: {request_time}}}\n"
+        "project: audit\nonline: {online}\nserve: {{grpc: 127.0.0.1:0, http: 127.0.0.1:0, request_time: {request_time}}}\nserving_log: {{sample: 1, flush: 1s}}\n"
     )
 }
 
@@ -312,6 +322,26 @@ async fn the_same_holds_on_a_cluster() {
     under_the_servers_clock(&cluster.url()).await;
 }
 
+/// What the server's own log says of the same rows, by the audit that users run.
+async fn audit_the_log(project: &Project) -> Report {
+    let (plan, _) = project.plan().await.unwrap();
+    let (store, prefix) = registry::store::open_store(&project.path().join(".coeval").to_string_lossy()).unwrap();
+    let engine = Engine::new(EngineOptions {
+        project_folder: project.path().into(),
+        project: "audit".into(),
+        store,
+        prefix,
+        memory_bytes: 1 << 30,
+        spill_folder: None,
+    });
+    let request = AuditRequest {
+        service: plan.service("all").unwrap().clone(),
+        options: AuditOptions::new(T0 - DAY, T0 + 60 * DAY),
+        sample_rows: None,
+    };
+    offline_store::audit::audit(&engine.unwrap(), &Arc::new(plan), &request, None, &|_| {}).await.unwrap()
+}
+
 async fn under_the_servers_clock(online: &str) {
     let project = Project::new(&settings("refused", online), DEFINITIONS).unwrap();
     project.apply().await.unwrap();
@@ -351,6 +381,46 @@ async fn under_the_servers_clock(online: &str) {
     let status = server.gateway.clone().get_features(request).await.unwrap_err();
     assert!(status.message().contains("request_time"), "{status:?}");
     server.stop().await.unwrap();
+    let report = audit_the_log(&project).await;
+    let values = report.rows.audited * report.features.len() as u64;
+    assert_eq!(report.rows.audited as usize, served.at.len(), "{:?} {:?}", report.rows, report.notes);
+    assert_eq!((report.values.bug, report.values.compared()), (0, values), "{}", report.lines().join("\n"));
+    assert_eq!(report.values.fallback, 0, "at its own time a server is always exact");
+    let late: u64 = report.lateness.iter().map(|late| late.arrived_after).sum();
+    assert!(report.values.lateness > 0 && late > 0, "events came late, and the report says so: {:?}", report.lateness);
+    command_says_the_same(&project, &report);
+}
+
+/// `coeval audit consistency`, over the same log.
+fn command_says_the_same(project: &Project, report: &Report) {
+    let time = |time: Micros| chrono::DateTime::from_timestamp_micros(time).unwrap().to_rfc3339();
+    let run = |more: &[&str]| {
+        Command::new(binary())
+            .arg("-C")
+            .arg(project.path())
+            .args(["audit", "consistency", "--service", "all"])
+            .args(["--from", &time(T0 - DAY), "--to", &time(T0 + 60 * DAY)])
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    let json = run(&["--json"]);
+    let said: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert!(json.status.success(), "{}", String::from_utf8_lossy(&json.stderr));
+    assert_eq!(said["values"]["equal"], report.values.equal);
+    assert_eq!((&said["values"]["bug"], &said["outcome"]), (&0.into(), &"passed".into()));
+    let text = run(&["--sample-rows", "50"]);
+    let said = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(said.contains("PASSED: ") && said.contains("last_sale:amount"), "{said}");
+    // What was never served proves nothing.
+    let nothing = Command::new(binary())
+        .arg("-C")
+        .arg(project.path())
+        .args(["audit", "consistency", "--service", "all", "--from", "2001-01-01", "--to", "2001-01-02"])
+        .output()
+        .unwrap();
+    assert_eq!(nothing.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&nothing.stdout).contains("nothing was compared"));
 }
 
 async fn at_request_times(online: &str) {
@@ -381,5 +451,151 @@ async fn at_request_times(online: &str) {
     let (compared, refused) = served.audit(&server).await;
     assert!(compared > 4_000, "{compared} compared");
     assert!(refused > 500, "{refused} refused: a past time is exact or refused, and both happen");
+    server.stop().await.unwrap();
+    let report = audit_the_log(&project).await;
+    assert_eq!(report.rows.audited as usize, served.at.len(), "{:?} {:?}", report.rows, report.notes);
+    assert_eq!(report.values.bug, 0, "{}", report.lines().join("\n"));
+    assert!(report.values.fallback as usize >= refused, "{:?}", report.values);
+}
+
+/// A server that audits itself, minute by minute of a clock that the test moves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_audits_each_window_and_says_when_something_is_wrong() {
+    let text = settings("refused", "embedded") + "audit: {every: 1m}\n";
+    let project = Project::new(&text, DEFINITIONS).unwrap();
+    project.apply().await.unwrap();
+    let clock = ManualClock::at(T0);
+    let server = Server::start(&project, &clock, None).await.unwrap();
+    let mut random = SmallRng::seed_from_u64(31);
+    let mut generator = Generator::new(32);
+    let mut served = Served::default();
+    server.push("sales", generator.events(clock.now())).await.unwrap();
+    served.ask(&server, &mut random, None).await;
+    let (store, root) = registry::store::open_store(&project.path().join(".coeval").to_string_lossy()).unwrap();
+    let folder = root.join("audit");
+    let logged = async |from: Micros| {
+        for _ in 0..200 {
+            let files = serving_log::files(&store, &folder, "all", from, Micros::MAX).await.unwrap();
+            if let [file] = &files[..] {
+                return file.clone();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        panic!("nothing was logged");
+    };
+    let reports = folder.clone().join("audits").join("all");
+    let report = async |number: usize| {
+        for _ in 0..300 {
+            let listed = store.list_with_delimiter(Some(&reports)).await.unwrap();
+            let mut named: Vec<_> = listed.objects.into_iter().map(|object| object.location).collect();
+            named.retain(|path| path.as_ref().ends_with(".json"));
+            named.sort();
+            if let Some(path) = named.get(number) {
+                let bytes = store.get(path).await.unwrap().bytes().await.unwrap();
+                return serde_json::from_slice::<serde_json::Value>(&bytes).unwrap();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        panic!("no window was audited");
+    };
+    logged(0).await;
+    clock.advance(MINUTE + 30 * SECOND);
+    let first = report(0).await;
+    assert_eq!((&first["values"]["bug"], &first["outcome"]), (&0.into(), &"passed".into()), "{first}");
+    assert!(first["rows"]["audited"].as_u64() > Some(0));
+    assert!(!server.running.gateway().readiness().degraded);
+
+    // A file of the next window says something else than was served.
+    let next = clock.now();
+    served.ask(&server, &mut random, None).await;
+    let file = logged(next).await;
+    let rows = serving_log::read(&store, &file).await.unwrap().unwrap();
+    let schema = rows.batch.schema();
+    let (index, _) = schema.column_with_name("feature:all_sales:n_24h").unwrap();
+    let mut columns = rows.batch.columns().to_vec();
+    columns[index] = Arc::new(columns[index].as_primitive::<Int64Type>().unary::<_, Int64Type>(|n| n + 7));
+    let wrong = RecordBatch::try_new(schema.clone(), columns).unwrap();
+    let mut bytes = Vec::new();
+    serving_log::encode(&rows.header, &schema, &[wrong], &mut bytes).unwrap();
+    store.put(&file.path, bytes.into()).await.unwrap();
+    clock.advance(MINUTE + 30 * SECOND);
+    let second = report(1).await;
+    assert_eq!(second["outcome"], "failed");
+    assert_eq!(second["values"]["bug"], rows.header.rows);
+    let given = &second["features"].as_array().unwrap().iter().find(|f| f["counts"]["bug"] != 0).unwrap()["examples"];
+    assert_eq!(given[0]["given"], serde_json::json!({}), "a report names no entity");
+    let gateway = server.running.gateway();
+    for _ in 0..50 {
+        if gateway.readiness().degraded {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let said = gateway.readiness();
+    assert!(said.ready && said.reasons.iter().any(|reason| reason.contains("the audit of `all`")), "{said:?}");
+    let metrics = gateway.metrics.encode(&gateway.served(), std::time::Duration::ZERO, true);
+    let bugs = metrics.lines().find(|line| line.contains("audit_values_total") && line.contains("bug")).unwrap();
+    assert!(bugs.ends_with(&format!(" {}", rows.header.rows)), "{bugs}");
+    server.stop().await.unwrap();
+}
+
+/// What a model was given and what it said are replayed, too, and it is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn tensors_are_compared_and_the_model_is_asked_again() {
+    if !cfg!(feature = "torch") {
+        eprintln!("skipped: this build has no torch");
+        return;
+    }
+    let text = "project: life\nserve: {grpc: 127.0.0.1:0, http: 127.0.0.1:0}\nserving_log: {sample: 1, flush: 1s}\naudit: {every: 1m}\n";
+    let project = Project::new(text, models::DEFINITIONS).unwrap();
+    project.apply().await.unwrap();
+    let clock = ManualClock::at(T0);
+    let server = Server::start(&project, &clock, None).await.unwrap();
+    let address = format!("http://{}", server.running.grpc_addr);
+    let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+    assert_eq!(models::register(&channel, &models::model_file()).await, 1);
+    assert_eq!(models::deploy(&channel, 1).await.unwrap().champion, 1);
+    const ROWS: usize = 20;
+    let numbers = |of: f64| (0..ROWS).map(|row| Some(row as f64 * of - 1.0)).collect::<Vec<_>>();
+    let request = v1::PredictRequest {
+        project: "life".into(),
+        model: "delay".into(),
+        rows: vec![
+            doubles("a", &numbers(0.25)),
+            doubles("b", &numbers(-0.5)),
+            doubles("c", &numbers(1.0)),
+            int64s("carrier", &[Some(1); ROWS]),
+        ],
+        ..v1::PredictRequest::default()
+    };
+    let answer = server.gateway.clone().predict(request).await.unwrap().into_inner();
+    assert!(answer.outcomes.iter().all(|outcome| outcome.status() == v1::RowStatus::Ok), "{:?}", answer.outcomes);
+    let (store, root) = registry::store::open_store(&project.path().join(".coeval").to_string_lossy()).unwrap();
+    let folder = root.join("life");
+    for _ in 0..200 {
+        if !serving_log::files(&store, &folder, "trips", 0, Micros::MAX).await.unwrap().is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    clock.advance(MINUTE + 30 * SECOND);
+    let reports = folder.join("audits").join("trips");
+    let mut found = None;
+    for _ in 0..300 {
+        let listed = store.list_with_delimiter(Some(&reports)).await.unwrap();
+        let path =
+            listed.objects.into_iter().map(|object| object.location).find(|path| path.as_ref().ends_with(".json"));
+        if let Some(path) = path {
+            found = Some(store.get(&path).await.unwrap().bytes().await.unwrap());
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let report: serde_json::Value = serde_json::from_slice(&found.expect("the window was audited")).unwrap();
+    assert_eq!((&report["outcome"], &report["rows"]["audited"]), (&"passed".into(), &ROWS.into()), "{report}");
+    let tensors = &report["tensors"];
+    assert_eq!((&tensors["compared"], &tensors["equal"]), (&ROWS.into(), &ROWS.into()), "{tensors}");
+    let scores = &report["rescored"];
+    assert_eq!((&scores["compared"], &scores["equal"]), (&ROWS.into(), &ROWS.into()), "{scores}");
     server.stop().await.unwrap();
 }

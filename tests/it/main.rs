@@ -9,3 +9,4 @@ mod models;
 mod object_stores;
 mod process;
 mod redis_store;
+mod serving_log;

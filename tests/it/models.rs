@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 
 use crate::process::Process;
 
-const DEFINITIONS: &str = r#"
+pub const DEFINITIONS: &str = r#"
 requests:
   - {name: trip, fields: [{name: a, type: float64}, {name: b, type: float64}, {name: c, type: float64}, {name: carrier, type: int64}]}
 feature_services:
@@ -30,7 +30,7 @@ models:
 
 const SETTINGS: &str = "project: life\nserve: {grpc: 127.0.0.1:0, http: 127.0.0.1:0}\n";
 
-async fn register(channel: &Channel, bytes: &[u8]) -> u32 {
+pub async fn register(channel: &Channel, bytes: &[u8]) -> u32 {
     let header = v1::ModelHeader {
         project: "life".into(),
         model: "delay".into(),
@@ -46,7 +46,7 @@ async fn register(channel: &Channel, bytes: &[u8]) -> u32 {
     control.register_model(futures::stream::iter(parts)).await.unwrap().into_inner().version
 }
 
-async fn deploy(channel: &Channel, version: u32) -> Result<v1::DeployModelResponse, tonic::Status> {
+pub async fn deploy(channel: &Channel, version: u32) -> Result<v1::DeployModelResponse, tonic::Status> {
     let (project, model, who) = ("life".to_owned(), "delay".to_owned(), "ada".to_owned());
     let request = v1::DeployModelRequest { project, model, version, who, why: "a test".into() };
     Ok(ControlClient::new(channel.clone()).deploy_model(request).await?.into_inner())
@@ -71,7 +71,7 @@ async fn predict(channel: &Channel, version: u32) -> (u32, v1::Column) {
     (answer.outcomes[0].version, answer.outputs[0].clone())
 }
 
-fn model_file() -> Vec<u8> {
+pub fn model_file() -> Vec<u8> {
     let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../inference/tests/data/delay.pt");
     std::fs::read(file).unwrap()
 }

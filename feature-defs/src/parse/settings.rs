@@ -6,12 +6,13 @@ use std::time::Duration;
 use super::reader::{ABOUT, Reader};
 use super::{SETTINGS_FILE, overlay_path};
 use crate::catalog::{
-    CacheSettings, Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings, ServingLogSettings, Settings,
+    AuditSettings, CacheSettings, Files, LogKind, OfflineSettings, OnlineUrl, RequestTime, ServeSettings,
+    ServingLogSettings, Settings,
 };
 use crate::diagnose::{Diagnostic, Severity, Span, Spanned, nearest, shown};
 use crate::yaml::{self, Kind, Node};
 
-pub(super) const KEYS: [&str; 11] = [
+pub(super) const KEYS: [&str; 12] = [
     "project",
     "store",
     "online",
@@ -19,6 +20,7 @@ pub(super) const KEYS: [&str; 11] = [
     "offline",
     "serve",
     "serving_log",
+    "audit",
     "guardrails",
     ABOUT[0],
     ABOUT[1],
@@ -236,6 +238,7 @@ fn settings(reader: &mut Reader<'_>, root: &Node) -> Option<Settings> {
         serving_log: reader
             .optional(&object, "serving_log", serving_log)
             .unwrap_or(Some(ServingLogSettings::default())),
+        audit: reader.optional(&object, "audit", audit).unwrap_or(Some(AuditSettings::default())),
         guardrails: guardrails.unwrap_or_default(),
     })
 }
@@ -350,6 +353,19 @@ fn cache(reader: &mut Reader<'_>, node: &Node) -> Option<CacheSettings> {
     let staleness = reader.required(&object, "staleness", Reader::duration)?;
     let memory_bytes = reader.optional(&object, "memory", Reader::size).unwrap_or(CACHE_MEMORY_DEFAULT);
     Some(CacheSettings { staleness, memory_bytes })
+}
+
+/// `off`, or how often what was served is audited. The outer None: what is wrong was reported.
+fn audit(reader: &mut Reader<'_>, node: &Node) -> Option<Option<AuditSettings>> {
+    if matches!(&node.kind, Kind::Bool(false)) || matches!(&node.kind, Kind::String(text) if text == "off") {
+        return Some(None);
+    }
+    let object = reader.object(node, "audit", &["every", "max_bug_rate"])?;
+    let usual = AuditSettings::default();
+    Some(Some(AuditSettings {
+        every: reader.optional(&object, "every", Reader::duration).unwrap_or(usual.every),
+        max_bug_rate: reader.optional(&object, "max_bug_rate", Reader::share).unwrap_or(usual.max_bug_rate),
+    }))
 }
 
 /// `off`, or what is logged. The outer None: what is wrong was reported.

@@ -540,3 +540,16 @@ fn the_serving_log_is_on_unless_it_is_turned_off() {
     assert!(settings("serving_log: {sample: 200%}").is_err());
     assert!(settings("serving_log: {fallbacks: -1}").is_err());
 }
+
+#[test]
+fn audits_are_hourly_unless_said_otherwise() {
+    let settings = |text: &str| read_settings(&[("coeval.yaml", &format!("project: p\n{text}"))], None);
+    let hourly = AuditSettings { every: Duration::from_secs(3_600), max_bug_rate: 0.0 };
+    assert_eq!(settings("").unwrap().audit, Some(hourly));
+    assert_eq!(settings("audit: off").unwrap().audit, None);
+    let wanted = AuditSettings { every: Duration::from_secs(600), max_bug_rate: 0.001 };
+    assert_eq!(settings("audit: {every: 10m, max_bug_rate: 0.1%}").unwrap().audit, Some(wanted));
+    for wrong in ["audit: {every: 0s}", "audit: {max_bug_rate: 2}", "audit: {each: 1h}"] {
+        assert!(settings(wrong).is_err(), "{wrong}");
+    }
+}

@@ -22,7 +22,7 @@ use crate::answer::Gateway;
 use crate::follow::{Retry, Served, input_columns};
 use crate::predict::spec_of;
 use crate::status::{Failure, Kind};
-use crate::{deploy, drift, golden};
+use crate::{deploy, drift, golden, labels};
 
 /// The largest model file. It is held in memory while it is checked and loaded.
 const MODEL_BYTES_MAX: usize = 1 << 30;
@@ -182,6 +182,22 @@ impl ControlService for Control {
     async fn get_drift(&self, request: Request<v1::GetDriftRequest>) -> Result<Response<v1::GetDriftResponse>, Status> {
         self.gateway.check_serving()?;
         Ok(Response::new(drift::get(&self.gateway, request.into_inner()).await?))
+    }
+
+    async fn add_labels(
+        &self,
+        request: Request<v1::AddLabelsRequest>,
+    ) -> Result<Response<v1::AddLabelsResponse>, Status> {
+        self.gateway.check_serving()?;
+        Ok(Response::new(labels::add(&self.gateway, request.into_inner()).await?))
+    }
+
+    async fn get_quality(
+        &self,
+        request: Request<v1::GetQualityRequest>,
+    ) -> Result<Response<v1::GetQualityResponse>, Status> {
+        self.gateway.check_serving()?;
+        Ok(Response::new(labels::quality(&self.gateway, request.into_inner()).await?))
     }
 
     type ForgetStream = Pin<Box<dyn Stream<Item = Result<v1::ForgetProgress, Status>> + Send>>;

@@ -251,6 +251,7 @@ async fn start_with_models(
         flight: None,
         serving_log: None,
         counts: None,
+        audit: None,
     };
     let listeners = Listeners {
         grpc: listen(GRPC, "127.0.0.1:0", false).await.unwrap(),

@@ -48,6 +48,7 @@ pub struct Uploads {
     pub(super) accounts: Arc<Accounts>,
     pub(super) retention: Duration,
     pub(super) failing: Mutex<Option<Failing>>,
+    pub(super) key: Vec<u8>,
 }
 
 /// An object store that does not take uploads.
@@ -92,6 +93,11 @@ impl Uploads {
             Err(_) => "the object store did not answer in time".to_owned(),
         };
         tracing::warn!(bytes = self.spool.bytes(), why, "part of the serving log stays on disk for the next start");
+    }
+
+    /// What values of sensitive columns are hashed with.
+    pub fn hash_key(&self) -> &[u8] {
+        &self.key
     }
 
     /// What somebody should know.

@@ -47,6 +47,12 @@ struct Batch {
     groups: Vec<u32>,
 }
 
+/// The rows of a view by entity: those of an as-of view, or the events of a windowed one.
+pub type Made = (Vec<Vec<Row>>, Vec<Vec<WindowEvent>>);
+
+/// Makes other rows of a source's; None leaves them as they are.
+pub type Change<'c> = &'c dyn Fn(&RecordBatch) -> Option<RecordBatch>;
+
 /// The events of all inputs of a service for some rows.
 #[derive(Debug)]
 pub struct Events {
@@ -189,13 +195,7 @@ impl InputEvents {
     }
 
     /// The view's rows by entity; `changed` makes other rows of the source's first.
-    #[expect(clippy::type_complexity, reason = "one of the two is empty")]
-    pub fn made(
-        &self,
-        view: &ViewPlan,
-        groups: usize,
-        changed: Option<&dyn Fn(&RecordBatch) -> Option<RecordBatch>>,
-    ) -> Result<(Vec<Vec<Row>>, Vec<Vec<WindowEvent>>), RowsError> {
+    pub fn made(&self, view: &ViewPlan, groups: usize, changed: Option<Change<'_>>) -> Result<Made, RowsError> {
         let mut rows: Vec<Vec<Row>> = vec![Vec::new(); groups];
         let mut windows: Vec<Vec<WindowEvent>> = vec![Vec::new(); groups];
         let types = view.row_types();

@@ -139,18 +139,15 @@ mod tests {
             hypothesis(Fault::Stale, "load"),
         ];
         // All rows are what one event less gives, the newest each time: so they are what an older state gives.
-        let rows = vec![
-            vec![of(2, 0.01), of(3, 0.5)],
-            vec![of(2, 0.01), of(3, 0.5)],
-            vec![of(2, 0.01), of(3, 0.5), of(0, 1.0)],
-        ];
+        let rows =
+            [vec![of(2, 0.01), of(3, 0.5)], vec![of(2, 0.01), of(3, 0.5)], vec![of(2, 0.01), of(3, 0.5), of(0, 1.0)]];
         let rows: Vec<Vec<&Match>> = rows.iter().map(|row| row.iter().collect()).collect();
         let cause = rank(&tried, &rows);
         assert_eq!((cause.fault, cause.reproduced, cause.rows), (Some(Fault::Stale), 3, 3));
         assert_eq!(cause.ties.len(), 1);
         assert_eq!(cause.ties[0].fault, Fault::Dropped);
 
-        let rows = vec![vec![of(2, 0.01)], vec![of(2, 0.01), of(3, 0.5)], vec![of(1, 1.0)]];
+        let rows = [vec![of(2, 0.01)], vec![of(2, 0.01), of(3, 0.5)], vec![of(1, 1.0)]];
         let rows: Vec<Vec<&Match>> = rows.iter().map(|row| row.iter().collect()).collect();
         let cause = rank(&tried, &rows);
         assert_eq!((cause.fault, cause.reproduced, cause.rows), (Some(Fault::Dropped), 2, 3));

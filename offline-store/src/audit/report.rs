@@ -38,6 +38,8 @@ pub struct Report {
     /// Of all rows with wrong values.
     pub cause: Option<Cause>,
     pub bugs: Series,
+    /// Request and row of the first that have wrong values.
+    pub wrong_rows: Vec<(String, u32)>,
     pub features: Vec<FeatureReport>,
     pub lateness: Vec<LateSource>,
     /// Late values that the reasons were looked for in.
@@ -153,16 +155,29 @@ impl Report {
                 grouped(fallback)
             ),
             outcome => format!(
-                "{}: {} of {compared} values differ from what the same code says offline, in {} rows (at most {} with 95 % confidence){}; {} late, {} fallbacks",
+                "{}: {} of {compared} values differ from what the same code says offline, in {} rows (at most {} with 95 % confidence){}{}; {} late, {} fallbacks",
                 if outcome == Outcome::Passed { "PASSED" } else { "FAILED" },
                 grouped(bug),
                 grouped(self.rows.with_bugs),
                 share(self.bug_rate_upper),
                 self.cause.as_ref().map_or_else(String::new, |cause| format!("; {}", cause.words())),
+                self.of_models(),
                 grouped(lateness),
                 grouped(fallback)
             ),
         }
+    }
+
+    /// What is wrong though features are right.
+    fn of_models(&self) -> String {
+        let mut text = String::new();
+        if let Some(different) = self.tensors.as_ref().map(|tensors| tensors.different).filter(|rows| *rows > 0) {
+            text.push_str(&format!("; {} rows with equal features had other tensors", grouped(different)));
+        }
+        if let Some(different) = self.rescored.as_ref().map(|scores| scores.different).filter(|rows| *rows > 0) {
+            text.push_str(&format!("; {} rows are scored otherwise when asked again", grouped(different)));
+        }
+        text
     }
 
     /// For people, line by line.

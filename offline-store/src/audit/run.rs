@@ -176,6 +176,10 @@ impl Waiting {
         {
             ready.push((kind.model, together(waiting)?));
         }
+        // Of many kinds each may be small, and together they are not.
+        if self.kinds.values().flatten().map(Logged::rows).sum::<usize>() >= 2 * self.chunk_rows {
+            ready.extend(self.rest()?);
+        }
         Ok(ready)
     }
 

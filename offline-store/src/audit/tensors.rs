@@ -34,11 +34,11 @@ pub fn compare(
         return Ok(());
     }
     let encoded = encode(model, as_known, logged.rows());
-    for row in 0..logged.rows() {
+    for (row, is_clean) in clean.iter().enumerate() {
         if digests.is_null(row) {
             continue;
         }
-        if !clean[row] {
+        if !is_clean {
             report.passed_over += 1;
             continue;
         }

@@ -58,6 +58,14 @@ transforms:
 feature_services:
   - name: all
     features: [named, last, load, all_load, {view: last, as: other, keys: {site: other}}, "made:*", "ask:*"]
+models:
+  - name: scorer
+    features: all
+    runtime: torchscript
+    inputs:
+      - {name: dense, dtype: float32, features: ["last:n", "made:sum"], missing: 0.0}
+      - {name: hour, dtype: int64, features: ["made:hour"]}
+    outputs: [{name: p, dtype: float32}]
 "#;
 
 /// 2024-01-01T12:00:00Z
@@ -540,4 +548,69 @@ async fn causes_are_named_by_what_reproduces_the_bits() {
     // What nothing explains has no cause.
     let wrong = float(&served, &names::feature("other:n"), |row, x| if some(row) { x * 1.000_123 } else { x });
     assert_eq!(all(wrong).await.cause.unwrap().fault, None);
+}
+
+/// Says of the second row that it differs, and of other versions than the first that they are gone.
+struct Scores;
+
+#[async_trait::async_trait]
+impl Rescore for Scores {
+    async fn rescore(
+        &self,
+        model: &ModelPlan,
+        version: u32,
+        inputs: &feature_defs::plan::EncodedModelInputs,
+        logged: &RecordBatch,
+    ) -> Result<Vec<Option<String>>, String> {
+        assert_eq!((&*model.name, inputs.inputs.len()), ("scorer", 2));
+        assert_eq!(inputs.inputs[0].values.len(), logged.num_rows() * 2);
+        match version {
+            1 => Ok((0..logged.num_rows()).map(|row| (row == 1).then(|| "0.5, not 0.4".to_owned())).collect()),
+            _ => Err("it is gone".to_owned()),
+        }
+    }
+}
+
+#[tokio::test]
+async fn tensors_are_compared_where_features_are_equal_and_rows_are_scored_again() {
+    let world = World::new().await;
+    let model = world.plan.model("scorer").unwrap();
+    let rows = in_time();
+    let served = world.served(&rows).await;
+    let columns: Vec<Column> = (0..world.service().outputs.len())
+        .map(|output| served.served(world.service(), output).unwrap().unwrap())
+        .collect();
+    let encoded = tensors::encode(model, &columns, rows.len());
+    let mut digests: Vec<[u8; 16]> =
+        (0..rows.len()).map(|row| crate::serving_log::tensor_digest(&encoded.inputs, row)).collect();
+    let versions: arrow::array::UInt32Array = (0..rows.len()).map(|row| Some(if row < 5 { 2 } else { 1 })).collect();
+    let served = with(&served, names::VERSION, Arc::new(versions));
+    let audit = async |digests: &[[u8; 16]], served: &Logged| {
+        let digests = arrow::array::FixedSizeBinaryArray::try_from_iter(digests.iter()).unwrap();
+        let logged = with(served, names::TENSORS, Arc::new(digests));
+        let mut auditor = world.auditor().await;
+        auditor.add(&logged, Some("scorer")).await.unwrap();
+        auditor.rescore(&Scores).await.unwrap();
+        auditor.finish().await.unwrap()
+    };
+    let count = rows.len() as u64;
+    let report = audit(&digests, &served).await;
+    let found = report.tensors.unwrap();
+    assert_eq!((found.compared, found.equal, found.different), (count, count, 0));
+    let scores = report.rescored.unwrap();
+    assert_eq!((scores.compared, scores.different), (count - 5, 1));
+    assert!(scores.examples[0].contains("scorer v1") && scores.examples[0].contains("0.5, not 0.4"));
+    assert_eq!(scores.not_compared, BTreeMap::from([("scorer v2: it is gone".to_owned(), 5)]));
+    assert_eq!((report.outcome, report.values.bug), (Outcome::Failed, 0), "a score that differs is a bug of its own");
+
+    // The model was given something that its features are not; where they are wrong themselves, that is said already.
+    digests[3][0] ^= 1;
+    let wrong = float(&served, &names::feature("last:n"), |row, x| if row == 6 { x + 1.0 } else { x });
+    let report = audit(&digests, &wrong).await;
+    let verdict = report.verdict();
+    assert!(verdict.contains("1 rows with equal features had other tensors"), "{verdict}");
+    let found = report.tensors.unwrap();
+    assert_eq!((found.compared, found.different, found.passed_over), (count - 1, 1, 1));
+    assert_eq!(found.examples, [("r3".to_owned(), 0)]);
+    assert_eq!(report.outcome, Outcome::Failed);
 }

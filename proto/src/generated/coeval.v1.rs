@@ -2070,6 +2070,49 @@ pub struct ForgottenPlace {
     #[prost(string, tag = "6")]
     pub note: ::prost::alloc::string::String,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AddLabelsRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    /// The column of the value. Empty: the model's declared label.
+    #[prost(string, tag = "3")]
+    pub metric: ::prost::alloc::string::String,
+    /// `request_id` (string) and `row` (int64), or columns of the request and `time` (timestamp); and the value: bool, or a number.
+    /// A null value takes a label back.
+    #[prost(message, repeated, tag = "4")]
+    pub columns: ::prost::alloc::vec::Vec<Column>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AddLabelsResponse {
+    #[prost(uint64, tag = "1")]
+    pub rows: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetQualityRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    /// Times that predictions were made for, in microseconds: from `from`, up to and without `to`. 0 and 0: the last 30 days.
+    #[prost(int64, tag = "3")]
+    pub from: i64,
+    #[prost(int64, tag = "4")]
+    pub to: i64,
+    /// Each stretch of so many microseconds is judged by itself; 0: all of it.
+    #[prost(int64, tag = "5")]
+    pub every: i64,
+    /// Which output is the score. Empty: the first.
+    #[prost(string, tag = "6")]
+    pub output: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetQualityResponse {
+    /// As JSON: rows, labels, AUC, log-loss, calibration, errors, other metrics and what was shown, by version, arm and stretch.
+    #[prost(string, tag = "1")]
+    pub report: ::prost::alloc::string::String,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetDriftRequest {
     #[prost(string, tag = "1")]
@@ -2510,6 +2553,57 @@ pub mod control_client {
                 .insert(GrpcMethod::new("coeval.v1.Control", "GetDrift"));
             self.inner.unary(req, path, codec).await
         }
+        /// Outcomes of logged predictions, or another metric of them. They are kept when the call returns; added again, the later
+        /// one counts.
+        pub async fn add_labels(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AddLabelsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AddLabelsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/AddLabels",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "AddLabels"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// How good each version and arm of a model was, by logged predictions and their labels.
+        pub async fn get_quality(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetQualityRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetQualityResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/GetQuality",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "GetQuality"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Removes entities from everything that is kept, and hides them from then on. May be repeated; a call that breaks off
         /// is finished by the server.
         pub async fn forget(
@@ -2631,6 +2725,23 @@ pub mod control_server {
             request: tonic::Request<super::GetDriftRequest>,
         ) -> std::result::Result<
             tonic::Response<super::GetDriftResponse>,
+            tonic::Status,
+        >;
+        /// Outcomes of logged predictions, or another metric of them. They are kept when the call returns; added again, the later
+        /// one counts.
+        async fn add_labels(
+            &self,
+            request: tonic::Request<super::AddLabelsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AddLabelsResponse>,
+            tonic::Status,
+        >;
+        /// How good each version and arm of a model was, by logged predictions and their labels.
+        async fn get_quality(
+            &self,
+            request: tonic::Request<super::GetQualityRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetQualityResponse>,
             tonic::Status,
         >;
         /// Server streaming response type for the Forget method.
@@ -3243,6 +3354,94 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = GetDriftSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/AddLabels" => {
+                    #[allow(non_camel_case_types)]
+                    struct AddLabelsSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::AddLabelsRequest>
+                    for AddLabelsSvc<T> {
+                        type Response = super::AddLabelsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AddLabelsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::add_labels(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AddLabelsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/GetQuality" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetQualitySvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::GetQualityRequest>
+                    for GetQualitySvc<T> {
+                        type Response = super::GetQualityResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetQualityRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_quality(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetQualitySvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

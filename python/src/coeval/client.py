@@ -62,6 +62,7 @@ from .types import (
 # Responses hold whole feature batches; requests are cut to tables.BATCH_BYTES_MAX or fail with a clear error.
 RECEIVE_BYTES_MAX = 64 * 1024 * 1024
 SEND_BYTES_MAX = 64 * 1024 * 1024
+LABEL_ROWS = 100_000
 MODEL_CHUNK_BYTES = 1024 * 1024
 # As long as the server waits for its gateways, and a little longer.
 DEPLOY_SECONDS_MAX = 660.0
@@ -342,6 +343,51 @@ class Client:
         """Writes what streams have applied to history, so that training sets see it; returns the events written."""
         # As long as the data is large: no deadline.
         return self._call(self._ingest.Flush, ingest_pb2.FlushRequest(project=self.project), timeout=None).events
+
+    # What became of predictions.
+
+    def add_labels(self, model: str, labels: Any, *, metric: str = "") -> int:
+        """Adds what became of logged predictions of `model`; returns how many values.
+
+        `labels` is a table, data frame or mapping of columns. It names predictions by `request_id` and `row`, or by columns of
+        the request and `time`: then a value belongs to predictions that were made at most the label's `within` before. The
+        value is in the column named like the model's label, or like `metric`: any other number to compare versions by.
+        Added again, the later value counts; null takes it back. They are kept when this returns.
+        """
+        table = tables.to_table(labels)
+        if "row" in table.schema.names:
+            index = table.schema.get_field_index("row")
+            table = table.set_column(index, "row", table.column(index).cast(pa.int64()))
+        if "time" in table.schema.names:
+            index = table.schema.get_field_index("time")
+            table = table.set_column(index, "time", table.column(index).cast(pa.timestamp("us", "UTC")))
+        rows = 0
+        for start in range(0, table.num_rows, LABEL_ROWS):
+            request = control_pb2.AddLabelsRequest(
+                project=self.project, model=model, metric=metric, columns=_columns(table.slice(start, LABEL_ROWS))
+            )
+            rows += self._call(self._control.AddLabels, request, timeout=None).rows
+        return rows
+
+    def quality(
+        self, model: str, *, start: Any = None, end: Any = None, every_days: float = 0, output: str = ""
+    ) -> dict[str, Any]:
+        """How good each version and arm of `model` was, by logged predictions that were made for times from `start` up to `end`
+        (the last 30 days without them), and their labels: AUC, log-loss, calibration, errors, other metrics, and how diverse
+        what it decided for was. With `every_days`, each such stretch of time by itself."""
+        if (start is None) != (end is None):
+            raise ValueError("give both `start` and `end`, or neither")
+        window = [0, 0] if start is None else [int(t) for t in tables.to_microseconds([start, end], 2)]
+        request = control_pb2.GetQualityRequest(
+            project=self.project,
+            model=model,
+            to=window[1],
+            every=round(every_days * 86_400_000_000),
+            output=output,
+            **{"from": window[0]},
+        )
+        report: dict[str, Any] = json.loads(self._call(self._control.GetQuality, request, timeout=None).report)
+        return report
 
     # Models.
 

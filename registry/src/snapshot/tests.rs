@@ -75,7 +75,7 @@ async fn a_snapshot_that_cannot_be_trusted_gives_way_to_the_one_before() {
         ("cut", good.slice(..good.len() / 2)),
         ("empty", Bytes::new()),
         ("another number", text.replace("\"number\":6", "\"number\":5").into()),
-        ("another fold", text.replace("\"fold\":3", "\"fold\":2").into()),
+        ("another fold", text.replace("\"fold\":4", "\"fold\":2").into()),
         ("a changed name", text.replace("\"who\":\"ada\"", "\"who\":\"bob\"").into()),
         ("of another log", elsewhere),
     ];

@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::deployment::{Activate, GiveUp, Prepare};
 use crate::id::{Incarnation, KeyHash, Salt, Sha256};
 use crate::model::{Artifact, InputColumns};
 
@@ -85,6 +86,27 @@ pub(crate) fn activate(version: u32, prepare: u64) -> Change {
     Change::Deployment(DeploymentChange::Activate(Activate { model: delay(), version: ModelVersion(version), prepare }))
 }
 
+pub(crate) fn begin_rollout(version: u32, champion: u32) -> Change {
+    use crate::assignment::{Range, Traffic};
+    use crate::rollout::{Begin, Evidence, RolloutChange, Stage};
+    let policy = r#"{"canary":{}}"#;
+    let begin = Begin {
+        model: delay(),
+        version: ModelVersion(version),
+        champion: ModelVersion(champion),
+        policy: policy.to_owned(),
+        policy_sha256: Sha256::of(policy.as_bytes()),
+        traffic: Traffic { layer: "delay".into(), seed: "1".into(), ranges: vec![Range::ALL] },
+        stage: Stage::Shadow,
+        evidence: Evidence {
+            judged_on: EntryNumber::NONE,
+            reasons: vec!["planned".into()],
+            numbers: json!({"days": 2}),
+        },
+    };
+    Change::Deployment(DeploymentChange::Rollout(RolloutChange::Begin(Box::new(begin))))
+}
+
 fn give_up(version: u32, prepare: u64) -> Change {
     let (prepare, reasons) = (EntryNumber(prepare), BTreeMap::from([(gateway("g2"), "it is broken".to_owned())]));
     let give_up = GiveUp { model: delay(), version: ModelVersion(version), prepare, reasons };
@@ -112,7 +134,7 @@ fn deploy(state: &mut State, version: u32) -> Result<Option<u32>, String> {
     make(state, activate(version, head))
 }
 
-fn entry_of(state: &State, kind: &str, must_understand: bool, body: serde_json::Value) -> Entry {
+pub(crate) fn entry_of(state: &State, kind: &str, must_understand: bool, body: serde_json::Value) -> Entry {
     let number = state.head.next();
     Entry {
         format: FORMAT,
@@ -129,7 +151,7 @@ fn entry_of(state: &State, kind: &str, must_understand: bool, body: serde_json::
 }
 
 /// Judges a change and folds it; the version, or the text of the refusal.
-fn make(state: &mut State, change: Change) -> Result<Option<u32>, String> {
+pub(crate) fn make(state: &mut State, change: Change) -> Result<Option<u32>, String> {
     match state.judge(&flights(), &change).map_err(|refusal| refusal.to_string())? {
         Judgement::AlreadySo { version, .. } => Ok(version.map(|version| version.0)),
         Judgement::Append { kind, must_understand, body, version } => {
@@ -140,7 +162,7 @@ fn make(state: &mut State, change: Change) -> Result<Option<u32>, String> {
     }
 }
 
-fn applied() -> State {
+pub(crate) fn applied() -> State {
     let mut state = State::default();
     make(&mut state, Change::Apply(catalog("d1"))).unwrap();
     state

@@ -473,6 +473,45 @@ class ForgottenPlace(_message.Message):
     note: str
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., rows_removed: _Optional[int] = ..., rows_cleared: _Optional[int] = ..., files: _Optional[int] = ..., note: _Optional[str] = ...) -> None: ...
 
+class AddLabelsRequest(_message.Message):
+    __slots__ = ("project", "model", "metric", "columns")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    metric: str
+    columns: _containers.RepeatedCompositeFieldContainer[_types_pb2.Column]
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., metric: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[_types_pb2.Column, _Mapping]]] = ...) -> None: ...
+
+class AddLabelsResponse(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    def __init__(self, rows: _Optional[int] = ...) -> None: ...
+
+class GetQualityRequest(_message.Message):
+    __slots__ = ("project", "model", "to", "every", "output")
+    PROJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    project: str
+    model: str
+    to: int
+    every: int
+    output: str
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., to: _Optional[int] = ..., every: _Optional[int] = ..., output: _Optional[str] = ..., **kwargs) -> None: ...
+
+class GetQualityResponse(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: str
+    def __init__(self, report: _Optional[str] = ...) -> None: ...
+
 class GetDriftRequest(_message.Message):
     __slots__ = ("project", "model", "version", "arm", "to", "features", "histograms")
     PROJECT_FIELD_NUMBER: _ClassVar[int]

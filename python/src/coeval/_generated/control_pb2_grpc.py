@@ -94,6 +94,16 @@ class ControlStub:
                 request_serializer=coeval_dot_v1_dot_control__pb2.GetDriftRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_control__pb2.GetDriftResponse.FromString,
                 _registered_method=True)
+        self.AddLabels = channel.unary_unary(
+                '/coeval.v1.Control/AddLabels',
+                request_serializer=coeval_dot_v1_dot_control__pb2.AddLabelsRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.AddLabelsResponse.FromString,
+                _registered_method=True)
+        self.GetQuality = channel.unary_unary(
+                '/coeval.v1.Control/GetQuality',
+                request_serializer=coeval_dot_v1_dot_control__pb2.GetQualityRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_control__pb2.GetQualityResponse.FromString,
+                _registered_method=True)
         self.Forget = channel.unary_stream(
                 '/coeval.v1.Control/Forget',
                 request_serializer=coeval_dot_v1_dot_control__pb2.ForgetRequest.SerializeToString,
@@ -186,6 +196,21 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddLabels(self, request, context):
+        """Outcomes of logged predictions, or another metric of them. They are kept when the call returns; added again, the later
+        one counts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetQuality(self, request, context):
+        """How good each version and arm of a model was, by logged predictions and their labels.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forget(self, request, context):
         """Removes entities from everything that is kept, and hides them from then on. May be repeated; a call that breaks off
         is finished by the server.
@@ -256,6 +281,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetDrift,
                     request_deserializer=coeval_dot_v1_dot_control__pb2.GetDriftRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_control__pb2.GetDriftResponse.SerializeToString,
+            ),
+            'AddLabels': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddLabels,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.AddLabelsRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.AddLabelsResponse.SerializeToString,
+            ),
+            'GetQuality': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQuality,
+                    request_deserializer=coeval_dot_v1_dot_control__pb2.GetQualityRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_control__pb2.GetQualityResponse.SerializeToString,
             ),
             'Forget': grpc.unary_stream_rpc_method_handler(
                     servicer.Forget,
@@ -587,6 +622,60 @@ class Control:
             '/coeval.v1.Control/GetDrift',
             coeval_dot_v1_dot_control__pb2.GetDriftRequest.SerializeToString,
             coeval_dot_v1_dot_control__pb2.GetDriftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddLabels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/AddLabels',
+            coeval_dot_v1_dot_control__pb2.AddLabelsRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.AddLabelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQuality(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/GetQuality',
+            coeval_dot_v1_dot_control__pb2.GetQualityRequest.SerializeToString,
+            coeval_dot_v1_dot_control__pb2.GetQualityResponse.FromString,
             options,
             channel_credentials,
             insecure,
