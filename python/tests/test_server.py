@@ -36,6 +36,7 @@ project: shop
 store: ./.coeval
 online: embedded
 serve: {grpc: 127.0.0.1:0, http: 127.0.0.1:0, request_time: allowed}
+serving_log: {sample: 100%, flush: 1s}
 """
 
 DEFINITIONS = """
@@ -110,6 +111,8 @@ models:
     runtime: torchscript
     inputs: [{name: dense, dtype: float32, features: ["*"], missing: 0.0}]
     outputs: [{name: p_buys, dtype: float32}]
+    decision: "p_buys > 0.9"
+    label: {name: bought, type: bool, within: 24h}
 """
 
 
@@ -444,6 +447,37 @@ def test_a_model_from_registration_to_prediction(client):
     assert record.environment_digest.startswith("sha256:") and "torch" in record.libraries
     again = client.register_model("buys", scripted(2))
     assert again.version == registered.version or not again.existed
+
+
+def test_labels_are_joined_to_what_was_predicted(client):
+    registered = client.register_model("buys", scripted(3))
+    client.deploy_model("buys", registered.version, why="test")
+    client.promote("buys", registered.version, why="test")
+    client.refresh(timeout=60)
+    # A day of its own, which no other test asks about.
+    day = at(24 * 40)
+    request = {"customer": ["ann", "bob", "zoe"], "total": [9.0, 1.0, 0.0], "coupon": [None] * 3}
+    answer = client.predict("buys", request, at=day, request_id="labelled")
+    assert answer.request_id == "labelled"
+    assert client.add_labels("buys", {"request_id": ["labelled"] * 3, "row": [0, 1, 2], "bought": [True, False, False]}) == 3
+    # What happened next to an entity says the same without a request id, and is another metric.
+    spent = {"customer": ["ann"], "time": [day + dt.timedelta(hours=2)], "spent": [12.5]}
+    assert client.add_labels("buys", spent, metric="spent") == 1
+    window = {"start": day - dt.timedelta(hours=1), "end": day + dt.timedelta(hours=1)}
+    until = time.monotonic() + 60
+    while not (report := client.quality("buys", **window))["parts"] and time.monotonic() < until:
+        time.sleep(0.2)
+    (part,) = report["parts"]
+    assert (part["version"], part["arm"], part["rows"], part["labelled"]) == (registered.version, "champion", 3, 3)
+    assert part["classes"]["auc"] == 1.0 and part["classes"]["positives"] == 1
+    assert part["metrics"] == {"spent": {"rows": 1, "mean": 12.5, "sum": 12.5}}
+    assert part["shown"]["customer"]["asked"] == 3
+    assert client.add_labels("buys", {"request_id": ["labelled"], "row": [0], "bought": pa.array([None], pa.bool_())}) == 1
+    assert client.quality("buys", **window)["parts"][0]["labelled"] == 2
+    with pytest.raises(coeval.CoevalError, match="no column `bought`"):
+        client.add_labels("buys", {"request_id": ["labelled"]})
+    with pytest.raises(coeval.CoevalError, match="Did you mean|did you mean|nobody|`buys`"):
+        client.add_labels("bys", {"request_id": ["labelled"], "bought": [True]})
 
 
 def weighted(weights):
