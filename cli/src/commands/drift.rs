@@ -333,7 +333,10 @@ fn show(json: &Json, output: &Output) {
     output.table(&headings, &rows);
     for verdict in ["DRIFT", "INSUFFICIENT_DATA"] {
         for feature in features(json).filter(|feature| feature["verdict"] == verdict) {
-            output.line(format!("{}: {verdict}", feature["name"].as_str().unwrap_or_default()));
+            let name = feature["name"].as_str().unwrap_or_default();
+            let accepted = ["*", name].iter().find_map(|of| json["acknowledged"][*of]["who"].as_str());
+            let accepted = accepted.map_or_else(String::new, |who| format!(", acknowledged by {who}"));
+            output.line(format!("{name}: {verdict}{accepted}"));
             texts(&feature["reasons"]).iter().for_each(|reason| output.line(format!("  {reason}")));
         }
     }

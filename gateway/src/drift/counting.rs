@@ -133,9 +133,6 @@ impl Hours {
     fn arm(&mut self, hour: Micros, version: &Version, arm: &str) -> &mut Counted {
         let hour = self.by_key.entry((hour, version.clone())).or_default();
         hour.changes += 1;
-        if !hour.arms.contains_key(arm) {
-            hour.arms.insert(arm.to_owned(), Counted::default());
-        }
         hour.arms.entry(arm.to_owned()).or_default()
     }
 

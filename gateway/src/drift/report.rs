@@ -54,11 +54,20 @@ pub struct Answer {
     /// Rows that were answered and not counted, by cause.
     pub uncounted: BTreeMap<String, u64>,
     pub verdict: Verdict,
+    /// Features whose drift somebody has accepted in the version's rollout.
+    pub acknowledged: BTreeMap<String, Acknowledged>,
     pub notes: Vec<String>,
     pub report: Report,
     pub histograms: Vec<Histogram>,
     #[serde(skip)]
     pub window: (Micros, Micros),
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Acknowledged {
+    pub who: String,
+    pub at: String,
+    pub why: Option<String>,
 }
 
 /// Answers the call.
@@ -154,7 +163,20 @@ pub async fn judge(gateway: &Arc<Gateway>, asked: Asked) -> Result<Answer, Failu
         }
     };
     check_features(&asked.features, &profiles)?;
-    answer(&asked, profiles, arm, (from, to), notes).await
+    let mut answer = answer(&asked, profiles, arm, (from, to), notes).await?;
+    let state = gateway.registry.state();
+    let project = state.project(gateway.project.as_str());
+    let deployments = project.into_iter().flat_map(|project| &project.deployments);
+    let mut rollouts = deployments.filter(|(name, _)| name.as_str() == &*model);
+    let rollout = rollouts.find_map(|(_, deployment)| deployment.rollout.as_ref());
+    if let Some(rollout) = rollout.filter(|rollout| rollout.version.0 == number) {
+        let acknowledged = rollout.acknowledged.iter().map(|(feature, fact)| {
+            let (who, at, why) = (fact.who.clone(), fact.at.to_rfc3339(), fact.why.clone());
+            (feature.clone(), Acknowledged { who, at, why })
+        });
+        answer.acknowledged = acknowledged.collect();
+    }
+    Ok(answer)
 }
 
 fn check_features(features: &[String], profiles: &VersionProfiles) -> Result<(), Failure> {
@@ -236,6 +258,7 @@ async fn answer(
         rows,
         uncounted,
         verdict: report.verdict,
+        acknowledged: BTreeMap::new(),
         notes,
         report,
         histograms: drawn,
