@@ -178,7 +178,7 @@ impl Labels {
             has_keys = true;
         }
         let by_request = given.column_by_name(REQUEST_ID).is_some();
-        if !by_request && !(has_keys && has_time) {
+        if !(by_request || has_keys && has_time) {
             let known = keys(model).map(|(name, ..)| format!("`{name}`")).collect::<Vec<_>>().join(", ");
             return Err(LabelError::NoPredictions { known });
         }

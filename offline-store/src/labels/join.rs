@@ -32,13 +32,15 @@ impl Added {
 
 /// Outcomes of one entity in order of time.
 type Outcomes = Vec<(Micros, Added)>;
+/// By the encoded columns that name the entity.
+type Entities = HashMap<Vec<u8>, Outcomes>;
 
 /// Labels of one metric, ready to be asked.
 #[derive(Debug, Default)]
 pub struct Index {
     by_request: HashMap<(String, u32), Added>,
     /// By the columns that name the entity, as places among those of the service.
-    by_entity: Vec<(Vec<usize>, HashMap<Vec<u8>, Outcomes>)>,
+    by_entity: Vec<(Vec<usize>, Entities)>,
 }
 
 /// The columns of the request as they are logged: sensitive ones are text.
@@ -112,7 +114,7 @@ impl Index {
         Ok(index)
     }
 
-    fn entity(&mut self, places: &[usize]) -> &mut HashMap<Vec<u8>, Outcomes> {
+    fn entity(&mut self, places: &[usize]) -> &mut Entities {
         let found = self.by_entity.iter().position(|(known, _)| known == places).unwrap_or_else(|| {
             self.by_entity.push((places.to_vec(), HashMap::new()));
             self.by_entity.len() - 1
@@ -133,7 +135,7 @@ impl Index {
         at: &[Micros],
         within: Option<Micros>,
     ) -> Vec<Option<f64>> {
-        let entities: Vec<(Keys, &HashMap<Vec<u8>, Outcomes>)> = self
+        let entities: Vec<(Keys, &Entities)> = self
             .by_entity
             .iter()
             .filter_map(|(places, entities)| Some((Keys::of(model, places, batch)?, entities)))
@@ -143,7 +145,7 @@ impl Index {
             if let Some(added) = self.by_request.get(&of) {
                 return added.value;
             }
-            let next = |(keys, entities): &(Keys, &HashMap<Vec<u8>, Outcomes>)| {
+            let next = |(keys, entities): &(Keys, &Entities)| {
                 let outcomes = entities.get(&keys.encode(row)?)?;
                 let first = outcomes.partition_point(|(time, _)| *time < at[row]);
                 // One that was taken back did not happen.

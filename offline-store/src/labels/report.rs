@@ -197,7 +197,7 @@ impl With<'_> {
         let outcomes = self.label.map_or_else(|| vec![None; rows], labels);
         let metrics: Vec<(&str, Vec<Option<f64>>)> =
             self.metrics.iter().map(|(name, index)| (name.as_str(), labels(index))).collect();
-        let scores = batch.column_by_name(&columns::output(self.output)).and_then(|column| scores(column));
+        let scores = batch.column_by_name(&columns::output(self.output)).and_then(scores);
         let decided = decisions(model, batch)?;
         let keys: Vec<(&str, &ArrayRef, Type)> = model
             .service

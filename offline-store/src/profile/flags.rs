@@ -42,10 +42,11 @@ pub fn flags(service: &ServicePlan, assembled: &Assembled, stale: &[Vec<bool>]) 
             match (status, default) {
                 (Status::Present, _) => {}
                 (Status::Unavailable, _) => flags |= Flag::FALLBACK,
-                (_, Some(default)) if column.is_valid(row) => {
-                    if !is_computed || Value::from_array(column, row, &output.feature_type) == *default {
-                        flags |= Flag::DEFAULTED;
-                    }
+                (_, Some(default))
+                    if column.is_valid(row)
+                        && (!is_computed || Value::from_array(column, row, &output.feature_type) == *default) =>
+                {
+                    flags |= Flag::DEFAULTED;
                 }
                 _ => {}
             }

@@ -86,7 +86,7 @@ pub async fn redact(
     let below = folder(project);
     let listed: Result<Vec<_>, _> = store.list(Some(&below)).try_collect().await;
     for object in listed.map_err(|source| failed(&below, "listed", source))? {
-        if !object.location.filename().is_some_and(|name| super::FileName::parse(name).is_some()) {
+        if object.location.filename().and_then(super::FileName::parse).is_none() {
             continue;
         }
         let read = async { store.get(&object.location).await?.bytes().await };
