@@ -56,6 +56,9 @@ pub struct NewModel {
     pub dataset: Option<DatasetId>,
     /// Finite numbers; JSON has no others, so they are refused.
     pub metrics: BTreeMap<String, f64>,
+    /// How much it leans on each feature of its service: finite, and none below 0.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub importances: BTreeMap<String, f64>,
     /// Rows with the outputs that the training process got for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub golden_rows: Option<Artifact>,

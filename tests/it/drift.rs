@@ -72,6 +72,7 @@ async fn register(server: &Server, bytes: &[u8], dataset: &str) -> u32 {
         environment_digest: "sha256:env".into(),
         hardware: "2 cores".into(),
         dataset: dataset.into(),
+        importances: [("trip:length".to_owned(), 3.0), ("trip:kind".to_owned(), 1.0)].into(),
         ..v1::ModelHeader::default()
     };
     let parts = [Part::Header(header), Part::Chunk(bytes.to_vec())];
@@ -195,6 +196,8 @@ async fn a_feature_that_moves_drifts_and_the_others_do_not() {
     );
     assert_eq!(moved.verdict, "DRIFT");
     let report: serde_json::Value = serde_json::from_str(&moved.report).unwrap();
+    // Three quarters of what the model leans on has moved.
+    assert_eq!(report["report"]["weighted"]["drifted"].as_f64(), Some(0.75), "{}", moved.report);
     let drawn = report["histograms"].as_array().unwrap();
     assert_eq!(drawn.len(), 4);
     let shares =

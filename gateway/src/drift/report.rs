@@ -10,6 +10,7 @@ use feature_defs::time::{Micros, ceil_to, floor_to};
 use feature_defs::window::{DAY, HOUR};
 use offline_store::profile::{FeatureProfile, Histogram, Pair, histograms, judged};
 use proto::v1;
+use registry::id::ModelVersion;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
@@ -163,9 +164,11 @@ pub async fn judge(gateway: &Arc<Gateway>, asked: Asked) -> Result<Answer, Failu
         }
     };
     check_features(&asked.features, &profiles)?;
-    let mut answer = answer(&asked, profiles, arm, (from, to), notes).await?;
     let state = gateway.registry.state();
     let project = state.project(gateway.project.as_str());
+    let record = project.and_then(|project| project.model(&model, ModelVersion(number)));
+    let importances = record.map(|record| record.model.importances.clone()).unwrap_or_default();
+    let mut answer = answer(&asked, profiles, importances, arm, (from, to), notes).await?;
     let deployments = project.into_iter().flat_map(|project| &project.deployments);
     let mut rollouts = deployments.filter(|(name, _)| name.as_str() == &*model);
     let rollout = rollouts.find_map(|(_, deployment)| deployment.rollout.as_ref());
@@ -194,6 +197,7 @@ fn all(profiles: &VersionProfiles) -> impl Iterator<Item = &FeatureProfile> {
 async fn answer(
     asked: &Asked,
     profiles: Arc<VersionProfiles>,
+    importances: BTreeMap<String, f64>,
     arm: Arm,
     window: (Micros, Micros),
     mut notes: Vec<String>,
@@ -224,7 +228,7 @@ async fn answer(
         });
         let pairs: Vec<Pair<'_>> =
             pairs.filter(|(feature, _)| wanted.is_empty() || wanted.contains(&feature.name)).collect();
-        let (report, left_out) = judged(&Policy::default(), &pairs, &BTreeMap::new())?;
+        let (report, left_out) = judged(&Policy::default(), &pairs, &importances)?;
         let drawn = match with {
             true => pairs
                 .iter()
@@ -301,7 +305,7 @@ pub(super) async fn judge_window(gateway: &Arc<Gateway>, drift: &Arc<Drift>, jud
         };
         for (arm, counts) in window.arms {
             let asked = Asked { version: version.clone(), arm, from, to, features: Vec::new(), histograms: false };
-            match answer(&asked, profiles.clone(), counts, (from, to), Vec::new()).await {
+            match answer(&asked, profiles.clone(), BTreeMap::new(), counts, (from, to), Vec::new()).await {
                 Ok(answer) => told.extend(tell(&answer, &version)),
                 Err(failure) => {
                     tracing::warn!(error = failure.message, model = &*version.0, "drift could not be judged");

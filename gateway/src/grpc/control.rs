@@ -240,6 +240,7 @@ impl Control {
         let known = || plan.models.iter().map(|model| &*model.name);
         let model = plan.model(&header.model).ok_or_else(|| Failure::unknown("model", &header.model, known()))?;
         let name: ModelName = parse(&header.model)?;
+        check_importances(&header, model)?;
         let dataset = self.dataset(&header.dataset)?;
 
         let _permit = self.uploads.try_acquire().map_err(|_| {
@@ -288,6 +289,7 @@ impl Control {
             libraries: header.libraries.into_iter().collect(),
             dataset,
             metrics: header.metrics.into_iter().collect(),
+            importances: header.importances.into_iter().collect(),
             golden_rows,
         };
         let change = Change::RegisterModel(Box::new(new));
@@ -327,9 +329,23 @@ async fn next(
 fn check_header(header: &v1::ModelHeader) -> Result<(), Failure> {
     let texts = [&header.author, &header.commit, &header.environment_digest, &header.hardware];
     let maps = header.libraries.iter().map(|(name, version)| name.len() + version.len()).sum::<usize>()
-        + header.metrics.keys().map(String::len).sum::<usize>();
+        + header.metrics.keys().chain(header.importances.keys()).map(String::len).sum::<usize>();
     if texts.into_iter().map(String::len).sum::<usize>() + maps > TEXT_BYTES_MAX {
         return Err(Failure::invalid(format!("the header's texts take more than {TEXT_BYTES_MAX} bytes")));
+    }
+    Ok(())
+}
+
+fn check_importances(header: &v1::ModelHeader, model: &ModelPlan) -> Result<(), Failure> {
+    for (name, importance) in &header.importances {
+        if model.service.output(name).is_none() {
+            let known = model.service.outputs.iter().map(|output| output.name.as_str());
+            return Err(Failure::unknown(&format!("feature of service `{}` named", model.service.name), name, known));
+        }
+        if !(0.0..f64::INFINITY).contains(importance) {
+            let text = format!("the importance of `{name}` is {importance}; give a number from 0 on");
+            return Err(Failure::invalid(text));
+        }
     }
     Ok(())
 }

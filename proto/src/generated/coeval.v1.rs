@@ -1782,6 +1782,9 @@ pub struct ModelHeader {
     pub dataset: ::prost::alloc::string::String,
     #[prost(map = "string, double", tag = "10")]
     pub metrics: ::std::collections::HashMap<::prost::alloc::string::String, f64>,
+    /// How much the model leans on each feature of its service, in any unit; from 0 on. Drift is summed up by them.
+    #[prost(map = "string, double", tag = "11")]
+    pub importances: ::std::collections::HashMap<::prost::alloc::string::String, f64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RegisterModelResponse {

@@ -405,12 +405,14 @@ class Client:
         libraries: Mapping[str, str] | None = None,
         environment_digest: str | None = None,
         golden: Golden | None = None,
+        importances: Mapping[str, float] | None = None,
     ) -> Registered:
         """Registers a model file as a new version; traffic does not move.
 
         `file` is a path, the file's bytes, or a TorchScript module. What is not said about the environment is found out;
         `environment_digest` may be that of a lock file or an image. `metrics` are those of held-out rows. With `golden` rows
-        every gateway that loads the version compares its outputs with those of the training process.
+        every gateway that loads the version compares its outputs with those of the training process. `importances` say how much
+        the model leans on features (gain, mean |SHAP|, in any unit): drift is summed up by them.
         """
         content = _model_bytes(file)
         golden_content = golden.to_bytes() if golden is not None else b""
@@ -427,6 +429,7 @@ class Client:
             libraries=dict(libraries) if libraries is not None else environment.libraries(),
             dataset=dataset or "",
             metrics={name: float(value) for name, value in (metrics or {}).items()},
+            importances={name: float(value) for name, value in (importances or {}).items()},
         )
 
         def parts() -> Iterator[control_pb2.RegisterModelRequest]:

@@ -55,6 +55,7 @@ pub(crate) fn model(bytes: &str, service_digest: &str) -> NewModel {
         libraries: BTreeMap::from([("torch".to_owned(), "2.11.0".to_owned())]),
         dataset: None,
         metrics: BTreeMap::from([("auc".to_owned(), 0.1 + 0.2), ("loss".to_owned(), -0.0)]),
+        importances: BTreeMap::new(),
         golden_rows: None,
     }
 }

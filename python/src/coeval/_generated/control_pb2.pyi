@@ -140,7 +140,7 @@ class RegisterModelRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[ModelHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., golden_chunk: _Optional[bytes] = ...) -> None: ...
 
 class ModelHeader(_message.Message):
-    __slots__ = ("project", "model", "author", "commit", "environment_digest", "seed", "hardware", "libraries", "dataset", "metrics")
+    __slots__ = ("project", "model", "author", "commit", "environment_digest", "seed", "hardware", "libraries", "dataset", "metrics", "importances")
     class LibrariesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +149,13 @@ class ModelHeader(_message.Message):
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class ImportancesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +172,7 @@ class ModelHeader(_message.Message):
     LIBRARIES_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCES_FIELD_NUMBER: _ClassVar[int]
     project: str
     model: str
     author: str
@@ -175,7 +183,8 @@ class ModelHeader(_message.Message):
     libraries: _containers.ScalarMap[str, str]
     dataset: str
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., author: _Optional[str] = ..., commit: _Optional[str] = ..., environment_digest: _Optional[str] = ..., seed: _Optional[int] = ..., hardware: _Optional[str] = ..., libraries: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    importances: _containers.ScalarMap[str, float]
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., author: _Optional[str] = ..., commit: _Optional[str] = ..., environment_digest: _Optional[str] = ..., seed: _Optional[int] = ..., hardware: _Optional[str] = ..., libraries: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., importances: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class RegisterModelResponse(_message.Message):
     __slots__ = ("version", "digest", "existed")
