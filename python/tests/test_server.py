@@ -450,7 +450,7 @@ def test_a_model_from_registration_to_prediction(client):
 
 
 def test_labels_are_joined_to_what_was_predicted(client):
-    registered = client.register_model("buys", scripted(3))
+    registered = client.register_model("buys", weighted([1.0, 2.0]), importances={"context:ratio": 2.0})
     client.deploy_model("buys", registered.version, why="test")
     client.promote("buys", registered.version, why="test")
     client.refresh(timeout=60)
