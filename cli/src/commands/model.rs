@@ -123,6 +123,9 @@ pub struct RegisterArguments {
     /// A metric on held-out rows; may be repeated
     #[arg(long = "metric", value_name = "NAME=NUMBER", value_parser = metric)]
     pub metrics: Vec<(String, f64)>,
+    /// How much the model leans on a feature, for summing up drift; may be repeated
+    #[arg(long = "importance", value_name = "FEATURE=NUMBER", value_parser = metric)]
+    pub importances: Vec<(String, f64)>,
     #[command(flatten)]
     server: ServerArguments,
 }
@@ -379,6 +382,7 @@ async fn register(place: &Place, arguments: &RegisterArguments, output: &Output)
         libraries: arguments.libraries.iter().cloned().collect(),
         dataset: arguments.dataset.clone().unwrap_or_default(),
         metrics: arguments.metrics.iter().cloned().collect(),
+        importances: arguments.importances.iter().cloned().collect(),
     };
     let bar = output.progress(Some(bytes.len() as u64), "bytes");
     bar.set_message(format!("{}", path.display()));
