@@ -28,8 +28,8 @@ REFUSAL_MS = 5
 DEADLINE_MS = 100
 # Of what the model answers one by one: the load that a second model is deployed under.
 DEPLOY_SHARE = 0.3
-# Of Predict with and without the serving log: requests per second, blocks, and how long each is.
-LOGGING_RATE, LOGGING_BLOCKS, LOGGING_SECONDS = 200, 40, 2
+# Of Predict with and without the serving log: blocks, and how long each is.
+LOGGING_BLOCKS, LOGGING_SECONDS = 40, 1.5
 # A block of a workload that needs rare events to be frequent lasts so many times as long.
 LONG = 3
 
@@ -268,12 +268,13 @@ def inference(report: Report, place: Place, args: argparse.Namespace) -> None:
                 gateways[name].fill(["wide0"])
                 gateways[name].register("small", "small.pt")
                 gateways[name].deploy("small")
-                load(place, gateways[name].address, [*asked[2:], "--project", project], "--rate", LOGGING_RATE, "--seconds", 2)
+                load(place, gateways[name].address, [*asked[2:], "--project", project], "--callers", 1, "--seconds", 2)
             for block in range(LOGGING_BLOCKS):
                 # Whoever comes first in one block comes last in the next.
                 for name in list(contenders) if block % 2 == 0 else list(contenders)[::-1]:
                     project = ["--project", f"bench{list(contenders).index(name)}"]
-                    pace = ["--rate", LOGGING_RATE, "--seconds", LOGGING_SECONDS]
+                    # One caller after the other: between rare requests the processor sleeps, and waking it is most of p50.
+                    pace = ["--callers", 1, "--seconds", LOGGING_SECONDS]
                     found[name].append(load(place, gateways[name].address, [*asked[2:], *project], *pace))
         report.runs["logging"] = found
         for name in ("as usual", "everything"):
