@@ -17,6 +17,7 @@ pub mod convert;
 pub mod status;
 
 pub mod answer;
+pub mod arms;
 pub mod audit;
 pub mod cache;
 pub mod certify;
@@ -39,6 +40,7 @@ pub mod observe;
 pub mod predict;
 pub mod presence;
 pub mod request;
+pub mod rollout;
 pub mod serving_log;
 pub mod versions;
 

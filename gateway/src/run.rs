@@ -36,6 +36,8 @@ use crate::guard::GuardedStore;
 use crate::metrics::Metrics;
 use crate::observe::{Observer, Observing};
 use crate::presence::Presence;
+use crate::rollout::Rollouts;
+use crate::rollout::counting::{RolloutMetrics, Units};
 use crate::serving_log::{LogMetrics, LogParts, LogSetupError, ServingLog};
 use crate::shutdown::{Draining, drain};
 use crate::versions::{ModelPlaces, Versions};
@@ -245,6 +247,8 @@ pub async fn start(
     if audit.is_some() {
         metrics.add_audit(&audit_metrics);
     }
+    let rollout_metrics = RolloutMetrics::default();
+    metrics.add_rollouts(&rollout_metrics);
     let audits = audit.map(|parts| Audits::new(parts, listeners.grpc.address.to_string(), audit_metrics));
     let metrics = Arc::new(metrics);
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
@@ -260,6 +264,10 @@ pub async fn start(
     if let Some(drift) = &drift {
         observers.push(Box::new(Counting::new(drift.clone())));
     }
+    let incarnation = Incarnation::random();
+    let (control_store, control_root) = (registry.log().store().clone(), registry.root().clone());
+    let rollouts = Rollouts::new(control_store, control_root, incarnation.clone(), rollout_metrics);
+    observers.push(Box::new(Units::new(rollouts.clone())));
     let observing = Observing::start(observers, clock.clone());
     let observing = observing.map_err(|source| ServeError::ServingLog(LogSetupError::Thread(source)))?;
     // Whoever writes goes past the cache.
@@ -286,6 +294,7 @@ pub async fn start(
         uploads,
         drift,
         audits,
+        rollouts,
         drain: draining.clone(),
     }));
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -383,6 +392,7 @@ async fn keep_up(
         () = upload(&gateway) => {}
         () = crate::drift::run(&gateway) => {}
         () = crate::audit::run(&gateway) => {}
+        () = crate::rollout::judging::run(&gateway) => {}
     }
 }
 
