@@ -18,7 +18,7 @@ use online_store::OnlineStore;
 use online_store::embedded::EmbeddedStore;
 use online_store::redis::RedisStore;
 use registry::Registry;
-use registry::id::ProjectName;
+use registry::id::{Incarnation, ProjectName};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -278,7 +278,7 @@ pub async fn start(
     let versions = Versions::new(registry.clone(), runtime, models);
     let follower = Follower::new(registry.clone(), project.clone(), events.clone(), versions, metrics.clone());
     let follower = Arc::new(follower);
-    let presence = Presence::new(registry.clone(), follower.clone(), listeners.grpc.address.to_string());
+    let presence = Presence::new(registry.clone(), follower.clone(), listeners.grpc.address.to_string(), incarnation);
     let draining = CancellationToken::new();
     let gateway = Arc::new(Gateway::new(Parts {
         project,
