@@ -17,6 +17,7 @@ use proto::v1;
 use registry::Registry;
 use registry::deployment::Standing;
 use registry::id::ProjectName;
+use registry::state::Refusal;
 use serde::Serialize;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
@@ -36,8 +37,12 @@ use crate::observe::{Exposed, Observed, ObservedPrediction, Observing};
 use crate::predict::{Ask, Cause, Predicted, Sent};
 use crate::presence::Presence;
 use crate::request::{self, Rows};
+<<<<<<< HEAD
 use crate::rollout::Rollouts;
 use crate::rollout::trial::{CHAMPION, NAMED, OFF, Trial};
+=======
+use crate::roles::{Role, Roles};
+>>>>>>> fleet
 use crate::serving_log::Uploads;
 use crate::status::{Failure, Kind};
 use crate::versions::declared_deadline;
@@ -68,6 +73,8 @@ pub struct Gateway {
     pub metrics: Arc<Metrics>,
     /// Cancelled when the process stops taking requests.
     pub drain: CancellationToken,
+    /// What this process does of what the project needs.
+    pub roles: Roles,
     /// The first look at the control log is over, with every model of it loaded or known to fail.
     pub started: AtomicBool,
     /// What the last look at the online store found wrong; written by the task that looks.
@@ -118,12 +125,17 @@ pub struct Parts {
     pub audits: Option<Audits>,
     pub rollouts: Arc<Rollouts>,
     pub drain: CancellationToken,
+    pub roles: Roles,
 }
 
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
+<<<<<<< HEAD
         let Parts { request_time, metrics, observing, uploads, drift, audits, rollouts, drain, .. } = parts;
+=======
+        let Parts { request_time, metrics, observing, uploads, drift, audits, drain, roles, .. } = parts;
+>>>>>>> fleet
         Gateway {
             project,
             store,
@@ -135,6 +147,7 @@ impl Gateway {
             request_time,
             metrics,
             drain,
+            roles,
             started: AtomicBool::new(false),
             store_problem: Mutex::new(None),
             forgetting: tokio::sync::Mutex::default(),
@@ -180,6 +193,15 @@ impl Gateway {
         Ok(())
     }
 
+    /// Refuses what another process of the project does.
+    pub fn check_role(&self, role: Role, what: &str) -> Result<(), Failure> {
+        if self.roles.has(role) {
+            Ok(())
+        } else {
+            Err(Failure::new(Kind::Unsupported, self.roles.elsewhere(role, what)))
+        }
+    }
+
     /// The service that a list of features is.
     pub fn listed(&self, plan: &Arc<Plan>, names: &[String]) -> Result<Arc<ServicePlan>, Failure> {
         self.services.listed(plan, names)
@@ -187,6 +209,7 @@ impl Gateway {
 
     fn admit(&self) -> Result<SemaphorePermit<'_>, Failure> {
         self.check_serving()?;
+        self.check_role(Role::Gateway, "requests are not answered here")?;
         self.requests.try_acquire().map_err(|_| {
             let text = format!("{REQUESTS_MAX} requests are being answered already; send it again later");
             Failure::new(Kind::TooMuch, text)
@@ -439,6 +462,9 @@ impl Gateway {
             reasons
                 .push(format!("the control log could not be read for {} s; the last state is served", age.as_secs()));
         }
+        if let Some(stopped) = &self.registry.state().changes_stopped {
+            reasons.push(Refusal::ChangesStopped(stopped.clone()).to_string());
+        }
         reasons.extend(self.memory.alarms());
         reasons.extend(self.uploads.as_ref().and_then(Uploads::problem));
         reasons.extend(self.audits.iter().flat_map(Audits::problems));
@@ -476,6 +502,19 @@ impl Gateway {
             reasons.extend(events.backfilling());
         }
         reasons
+    }
+
+    /// Views that another process has yet to fill. Those of files that change wait for somebody to materialize them.
+    pub async fn pending_elsewhere(&self, served: &Served) -> Vec<String> {
+        let Some(definitions) = served.definitions.as_ref().filter(|_| !self.roles.has(Role::Ingest)) else {
+            return Vec::new();
+        };
+        let is_ready = self.ready_views(served).await;
+        let views = definitions.plan.views.iter().zip(is_ready).filter(|(_, is_ready)| !is_ready);
+        let filled = views.filter(|(view, _)| view.source.is_static() || view.source.is_stream());
+        let text =
+            |name: &str| format!("view `{name}` does not answer yet: the process with the role `ingest` fills it");
+        filled.map(|(view, _)| text(&view.name)).collect()
     }
 
     /// Which views of the plan answer online, in its order. None of them while the store is away.

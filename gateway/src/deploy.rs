@@ -17,7 +17,11 @@ use registry::{Outcome, Receipt, RegistryError};
 
 use crate::answer::Gateway;
 use crate::follow::Retry;
+<<<<<<< HEAD
 use crate::rollout;
+=======
+use crate::roles::Role;
+>>>>>>> fleet
 use crate::status::{Failure, Kind};
 use crate::versions::Key;
 
@@ -81,6 +85,7 @@ pub async fn deploy(
     let asked = asked(&gateway, project, who, why)?;
     let key = version_named(model, *version)?;
     let (name, number) = key.clone();
+    gateway.check_role(Role::Gateway, "models are not loaded, so not deployed, here")?;
     let _deploying = gateway.deploying.lock().await;
     gateway.follower.follow(Retry::Later).await;
     let by = gateway.presence.incarnation.clone();
@@ -256,6 +261,7 @@ fn shown(gateway: String, address: String, report: VersionReport) -> v1::Gateway
 pub async fn promote(gateway: &Gateway, request: &v1::PromoteModelRequest) -> Result<v1::TrafficResponse, Failure> {
     let v1::PromoteModelRequest { project, model, version, who, why } = request;
     let asked = asked(gateway, project, who, why)?;
+    gateway.check_role(Role::Gateway, "models are not loaded, so not promoted, here")?;
     let key = version_named(model, *version)?;
     let (name, number) = key.clone();
     gateway.follower.follow(Retry::Later).await;

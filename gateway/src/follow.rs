@@ -23,12 +23,15 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Events;
+use crate::kept::Kept;
 use crate::metrics::Metrics;
 use crate::rollout::trial::{Trial, Trials};
 use crate::status::{Failure, Kind, chain};
 use crate::versions::{ServedModel, VersionState, Versions, Wanted};
 
 const POLL: Duration = Duration::from_millis(250);
+/// Between looks whether the log is still there: following cannot tell one that was taken away from one that is quiet.
+const LOOK_FOR_LOG: Duration = Duration::from_secs(2);
 /// How long something that failed is left alone.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -88,6 +91,8 @@ pub struct Follower {
     events: Option<Arc<dyn Events>>,
     pub versions: Arc<Versions>,
     metrics: Arc<Metrics>,
+    /// For definitions of earlier entries while the object store is away.
+    pub kept: Option<Kept>,
     served: watch::Sender<Arc<Served>>,
     /// One follows at a time.
     working: AsyncMutex<Working>,
@@ -103,7 +108,12 @@ struct Working {
     /// What all plans here were told of entities that were forgotten.
     forgotten: Arc<Forgotten>,
     tried: Option<Instant>,
+<<<<<<< HEAD
     trials: Trials,
+=======
+    /// When the log was last seen to be there.
+    looked: Option<Instant>,
+>>>>>>> fleet
 }
 
 struct LogHealth {
@@ -205,6 +215,7 @@ impl Follower {
             events,
             versions: Arc::new(versions),
             metrics,
+            kept: None,
             served: watch::Sender::new(Arc::new(Served::empty())),
             working: AsyncMutex::default(),
             log: Mutex::new(LogHealth { read: Instant::now(), error: None }),
@@ -250,7 +261,13 @@ impl Follower {
     /// Reads the log to its head and makes it real as far as that is possible.
     pub async fn follow(&self, retry: Retry) -> Arc<Served> {
         let mut working = self.working.lock().await;
-        let refreshed = self.registry.refresh().await;
+        let mut refreshed = self.registry.refresh().await;
+        let is_well = self.log_health().1.is_none();
+        if refreshed.is_ok() && !(is_well && working.looked.is_some_and(|looked| looked.elapsed() < LOOK_FOR_LOG)) {
+            let found = self.registry.look_for_head().await;
+            working.looked = found.is_ok().then(Instant::now);
+            refreshed = found.and(refreshed);
+        }
         {
             let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             match &refreshed {
@@ -347,6 +364,9 @@ impl Follower {
             versions.insert(version.0, Version { standing, state });
         }
         for (name, deployment) in &project.deployments {
+            if self.versions.is_idle {
+                break;
+            }
             let Some(champion) = deployment.champion_version() else { continue };
             let name = name.to_string();
             let of = |version: u32| served.versions.get(&name).and_then(|versions| versions.get(&version));
@@ -424,7 +444,7 @@ impl Follower {
         let plan = match working.earlier.get(&entry) {
             Some(plan) => plan.clone(),
             None => {
-                let catalog = self.registry.catalog(entry).await?;
+                let catalog = Kept::catalog(self.kept.as_ref(), &self.registry, entry).await?;
                 let problem = |text| Failure::new(Kind::Precondition, text);
                 let plan = compile(&self.project, &catalog).await.map_err(problem)?;
                 plan.forget(&working.forgotten);

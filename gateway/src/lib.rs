@@ -5,6 +5,7 @@
 //! else's work; `run` opens everything and listens, `shutdown` drains. Nothing but this crate knows a status code.
 
 pub mod config;
+pub mod roles;
 pub mod run;
 pub mod shutdown;
 
@@ -31,6 +32,7 @@ pub mod follow;
 pub mod forget;
 pub mod golden;
 pub mod guard;
+pub mod kept;
 pub mod labels;
 pub mod memory;
 pub mod metrics;

@@ -803,7 +803,7 @@ impl Compiler<'_> {
         let entity = model.canary.as_ref().and_then(|canary| self.catalog.entity(&canary.unit));
         let Some(entity) = entity else { return Vec::new() };
         let read = service.inputs.iter().find(|input| *input.view.entity == *entity.name.as_str());
-        let key = |(index, key): (usize, &catalog::Field)| {
+        let key = |(index, key): (usize, &Field)| {
             let by_view = read.and_then(|input| input.keys.get(index)).copied();
             let column = by_view.or_else(|| service.columns.iter().position(|column| column.name == key.name.as_str()));
             let name = column.map_or_else(|| key.name.value.clone(), |column| service.columns[column].name.clone());

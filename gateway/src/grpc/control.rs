@@ -82,7 +82,8 @@ impl ControlService for Control {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
-        let reasons = self.gateway.pending();
+        let mut reasons = self.gateway.pending();
+        reasons.extend(self.gateway.pending_elsewhere(&served).await);
         Ok(Response::new(v1::RefreshResponse { control_head: served.head.0, ready: reasons.is_empty(), reasons }))
     }
 
