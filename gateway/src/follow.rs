@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::events::Events;
 use crate::kept::Kept;
 use crate::metrics::Metrics;
+use crate::rollout::trial::{Trial, Trials};
 use crate::status::{Failure, Kind, chain};
 use crate::versions::{ServedModel, VersionState, Versions, Wanted};
 
@@ -44,6 +45,10 @@ pub struct Served {
     pub models: BTreeMap<String, Arc<ServedModel>>,
     /// By name and number: every version that the log wants here.
     pub versions: BTreeMap<String, BTreeMap<u32, Version>>,
+    /// By name: rollouts that run, as far as they can be served here.
+    pub trials: BTreeMap<String, Arc<Trial>>,
+    /// By name: models that are turned off.
+    pub off: BTreeMap<String, Off>,
     /// Models that the log has a champion of and that no version is served of.
     pub missing: Vec<String>,
     /// What the log says and is not so, with the reason. Of models, only of those that answer and those kept for rollback.
@@ -55,6 +60,13 @@ pub struct Served {
 pub struct Version {
     pub standing: Standing,
     pub state: VersionState,
+}
+
+/// That a model is turned off.
+#[derive(Debug, Clone)]
+pub struct Off {
+    /// What its rows are told.
+    pub reason: String,
 }
 
 #[derive(Clone)]
@@ -96,8 +108,12 @@ struct Working {
     /// What all plans here were told of entities that were forgotten.
     forgotten: Arc<Forgotten>,
     tried: Option<Instant>,
+<<<<<<< HEAD
+    trials: Trials,
+=======
     /// When the log was last seen to be there.
     looked: Option<Instant>,
+>>>>>>> fleet
 }
 
 struct LogHealth {
@@ -112,6 +128,8 @@ impl Served {
             definitions: None,
             models: BTreeMap::new(),
             versions: BTreeMap::new(),
+            trials: BTreeMap::new(),
+            off: BTreeMap::new(),
             missing: Vec::new(),
             problems: Vec::new(),
         }
@@ -373,6 +391,7 @@ impl Follower {
                 None => served.missing.push(name),
             }
         }
+        try_out(&mut working.trials, project, &mut served);
         served
     }
 
@@ -450,6 +469,34 @@ impl Follower {
         let (plan, _) = self.plan_of(&mut working, served.definitions.as_ref(), record).await?;
         Ok(plan)
     }
+}
+
+/// Puts the rollouts that run, and what is turned off, into what is served.
+fn try_out(trials: &mut Trials, project: &Project, served: &mut Served) {
+    let holdout = project.flags.holdout.as_ref().map(|(holdout, _)| holdout);
+    let mut running = Vec::new();
+    for (name, deployment) in &project.deployments {
+        if let Some(off) = &deployment.off {
+            let why = off.why.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+            let reason = format!("the model is off since entry {} of the control log{why}", off.entry);
+            served.off.insert(name.to_string(), Off { reason });
+        }
+        let Some(rollout) = deployment.rollout.as_deref() else { continue };
+        running.push(rollout.begun.entry);
+        let versions = served.versions.get(name.as_str());
+        let challenger = versions.and_then(|versions| versions.get(&rollout.version.0)?.state.ready.clone());
+        match trials.prepare(rollout, holdout) {
+            Ok(prepared) => {
+                let trial = Trial::of(name.as_str(), deployment, prepared, challenger);
+                served.trials.extend(trial.map(|trial| (name.to_string(), Arc::new(trial))));
+            }
+            Err(problem) => {
+                let text = format!("the rollout of version {} of model `{name}` is not served here: {problem}", rollout.version);
+                served.problems.push(text);
+            }
+        }
+    }
+    trials.retain(&running);
 }
 
 /// Whether a plan gives a version exactly what it was registered with.

@@ -18,6 +18,7 @@ pub mod convert;
 pub mod status;
 
 pub mod answer;
+pub mod arms;
 pub mod audit;
 pub mod cache;
 pub mod certify;
@@ -41,6 +42,7 @@ pub mod observe;
 pub mod predict;
 pub mod presence;
 pub mod request;
+pub mod rollout;
 pub mod serving_log;
 pub mod versions;
 

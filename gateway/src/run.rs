@@ -18,7 +18,7 @@ use online_store::OnlineStore;
 use online_store::embedded::EmbeddedStore;
 use online_store::redis::RedisStore;
 use registry::Registry;
-use registry::id::{EntryNumber, ProjectName};
+use registry::id::{EntryNumber, Incarnation, ProjectName};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -37,7 +37,12 @@ use crate::kept::{self, Kept};
 use crate::metrics::Metrics;
 use crate::observe::{Observer, Observing};
 use crate::presence::Presence;
+<<<<<<< HEAD
+use crate::rollout::Rollouts;
+use crate::rollout::counting::{RolloutMetrics, Units};
+=======
 use crate::roles::{Role, Roles};
+>>>>>>> fleet
 use crate::serving_log::{LogMetrics, LogParts, LogSetupError, ServingLog};
 use crate::shutdown::{Draining, drain};
 use crate::status::chain;
@@ -284,6 +289,8 @@ pub async fn start(
     if audit.is_some() {
         metrics.add_audit(&audit_metrics);
     }
+    let rollout_metrics = RolloutMetrics::default();
+    metrics.add_rollouts(&rollout_metrics);
     let audits = audit.map(|parts| Audits::new(parts, listeners.grpc.address.to_string(), audit_metrics));
     let metrics = Arc::new(metrics);
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
@@ -299,6 +306,10 @@ pub async fn start(
     if let Some(drift) = &drift {
         observers.push(Box::new(Counting::new(drift.clone())));
     }
+    let incarnation = Incarnation::random();
+    let (control_store, control_root) = (registry.log().store().clone(), registry.root().clone());
+    let rollouts = Rollouts::new(control_store, control_root, incarnation.clone(), rollout_metrics);
+    observers.push(Box::new(Units::new(rollouts.clone())));
     let observing = Observing::start(observers, clock.clone());
     let observing = observing.map_err(|source| ServeError::ServingLog(LogSetupError::Thread(source)))?;
     // Whoever writes goes past the cache.
@@ -311,7 +322,7 @@ pub async fn start(
     let mut follower = Follower::new(registry.clone(), project.clone(), events.clone(), versions, metrics.clone());
     follower.kept = kept.clone();
     let follower = Arc::new(follower);
-    let presence = Presence::new(registry.clone(), follower.clone(), listeners.grpc.address.to_string());
+    let presence = Presence::new(registry.clone(), follower.clone(), listeners.grpc.address.to_string(), incarnation);
     let draining = CancellationToken::new();
     let gateway = Arc::new(Gateway::new(Parts {
         project,
@@ -327,6 +338,7 @@ pub async fn start(
         uploads,
         drift,
         audits,
+        rollouts,
         drain: draining.clone(),
         roles,
     }));
@@ -438,6 +450,7 @@ async fn keep_up(
         () = upload(&gateway) => {}
         () = crate::drift::run(&gateway) => {}
         () = crate::audit::run(&gateway) => {}
+        () = crate::rollout::judging::run(&gateway) => {}
     }
 }
 
