@@ -233,7 +233,7 @@ class Follow:
         if self.acknowledge and not self.acknowledged and any("drift" in why for why in held.get("reasons") or []):
             self.acknowledged = True
             why = "summer: hotter than what it learnt from, for both versions"
-            self.tool.ask("rollout", "acknowledge", "delay", "--feature", "*", "--why", why)
+            self.tool.ask("rollout", "acknowledge", "delay", "*", "--why", why)
         return False
 
     def tell(self, story: dict[str, Any]) -> None:
