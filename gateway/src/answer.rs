@@ -37,12 +37,9 @@ use crate::observe::{Exposed, Observed, ObservedPrediction, Observing};
 use crate::predict::{Ask, Cause, Predicted, Sent};
 use crate::presence::Presence;
 use crate::request::{self, Rows};
-<<<<<<< HEAD
+use crate::roles::{Role, Roles};
 use crate::rollout::Rollouts;
 use crate::rollout::trial::{CHAMPION, NAMED, OFF, Trial};
-=======
-use crate::roles::{Role, Roles};
->>>>>>> fleet
 use crate::serving_log::Uploads;
 use crate::status::{Failure, Kind};
 use crate::versions::declared_deadline;
@@ -131,11 +128,7 @@ pub struct Parts {
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
-<<<<<<< HEAD
-        let Parts { request_time, metrics, observing, uploads, drift, audits, rollouts, drain, .. } = parts;
-=======
-        let Parts { request_time, metrics, observing, uploads, drift, audits, drain, roles, .. } = parts;
->>>>>>> fleet
+        let Parts { request_time, metrics, observing, uploads, drift, audits, rollouts, drain, roles, .. } = parts;
         Gateway {
             project,
             store,
@@ -388,8 +381,17 @@ impl Gateway {
         let Predicted { outputs, rows: outcomes, encoded, queue_time, forward_time } = predicted;
         let exposed = trial.map(|trial| Exposed { trial: trial.clone(), assigned, beside: None });
         let (plan, version) = (model.plan.clone(), model.version);
-        let prediction =
-            ObservedPrediction { plan, version, arm, outputs, rows: outcomes, encoded, queue_time, forward_time, exposed };
+        let prediction = ObservedPrediction {
+            plan,
+            version,
+            arm,
+            outputs,
+            rows: outcomes,
+            encoded,
+            queue_time,
+            forward_time,
+            exposed,
+        };
         Observed {
             service: model.plan.service.clone(),
             rows,
