@@ -30,7 +30,7 @@ use uuid::Uuid;
 use crate::answer::{Clock, Gateway};
 use crate::status::chain;
 
-pub use counting::Counting;
+pub use counting::{Counting, stale_rows};
 pub use metrics::DriftMetrics;
 pub use report::{Asked, get, judge};
 

@@ -20,6 +20,7 @@ use prometheus_client::registry::Registry;
 
 use crate::audit::AuditMetrics;
 use crate::drift::DriftMetrics;
+use crate::rollout::counting::RolloutMetrics;
 use crate::features::{Features, inputs_of};
 use crate::follow::Served;
 use crate::memory::MemoryWatch;
@@ -410,6 +411,10 @@ impl Metrics {
 
     pub fn add_audit(&mut self, audit: &AuditMetrics) {
         audit.register(&mut self.registry);
+    }
+
+    pub fn add_rollouts(&mut self, rollouts: &RolloutMetrics) {
+        rollouts.register(&mut self.registry);
     }
 
     pub fn add_drift(&mut self, drift: &DriftMetrics) {
