@@ -5,6 +5,7 @@
 //! else's work; `run` opens everything and listens, `shutdown` drains. Nothing but this crate knows a status code.
 
 pub mod config;
+pub mod rollout;
 pub mod run;
 pub mod shutdown;
 
