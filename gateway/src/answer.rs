@@ -4,13 +4,14 @@
 //! about it. One deadline holds for the whole request.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::RequestTime;
 use feature_defs::plan::{ModelPlan, Plan, ServicePlan};
 use feature_defs::time::Micros;
 use inference::breaker::Open;
+use offline_store::Engine;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
 use proto::v1;
@@ -90,6 +91,8 @@ pub struct Gateway {
     pub audits: Option<Audits>,
     /// What is tried out.
     pub rollouts: Arc<Rollouts>,
+    /// What replays rows; set where this process has the role.
+    pub engine: OnceLock<Arc<Engine>>,
     /// Deploys of this gateway go one after the other.
     pub deploying: tokio::sync::Mutex<()>,
     services: Services,
@@ -151,6 +154,7 @@ impl Gateway {
             drift,
             audits,
             rollouts,
+            engine: OnceLock::new(),
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
