@@ -198,6 +198,15 @@ pub mod tests {
         assert_eq!(nice.rlim_cur, 0, "this test needs a shell without a limit for nice values");
     }
 
+    /// The priorities of the threads of this process whose names begin so.
+    pub fn of_threads(name: &str) -> Vec<Priority> {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let named = tasks.filter(|task| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|found| found.starts_with(name))
+        });
+        named.map(|task| platform::priority(task.file_name().to_str().unwrap().parse().unwrap())).collect()
+    }
+
     #[test]
     fn what_was_lowered_is_restored_where_that_is_allowed() {
         std::thread::spawn(|| {
