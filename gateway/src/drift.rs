@@ -30,7 +30,7 @@ use uuid::Uuid;
 use crate::answer::{Clock, Gateway};
 use crate::status::chain;
 
-pub use counting::Counting;
+pub use counting::{Counting, stale_rows};
 pub use metrics::DriftMetrics;
 pub use report::{Answer, Asked, get, judge};
 pub use snapshot::HOURS_MAX;

@@ -3,10 +3,12 @@
 mod audit;
 mod drift;
 mod faults;
+mod fleet;
 mod forget;
 mod model_faults;
 mod models;
 mod object_stores;
 mod process;
 mod redis_store;
+mod rollout;
 mod serving_log;
