@@ -27,6 +27,7 @@ use crate::drift::Drift;
 use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
+use crate::flags::Exposures;
 use crate::follow::{Follower, Served};
 use crate::labels::Reports;
 use crate::memory::MemoryWatch;
@@ -81,6 +82,8 @@ pub struct Gateway {
     pub drift: Option<Arc<Drift>>,
     /// What audits the serving log.
     pub audits: Option<Audits>,
+    /// Who was given which variant of a flag.
+    pub exposures: Option<Arc<Exposures>>,
     /// Deploys of this gateway go one after the other.
     pub deploying: tokio::sync::Mutex<()>,
     services: Services,
@@ -111,13 +114,14 @@ pub struct Parts {
     pub uploads: Option<Uploads>,
     pub drift: Option<Arc<Drift>>,
     pub audits: Option<Audits>,
+    pub exposures: Option<Arc<Exposures>>,
     pub drain: CancellationToken,
 }
 
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
-        let Parts { request_time, metrics, observing, uploads, drift, audits, drain, .. } = parts;
+        let Parts { request_time, metrics, observing, uploads, drift, audits, exposures, drain, .. } = parts;
         Gateway {
             project,
             store,
@@ -138,6 +142,7 @@ impl Gateway {
             reports: Reports::default(),
             drift,
             audits,
+            exposures,
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
@@ -379,6 +384,7 @@ impl Gateway {
         reasons.extend(self.uploads.as_ref().and_then(Uploads::problem));
         reasons.extend(self.audits.iter().flat_map(Audits::problems));
         reasons.extend(self.drift.as_ref().and_then(|drift| drift.problem()));
+        reasons.extend(self.exposures.as_ref().and_then(|exposures| exposures.problem()));
         reasons.extend(self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         if served.definitions.is_none() && served.problems.is_empty() {
             reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());
