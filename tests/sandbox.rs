@@ -18,6 +18,7 @@ use feature_defs::plan::{Plan, SourceSchemas, compile_definitions, read_definiti
 use feature_defs::time::Micros;
 use futures::{StreamExt, TryStreamExt};
 use gateway::config::ServeOptions;
+use gateway::roles::Roles;
 use gateway::run::{Running, serve};
 use inference::model::Runtime;
 use offline_store::source::Sources;
@@ -163,7 +164,8 @@ impl Server {
         let settings = project.settings()?;
         let name = settings.project.value.clone();
         let project_dir = project.path().into();
-        let options = ServeOptions { settings, project_dir, clock: clock.clock(), runtime, certifier: None };
+        let options =
+            ServeOptions { settings, roles: Roles::ALL, project_dir, clock: clock.clock(), runtime, certifier: None };
         let running = serve(options).await?;
         running.started().await;
         let channel = Channel::from_shared(format!("http://{}", running.grpc_addr))?.connect().await?;

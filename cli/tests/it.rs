@@ -360,7 +360,7 @@ fn no_server() {
 #[test]
 fn what_is_not_understood_ends_with_2() {
     let project = Project::new();
-    for command in [&["valdate"][..], &["serve", "--roles", "gateway"], &["materialize", "--through", "soon"]] {
+    for command in [&["valdate"][..], &["serve", "--roles", "getaway"], &["materialize", "--through", "soon"]] {
         assert_eq!(project.run(command).status, 2, "{command:?}");
     }
 }

@@ -275,6 +275,8 @@ pub struct Model {
     pub fallback: Option<Fallback>,
     pub shadow: Option<Shadow>,
     pub canary: Option<Canary>,
+    /// How long the champion before stays loaded for a rollback.
+    pub keep_previous: Option<Duration>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -370,8 +372,30 @@ pub struct Canary {
     pub bake: Option<Duration>,
     pub min_units: u64,
     pub ends_after: Option<Duration>,
-    pub success: Vec<Spanned<String>>,
+    /// How long the window of a unit is open: its rows within are averaged.
+    pub window: Option<Duration>,
+    /// The first is the primary metric, which decides.
+    pub success: Vec<Success>,
     pub guardrails: Vec<Guardrail>,
+    /// Whether a promotion waits for a whole number of weeks.
+    pub whole_weeks: bool,
+    /// Times in which nothing is advanced or promoted, in microseconds: from, until.
+    pub blackouts: Vec<(i64, i64)>,
+    /// The chance that anything is stopped or called met falsely, in each of shadow and canary.
+    pub alpha: Option<f64>,
+}
+
+/// A metric that is compared between the versions, once labels have come: `log_loss`, or a mapping.
+#[derive(Debug, Clone)]
+pub struct Success {
+    pub metric: Spanned<String>,
+    /// What 0 and 1 of the counted scale stand for; values beyond are taken for the ends.
+    pub range: Option<(f64, f64)>,
+    /// About where values lie.
+    pub centre: Option<f64>,
+    pub lower_is_better: Option<bool>,
+    /// Enough is that the challenger is not worse by so much.
+    pub not_worse_by: Option<f64>,
 }
 
 /// `error_rate < 0.5%`, `p99 < 60ms`: a metric, a comparison and a bound in the metric's own unit (a share, or seconds).

@@ -826,6 +826,52 @@ impl<'a> Checker<'a> {
                 }
                 Some(_) => {}
             }
+            self.success(model, canary, &of);
+        }
+    }
+
+    /// Metrics that compare versions: those that labels give, and a caller's own, which need a range.
+    fn success(&mut self, model: &Model, canary: &Canary, of: &str) {
+        /// Of a yes or no, and of a number.
+        const OF_LABELS: [&str; 5] = ["log_loss", "brier", "error", "absolute_error", "squared_error"];
+        let is_bool = model.label.as_ref().map(|label| label.label_type.value == Type::Bool);
+        for success in &canary.success {
+            let (metric, span) = (success.metric.as_str(), success.metric.span);
+            let wrong = match metric {
+                "log_loss" | "brier" | "error" => match is_bool {
+                    Some(true) => None,
+                    _ => Some((
+                        format!("`{metric}` needs a label of type bool, which {of} does not declare"),
+                        "declare `label: {name: ..., type: bool, within: ...}`",
+                    )),
+                },
+                "absolute_error" | "squared_error" => match is_bool {
+                    Some(false) if success.range.is_some() => None,
+                    Some(false) => Some((
+                        format!("`{metric}` has no range of its own"),
+                        "say between what values lie: `{metric: absolute_error, range: [0, 100]}`",
+                    )),
+                    _ => Some((
+                        format!("`{metric}` needs a label that is a number, which {of} does not declare"),
+                        "declare `label: {name: ..., type: float64, within: ...}`",
+                    )),
+                },
+                _ if success.range.is_some() => None,
+                _ => Some((
+                    format!("`{}` is a metric of your own, whose range is not known", shown(metric)),
+                    "say between what values lie: `{metric: clicks, range: [0, 1], better: higher}`",
+                )),
+            };
+            if let Some((message, help)) = wrong {
+                let diagnostic = Diagnostic::error(message, span);
+                let near = nearest(metric, OF_LABELS).filter(|near| *near != metric);
+                let help = near.map_or_else(|| help.to_owned(), |near| format!("did you mean `{near}`? Else {help}"));
+                self.report(diagnostic.help(help));
+            }
+            if metric == "error" && model.decision.is_none() {
+                let message = format!("`error` needs a decision, which {of} does not declare");
+                self.report(Diagnostic::error(message, span).help("declare `decision:`, such as `\"p > 0.5\"`"));
+            }
         }
     }
 

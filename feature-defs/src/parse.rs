@@ -520,7 +520,8 @@ impl Reader<'_> {
                 "batching",
                 "fallback",
                 "shadow",
-                "canary"
+                "canary",
+                "keep_previous"
             ],
         )?;
         let name = self.required(&object, "name", Self::string)?;
@@ -561,6 +562,7 @@ impl Reader<'_> {
             fallback: self.optional(&object, "fallback", Self::fallback).flatten(),
             shadow: self.optional(&object, "shadow", Self::shadow),
             canary: self.optional(&object, "canary", Self::canary),
+            keep_previous: self.optional(&object, "keep_previous", Self::duration),
             name,
         })
     }
@@ -736,7 +738,20 @@ impl Reader<'_> {
         let object = self.object(
             node,
             "canary criteria",
-            &["unit", "without_unit", "steps", "bake", "min_units", "ends_after", "success", "guardrails"],
+            &[
+                "unit",
+                "without_unit",
+                "steps",
+                "bake",
+                "min_units",
+                "ends_after",
+                "window",
+                "success",
+                "guardrails",
+                "whole_weeks",
+                "blackouts",
+                "alpha",
+            ],
         )?;
         self.refuse_empty(&object, "steps");
         let without_unit =
@@ -763,11 +778,73 @@ impl Reader<'_> {
                 .optional(&object, "min_units", |r, node| r.integer(node, 0..=COUNT_MAX))
                 .unwrap_or(CANARY_MIN_UNITS_DEFAULT) as u64,
             ends_after: self.optional(&object, "ends_after", Self::duration),
-            success: self.optional(&object, "success", Self::strings).unwrap_or_default(),
+            window: self.optional(&object, "window", Self::duration),
+            success: self
+                .optional(&object, "success", |reader, node| reader.list(node, Self::success))
+                .unwrap_or_default(),
             guardrails: self
                 .optional(&object, "guardrails", |reader, node| reader.list(node, Self::guardrail))
                 .unwrap_or_default(),
+            whole_weeks: self.optional(&object, "whole_weeks", Self::bool).unwrap_or(false),
+            blackouts: self
+                .optional(&object, "blackouts", |reader, node| reader.list(node, Self::blackout))
+                .unwrap_or_default(),
+            alpha: self.optional(&object, "alpha", |reader, node| {
+                let alpha = reader.share(node)?;
+                if alpha > 0.0 && alpha <= 0.5 {
+                    return Some(alpha);
+                }
+                reader.report(
+                    Diagnostic::error(
+                        "`alpha` is the chance of a false verdict, more than 0% and at most 50%",
+                        node.span,
+                    )
+                    .help("leave it out for 5%"),
+                );
+                None
+            }),
         })
+    }
+
+    /// `log_loss`, or `{metric: clicks, range: [0, 1], better: higher, not_worse_by: 0.01}`.
+    fn success(&mut self, node: &Node) -> Option<Success> {
+        if let Kind::String(_) = &node.kind {
+            let metric = self.string(node)?;
+            return Some(Success { metric, range: None, centre: None, lower_is_better: None, not_worse_by: None });
+        }
+        let object = self.object(node, "success metric", &["metric", "range", "centre", "better", "not_worse_by"])?;
+        let range = self.optional(&object, "range", |reader, node| {
+            let ends = reader.list(node, Self::number)?;
+            match ends[..] {
+                [low, high] if low < high => Some((low, high)),
+                _ => reader.mismatch(node, "two numbers, the lower one first"),
+            }
+        });
+        let better =
+            self.optional(&object, "better", |reader, node| reader.one_of(node, &[("lower", true), ("higher", false)]));
+        let not_worse_by = self.optional(&object, "not_worse_by", |reader, node| {
+            let margin = reader.number(node)?;
+            if margin > 0.0 { Some(margin) } else { reader.mismatch(node, "a number greater than 0") }
+        });
+        Some(Success {
+            metric: self.name(&object, "metric"),
+            range,
+            centre: self.optional(&object, "centre", Self::number),
+            lower_is_better: better.map(|better| better.value),
+            not_worse_by,
+        })
+    }
+
+    /// `{from: "2026-12-24T00:00:00Z", until: "2026-12-27T00:00:00Z"}`
+    fn blackout(&mut self, node: &Node) -> Option<(i64, i64)> {
+        let object = self.object(node, "blackout", &["from", "until"])?;
+        let from = self.required(&object, "from", Self::time)?;
+        let until = self.required(&object, "until", Self::time)?;
+        if from >= until {
+            self.report(Diagnostic::error("a blackout ends after it begins", object.span));
+            return None;
+        }
+        Some((from, until))
     }
 }
 

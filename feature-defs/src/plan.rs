@@ -251,7 +251,31 @@ pub struct ModelPlan {
     pub deadline: Option<Micros>,
     /// The most important first; at least one.
     pub tiers: Vec<String>,
+    /// How versions of it reach users. No part of a digest.
+    pub rollout: RolloutPlan,
     pub semantic_digest: Digest,
+}
+
+/// How versions of a model reach users, as declared.
+#[derive(Debug, Clone, Default)]
+pub struct RolloutPlan {
+    pub shadow: Option<catalog::Shadow>,
+    pub canary: Option<catalog::Canary>,
+    /// How long the champion before is kept loaded for a rollback.
+    pub keep_previous: Option<Micros>,
+    /// The key of the entity that is randomised; empty without a canary.
+    pub unit: Vec<UnitKey>,
+}
+
+/// One part of a unit's key.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UnitKey {
+    /// The column of a request that carries it.
+    pub name: String,
+    pub key_type: Type,
+    /// Its place among the service's columns; none where the service takes no such column, and requests may carry it all the
+    /// same.
+    pub column: Option<usize>,
 }
 
 /// What becomes known of a prediction later.

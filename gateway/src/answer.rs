@@ -4,24 +4,27 @@
 //! about it. One deadline holds for the whole request.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::RequestTime;
 use feature_defs::plan::{ModelPlan, Plan, ServicePlan};
 use feature_defs::time::Micros;
 use inference::breaker::Open;
+use offline_store::Engine;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
 use proto::v1;
 use registry::Registry;
 use registry::deployment::Standing;
 use registry::id::ProjectName;
+use registry::state::Refusal;
 use serde::Serialize;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::arms::{self, Part, Whole};
 use crate::audit::Audits;
 use crate::drift::Drift;
 use crate::events::Events;
@@ -32,10 +35,13 @@ use crate::follow::{Follower, Served};
 use crate::labels::Reports;
 use crate::memory::MemoryWatch;
 use crate::metrics::Metrics;
-use crate::observe::{Observed, ObservedPrediction, Observing};
-use crate::predict::{Ask, Predicted};
+use crate::observe::{Exposed, Observed, ObservedPrediction, Observing};
+use crate::predict::{Ask, Cause, Predicted, Sent};
 use crate::presence::Presence;
 use crate::request::{self, Rows};
+use crate::roles::{Role, Roles};
+use crate::rollout::Rollouts;
+use crate::rollout::trial::{CHAMPION, NAMED, OFF, Trial};
 use crate::serving_log::Uploads;
 use crate::status::{Failure, Kind};
 use crate::versions::declared_deadline;
@@ -66,6 +72,8 @@ pub struct Gateway {
     pub metrics: Arc<Metrics>,
     /// Cancelled when the process stops taking requests.
     pub drain: CancellationToken,
+    /// What this process does of what the project needs.
+    pub roles: Roles,
     /// The first look at the control log is over, with every model of it loaded or known to fail.
     pub started: AtomicBool,
     /// What the last look at the online store found wrong; written by the task that looks.
@@ -84,6 +92,10 @@ pub struct Gateway {
     pub audits: Option<Audits>,
     /// Who was given which variant of a flag.
     pub exposures: Option<Arc<Exposures>>,
+    /// What is tried out.
+    pub rollouts: Arc<Rollouts>,
+    /// What replays rows; set where this process has the role.
+    pub engine: OnceLock<Arc<Engine>>,
     /// Deploys of this gateway go one after the other.
     pub deploying: tokio::sync::Mutex<()>,
     services: Services,
@@ -115,13 +127,16 @@ pub struct Parts {
     pub drift: Option<Arc<Drift>>,
     pub audits: Option<Audits>,
     pub exposures: Option<Arc<Exposures>>,
+    pub rollouts: Arc<Rollouts>,
     pub drain: CancellationToken,
+    pub roles: Roles,
 }
 
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
-        let Parts { request_time, metrics, observing, uploads, drift, audits, exposures, drain, .. } = parts;
+        let Parts { request_time, metrics, observing, uploads, drift, audits, exposures, rollouts, .. } = parts;
+        let Parts { drain, roles, .. } = parts;
         Gateway {
             project,
             store,
@@ -133,6 +148,7 @@ impl Gateway {
             request_time,
             metrics,
             drain,
+            roles,
             started: AtomicBool::new(false),
             store_problem: Mutex::new(None),
             forgetting: tokio::sync::Mutex::default(),
@@ -143,6 +159,8 @@ impl Gateway {
             drift,
             audits,
             exposures,
+            rollouts,
+            engine: OnceLock::new(),
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
@@ -178,6 +196,15 @@ impl Gateway {
         Ok(())
     }
 
+    /// Refuses what another process of the project does.
+    pub fn check_role(&self, role: Role, what: &str) -> Result<(), Failure> {
+        if self.roles.has(role) {
+            Ok(())
+        } else {
+            Err(Failure::new(Kind::Unsupported, self.roles.elsewhere(role, what)))
+        }
+    }
+
     /// The service that a list of features is.
     pub fn listed(&self, plan: &Arc<Plan>, names: &[String]) -> Result<Arc<ServicePlan>, Failure> {
         self.services.listed(plan, names)
@@ -185,6 +212,7 @@ impl Gateway {
 
     fn admit(&self) -> Result<SemaphorePermit<'_>, Failure> {
         self.check_serving()?;
+        self.check_role(Role::Gateway, "requests are not answered here")?;
         self.requests.try_acquire().map_err(|_| {
             let text = format!("{REQUESTS_MAX} requests are being answered already; send it again later");
             Failure::new(Kind::TooMuch, text)
@@ -236,7 +264,8 @@ impl Gateway {
             let (service, features) = (service.clone(), features.clone());
             let (request_id, time, total) = (String::new(), self.observing.now(), started.elapsed());
             let prediction = None;
-            self.observing.hand_over(Observed { service, rows, features, request_id, time, total, prediction });
+            let places = None;
+            self.observing.hand_over(Observed { service, rows, features, places, request_id, time, total, prediction });
         }
         Ok(FeaturesAnswer { service, features, include_provenance: request.include_provenance })
     }
@@ -261,7 +290,7 @@ impl Gateway {
     async fn predict_of(
         &self,
         served: &Served,
-        request: v1::PredictRequest,
+        mut request: v1::PredictRequest,
         started: Instant,
         of: &mut String,
     ) -> Result<v1::PredictResponse, Failure> {
@@ -277,47 +306,112 @@ impl Gateway {
         let plan = &model.plan;
         let service = &plan.service;
         let tier = tier(plan, &request.tier)?;
-        let rows = request::read_rows(service, &request.rows, request.at.len())?;
+        // Whoever names a version gets it, whatever else is being tried.
+        let unnamed = request.version == 0;
+        let off = served.off.get(&*model.name).filter(|_| unnamed);
+        let trial = served.trials.get(&*model.name).filter(|trial| unnamed && trial.champion == model.version);
+        // Requests may name the unit of a canary also while none runs.
+        let beside = |column: &str| {
+            plan.rollout.unit.iter().any(|key| key.name == column) || trial.is_some_and(|trial| trial.takes(column))
+        };
+        let rows = request::read_rows_beside(service, &request.rows, request.at.len(), beside)?;
+        let sent = Sent { columns: std::mem::take(&mut request.rows), rows: rows.count };
+        let assigned = match trial {
+            Some(trial) => trial.assign(service, &sent.columns, &rows)?,
+            None => Vec::new(),
+        };
         let deadline = deadline(started, request.deadline_ms, declared_deadline(plan));
-        let ask = Ask { gateway: self, served, model, request: &request, rows: &rows, started, deadline, tier };
-        let (features, predicted) = ask.answer().await?;
-        self.metrics.predicted(&model.name, model.version, &predicted);
         let is_champion = served.models.get(&*model.name).is_some_and(|champion| champion.version == model.version);
-        let arm = if is_champion { "champion" } else { "named" };
+        let arm = match off {
+            Some(_) => OFF,
+            None if is_champion => CHAMPION,
+            None => NAMED,
+        };
+        let ask = Ask {
+            gateway: self,
+            served,
+            model,
+            sent: &sent,
+            of: None,
+            rows: &rows,
+            at: &request.at,
+            started,
+            deadline,
+            tier,
+            stand_in: None,
+            instead: off.map(|off| (Cause::Off, off.reason.as_str())),
+        };
+        let canary = trial.filter(|trial| off.is_none() && !trial.is_shadow() && !trial.prepared.local.is_stopped());
+        let (split, count) = (canary.map(|trial| arms::shares(trial, model, &assigned)), rows.count);
+        let asked = arms::Asked { ask, champion: model, assigned: &assigned };
+        let parts: Vec<Part> = match split {
+            Some(mut shares) => match (shares.pop(), shares.pop()) {
+                (Some(second), Some(first)) => {
+                    let (first, second) = tokio::join!(asked.part(first), asked.part(second));
+                    vec![first?, second?]
+                }
+                (Some(only), None) => vec![asked.part(only).await?],
+                (None, _) => Vec::new(),
+            },
+            None => {
+                let (features, predicted) = ask.answer().await?;
+                let (model, of, total) = (model.clone(), None, started.elapsed());
+                vec![Part { model, arm, of, rows, features, predicted, assigned, total }]
+            }
+        };
+        parts.iter().for_each(|part| self.metrics.predicted(&model.name, part.model.version, &part.predicted));
         let request_id = if request.request_id.is_empty() { Uuid::now_v7().to_string() } else { request.request_id };
+        let whole = Whole::of(&parts, count);
         let response = v1::PredictResponse {
-            outputs: predicted.columns(),
-            outcomes: predicted.rows.iter().map(|row| row.to_proto(model.version, arm)).collect(),
-            features: if request.include_features { features.columns(service) } else { Vec::new() },
-            views: if request.include_provenance { features.provenance(service) } else { Vec::new() },
+            outputs: whole.outputs()?,
+            outcomes: whole.outcomes(),
+            features: if request.include_features { whole.features()? } else { Vec::new() },
+            views: if request.include_provenance { whole.provenance() } else { Vec::new() },
             request_id: request_id.clone(),
             semantic_digest: service.semantic_digest.to_string(),
-            stale: features.fetched.stale,
-            timings: Some(v1::Timings {
-                features_us: micros(features.fetch_time),
-                transforms_us: micros(features.transform_time),
-                queue_us: micros(predicted.queue_time),
-                forward_us: micros(predicted.forward_time),
-                total_us: micros(started.elapsed()),
-            }),
-            at: features.fetched.at.clone(),
+            stale: whole.is_stale(),
+            timings: Some(whole.timings(started.elapsed())),
+            at: whole.at(),
         };
         if self.observing.is_on() {
-            let Predicted { outputs, rows: outcomes, encoded, queue_time, forward_time } = predicted;
-            let (plan, version) = (plan.clone(), model.version);
-            let prediction =
-                ObservedPrediction { plan, version, arm, outputs, rows: outcomes, encoded, queue_time, forward_time };
-            self.observing.hand_over(Observed {
-                service: service.clone(),
-                rows,
-                features: Arc::new(features),
-                request_id,
-                time: self.observing.now(),
-                total: started.elapsed(),
-                prediction: Some(prediction),
-            });
+            let counted = trial.filter(|trial| off.is_none() && !trial.prepared.local.is_stopped());
+            for part in parts {
+                let observed = Arc::new(self.observed(part, request_id.clone(), counted));
+                self.observing.hand_over(observed.clone());
+                if let Some(trial) = counted.filter(|trial| trial.is_shadow()) {
+                    self.rollouts.shadow(trial, observed, &sent, &request.at);
+                }
+            }
         }
         Ok(response)
+    }
+
+    fn observed(&self, part: Part, request_id: String, trial: Option<&Arc<Trial>>) -> Observed {
+        let Part { model, arm, of: places, rows, features, predicted, assigned, total } = part;
+        let Predicted { outputs, rows: outcomes, encoded, queue_time, forward_time } = predicted;
+        let exposed = trial.map(|trial| Exposed { trial: trial.clone(), assigned, beside: None });
+        let (plan, version) = (model.plan.clone(), model.version);
+        let prediction = ObservedPrediction {
+            plan,
+            version,
+            arm,
+            outputs,
+            rows: outcomes,
+            encoded,
+            queue_time,
+            forward_time,
+            exposed,
+        };
+        Observed {
+            service: model.plan.service.clone(),
+            rows,
+            features: Arc::new(features),
+            places,
+            request_id,
+            time: self.observing.now(),
+            total,
+            prediction: Some(prediction),
+        }
     }
 
     /// What is worked out of a service once.
@@ -380,6 +474,9 @@ impl Gateway {
             reasons
                 .push(format!("the control log could not be read for {} s; the last state is served", age.as_secs()));
         }
+        if let Some(stopped) = &self.registry.state().changes_stopped {
+            reasons.push(Refusal::ChangesStopped(stopped.clone()).to_string());
+        }
         reasons.extend(self.memory.alarms());
         reasons.extend(self.uploads.as_ref().and_then(Uploads::problem));
         reasons.extend(self.audits.iter().flat_map(Audits::problems));
@@ -418,6 +515,19 @@ impl Gateway {
             reasons.extend(events.backfilling());
         }
         reasons
+    }
+
+    /// Views that another process has yet to fill. Those of files that change wait for somebody to materialize them.
+    pub async fn pending_elsewhere(&self, served: &Served) -> Vec<String> {
+        let Some(definitions) = served.definitions.as_ref().filter(|_| !self.roles.has(Role::Ingest)) else {
+            return Vec::new();
+        };
+        let is_ready = self.ready_views(served).await;
+        let views = definitions.plan.views.iter().zip(is_ready).filter(|(_, is_ready)| !is_ready);
+        let filled = views.filter(|(view, _)| view.source.is_static() || view.source.is_stream());
+        let text =
+            |name: &str| format!("view `{name}` does not answer yet: the process with the role `ingest` fills it");
+        filled.map(|(view, _)| text(&view.name)).collect()
     }
 
     /// Which views of the plan answer online, in its order. None of them while the store is away.
@@ -473,6 +583,6 @@ fn deadline(started: Instant, asked_ms: u32, declared: Option<Duration>) -> Inst
     started + sooner.unwrap_or(DEADLINE).min(DEADLINE_MAX)
 }
 
-fn micros(duration: Duration) -> u32 {
+pub(crate) fn micros(duration: Duration) -> u32 {
     u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
 }

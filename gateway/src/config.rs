@@ -7,10 +7,11 @@ use std::sync::Arc;
 use feature_defs::catalog::Settings;
 use inference::model::Runtime;
 use registry::RegistryError;
-use registry::id::NameError;
+use registry::id::{EntryNumber, NameError};
 use tokio::net::{TcpListener, lookup_host};
 
 use crate::answer::Clock;
+use crate::roles::{Roles, RolesError};
 
 /// The word that allows listening beyond loopback.
 const BEYOND_LOOPBACK: &str = "listen_beyond_loopback_without_authentication: true";
@@ -18,6 +19,8 @@ const BEYOND_LOOPBACK: &str = "listen_beyond_loopback_without_authentication: tr
 /// What a server is started with.
 pub struct ServeOptions {
     pub settings: Settings,
+    /// What this process does of what the project needs.
+    pub roles: Roles,
     /// The folder of `coeval.yaml`: relative places in the settings and in definitions are below it.
     pub project_dir: PathBuf,
     pub clock: Clock,
@@ -44,6 +47,13 @@ pub enum ServeError {
          `{BEYOND_LOOPBACK}` under `serve:` in coeval.yaml"
     )]
     BeyondLoopback { setting: &'static str, address: SocketAddr },
+    #[error(transparent)]
+    Roles(#[from] RolesError),
+    #[error(
+        "the object store of `store:` has no control log of this project, and this machine kept a fold of one up to entry {kept}: \
+         check that the store is the right one, and mounted; if the log is gone on purpose, remove {path}"
+    )]
+    NoLog { kept: EntryNumber, path: PathBuf },
     #[error(transparent)]
     Name(#[from] NameError),
     #[error("the object store of `store:` cannot be opened")]

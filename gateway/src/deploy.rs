@@ -17,6 +17,8 @@ use registry::{Outcome, Receipt, RegistryError};
 
 use crate::answer::Gateway;
 use crate::follow::Retry;
+use crate::roles::Role;
+use crate::rollout;
 use crate::status::{Failure, Kind};
 use crate::versions::Key;
 
@@ -28,12 +30,12 @@ const LOOK_AGAIN: Duration = Duration::from_millis(150);
 const TEXT_BYTES_MAX: usize = 64 << 10;
 
 /// Who asks for a change, and why.
-struct Asked<'a> {
-    who: &'a str,
-    why: Option<&'a str>,
+pub struct Asked<'a> {
+    pub who: &'a str,
+    pub why: Option<&'a str>,
 }
 
-fn asked<'a>(gateway: &Gateway, project: &str, who: &'a str, why: &'a str) -> Result<Asked<'a>, Failure> {
+pub fn asked<'a>(gateway: &Gateway, project: &str, who: &'a str, why: &'a str) -> Result<Asked<'a>, Failure> {
     gateway.check_project(project)?;
     if who.len() > TEXT_BYTES_MAX || why.len() > TEXT_BYTES_MAX {
         return Err(Failure::invalid(format!("`who` and `why` take at most {TEXT_BYTES_MAX} bytes")));
@@ -41,11 +43,11 @@ fn asked<'a>(gateway: &Gateway, project: &str, who: &'a str, why: &'a str) -> Re
     Ok(Asked { who, why: Some(why).filter(|why| !why.is_empty()) })
 }
 
-fn named(model: &str) -> Result<ModelName, Failure> {
+pub fn named(model: &str) -> Result<ModelName, Failure> {
     model.parse().map_err(|error: NameError| Failure::invalid(error.to_string()))
 }
 
-fn version_named(model: &str, version: u32) -> Result<Key, Failure> {
+pub fn version_named(model: &str, version: u32) -> Result<Key, Failure> {
     if version == 0 {
         return Err(Failure::invalid("the request names no version; versions begin at 1"));
     }
@@ -80,6 +82,7 @@ pub async fn deploy(
     let asked = asked(&gateway, project, who, why)?;
     let key = version_named(model, *version)?;
     let (name, number) = key.clone();
+    gateway.check_role(Role::Gateway, "models are not loaded, so not deployed, here")?;
     let _deploying = gateway.deploying.lock().await;
     gateway.follower.follow(Retry::Later).await;
     let by = gateway.presence.incarnation.clone();
@@ -255,6 +258,7 @@ fn shown(gateway: String, address: String, report: VersionReport) -> v1::Gateway
 pub async fn promote(gateway: &Gateway, request: &v1::PromoteModelRequest) -> Result<v1::TrafficResponse, Failure> {
     let v1::PromoteModelRequest { project, model, version, who, why } = request;
     let asked = asked(gateway, project, who, why)?;
+    gateway.check_role(Role::Gateway, "models are not loaded, so not promoted, here")?;
     let key = version_named(model, *version)?;
     let (name, number) = key.clone();
     gateway.follower.follow(Retry::Later).await;
@@ -269,7 +273,7 @@ pub async fn promote(gateway: &Gateway, request: &v1::PromoteModelRequest) -> Re
 }
 
 /// A version that is active may still be missing on a gateway that has started since, or be broken there.
-async fn all_have(gateway: &Gateway, key: &Key) -> Result<(), Failure> {
+pub async fn all_have(gateway: &Gateway, key: &Key) -> Result<(), Failure> {
     let presence = &gateway.presence;
     let looked = presence.look().await;
     looked.map_err(|error| Failure::unavailable("the other gateways cannot be asked", &error))?;
@@ -297,6 +301,15 @@ pub async fn rollback(gateway: &Gateway, request: &v1::RollbackModelRequest) -> 
     let name = named(model)?;
     gateway.follower.follow(Retry::Later).await;
     let (before, previous) = traffic(gateway, &name);
+    let state = gateway.registry.state();
+    let project = state.project(gateway.project.as_str());
+    let running = project.and_then(|project| project.deployments.get(&name)?.rollout.clone());
+    if let Some(running) = running {
+        // The traffic that the version has goes back to the champion; a second rollback would be to the one before.
+        rollout::control::end(gateway, &name, &running, &asked).await?;
+        let answer = moved(gateway, &name, before, who).await?;
+        return Ok(v1::TrafficResponse { ended: running.version.0, ..answer });
+    }
     if previous == 0 {
         let refusal = Refusal::from(DeploymentError::NoPrevious { model: name });
         return Err(RegistryError::from(refusal).into());
@@ -310,7 +323,7 @@ async fn moved(gateway: &Gateway, model: &ModelName, before: u32, who: &str) -> 
     gateway.follower.follow(Retry::Later).await;
     let (champion, previous) = traffic(gateway, model);
     tracing::info!(%model, champion, before, who, "traffic is where it is to be");
-    Ok(v1::TrafficResponse { champion, before, previous })
+    Ok(v1::TrafficResponse { champion, before, previous, ended: 0 })
 }
 
 pub async fn retire(gateway: &Gateway, request: &v1::RetireModelRequest) -> Result<v1::RetireModelResponse, Failure> {

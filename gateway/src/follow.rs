@@ -24,11 +24,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::events::Events;
 use crate::flags::{self, ServedFlags};
+use crate::kept::Kept;
 use crate::metrics::Metrics;
+use crate::rollout::trial::{Trial, Trials};
 use crate::status::{Failure, Kind, chain};
 use crate::versions::{ServedModel, VersionState, Versions, Wanted};
 
 const POLL: Duration = Duration::from_millis(250);
+/// Between looks whether the log is still there: following cannot tell one that was taken away from one that is quiet.
+const LOOK_FOR_LOG: Duration = Duration::from_secs(2);
 /// How long something that failed is left alone.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -42,6 +46,10 @@ pub struct Served {
     pub models: BTreeMap<String, Arc<ServedModel>>,
     /// By name and number: every version that the log wants here.
     pub versions: BTreeMap<String, BTreeMap<u32, Version>>,
+    /// By name: rollouts that run, as far as they can be served here.
+    pub trials: BTreeMap<String, Arc<Trial>>,
+    /// By name: models that are turned off.
+    pub off: BTreeMap<String, Off>,
     /// Models that the log has a champion of and that no version is served of.
     pub missing: Vec<String>,
     pub flags: Arc<ServedFlags>,
@@ -54,6 +62,13 @@ pub struct Served {
 pub struct Version {
     pub standing: Standing,
     pub state: VersionState,
+}
+
+/// That a model is turned off.
+#[derive(Debug, Clone)]
+pub struct Off {
+    /// What its rows are told.
+    pub reason: String,
 }
 
 #[derive(Clone)]
@@ -78,6 +93,8 @@ pub struct Follower {
     events: Option<Arc<dyn Events>>,
     pub versions: Arc<Versions>,
     metrics: Arc<Metrics>,
+    /// For definitions of earlier entries while the object store is away.
+    pub kept: Option<Kept>,
     served: watch::Sender<Arc<Served>>,
     /// One follows at a time.
     working: AsyncMutex<Working>,
@@ -93,6 +110,9 @@ struct Working {
     /// What all plans here were told of entities that were forgotten.
     forgotten: Arc<Forgotten>,
     tried: Option<Instant>,
+    trials: Trials,
+    /// When the log was last seen to be there.
+    looked: Option<Instant>,
 }
 
 struct LogHealth {
@@ -107,6 +127,8 @@ impl Served {
             definitions: None,
             models: BTreeMap::new(),
             versions: BTreeMap::new(),
+            trials: BTreeMap::new(),
+            off: BTreeMap::new(),
             missing: Vec::new(),
             flags: Arc::default(),
             problems: Vec::new(),
@@ -193,6 +215,7 @@ impl Follower {
             events,
             versions: Arc::new(versions),
             metrics,
+            kept: None,
             served: watch::Sender::new(Arc::new(Served::empty())),
             working: AsyncMutex::default(),
             log: Mutex::new(LogHealth { read: Instant::now(), error: None }),
@@ -238,7 +261,13 @@ impl Follower {
     /// Reads the log to its head and makes it real as far as that is possible.
     pub async fn follow(&self, retry: Retry) -> Arc<Served> {
         let mut working = self.working.lock().await;
-        let refreshed = self.registry.refresh().await;
+        let mut refreshed = self.registry.refresh().await;
+        let is_well = self.log_health().1.is_none();
+        if refreshed.is_ok() && !(is_well && working.looked.is_some_and(|looked| looked.elapsed() < LOOK_FOR_LOG)) {
+            let found = self.registry.look_for_head().await;
+            working.looked = found.is_ok().then(Instant::now);
+            refreshed = found.and(refreshed);
+        }
         {
             let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             match &refreshed {
@@ -338,6 +367,9 @@ impl Follower {
             versions.insert(version.0, Version { standing, state });
         }
         for (name, deployment) in &project.deployments {
+            if self.versions.is_idle {
+                break;
+            }
             let Some(champion) = deployment.champion_version() else { continue };
             let name = name.to_string();
             let of = |version: u32| served.versions.get(&name).and_then(|versions| versions.get(&version));
@@ -362,6 +394,7 @@ impl Follower {
                 None => served.missing.push(name),
             }
         }
+        try_out(&mut working.trials, project, &mut served);
         served
     }
 
@@ -414,7 +447,7 @@ impl Follower {
         let plan = match working.earlier.get(&entry) {
             Some(plan) => plan.clone(),
             None => {
-                let catalog = self.registry.catalog(entry).await?;
+                let catalog = Kept::catalog(self.kept.as_ref(), &self.registry, entry).await?;
                 let problem = |text| Failure::new(Kind::Precondition, text);
                 let plan = compile(&self.project, &catalog).await.map_err(problem)?;
                 plan.forget(&working.forgotten);
@@ -439,6 +472,37 @@ impl Follower {
         let (plan, _) = self.plan_of(&mut working, served.definitions.as_ref(), record).await?;
         Ok(plan)
     }
+}
+
+/// Puts the rollouts that run, and what is turned off, into what is served.
+fn try_out(trials: &mut Trials, project: &Project, served: &mut Served) {
+    let holdout = project.flags.holdout.as_ref().map(|(holdout, _)| holdout);
+    let mut running = Vec::new();
+    for (name, deployment) in &project.deployments {
+        if let Some(off) = &deployment.off {
+            let why = off.why.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+            let reason = format!("the model is off since entry {} of the control log{why}", off.entry);
+            served.off.insert(name.to_string(), Off { reason });
+        }
+        let Some(rollout) = deployment.rollout.as_deref() else { continue };
+        running.push(rollout.begun.entry);
+        let versions = served.versions.get(name.as_str());
+        let challenger = versions.and_then(|versions| versions.get(&rollout.version.0)?.state.ready.clone());
+        match trials.prepare(rollout, holdout) {
+            Ok(prepared) => {
+                let trial = Trial::of(name.as_str(), deployment, prepared, challenger);
+                served.trials.extend(trial.map(|trial| (name.to_string(), Arc::new(trial))));
+            }
+            Err(problem) => {
+                let text = format!(
+                    "the rollout of version {} of model `{name}` is not served here: {problem}",
+                    rollout.version
+                );
+                served.problems.push(text);
+            }
+        }
+    }
+    trials.retain(&running);
 }
 
 /// Whether a plan gives a version exactly what it was registered with.

@@ -28,6 +28,7 @@ use crate::answer::Gateway;
 use crate::convert;
 use crate::events::{Events, Forgetting, ForgottenPlace, Mode};
 use crate::follow::{Retry, compile};
+use crate::roles::Role;
 use crate::status::{Failure, Kind, chain};
 
 /// Between looks for something that was left to do.
@@ -103,6 +104,7 @@ pub async fn forget(
     let started = tokio::time::Instant::now();
     let served = gateway.follower.follow(Retry::Later).await;
     let Asked { entity, keys } = asked(served.plan()?, &request)?;
+    gateway.check_role(Role::Ingest, "entities are not forgotten here")?;
     let events = gateway.events.clone();
     let events = events.ok_or_else(|| Failure::new(Kind::Unsupported, "this server takes no events"))?;
     let name = EntityName::try_new(&*entity).map_err(invalid)?;

@@ -3,6 +3,7 @@
 mod control;
 mod features;
 mod ingest;
+mod no_flight;
 
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use crate::answer::Gateway;
 pub use control::Control;
 use features::Features;
 pub use ingest::Ingest;
+pub use no_flight::NoFlight;
 
 /// The largest message either way: 10,000 rows of a few hundred features with room to spare, and what clients allow.
 const MESSAGE_BYTES_MAX: usize = 64 << 20;

@@ -5,6 +5,7 @@
 //! else's work; `run` opens everything and listens, `shutdown` drains. Nothing but this crate knows a status code.
 
 pub mod config;
+pub mod roles;
 pub mod run;
 pub mod shutdown;
 
@@ -17,6 +18,7 @@ pub mod convert;
 pub mod status;
 
 pub mod answer;
+pub mod arms;
 pub mod audit;
 pub mod cache;
 pub mod certify;
@@ -31,6 +33,7 @@ pub mod follow;
 pub mod forget;
 pub mod golden;
 pub mod guard;
+pub mod kept;
 pub mod labels;
 pub mod memory;
 pub mod metrics;
@@ -40,6 +43,7 @@ pub mod observe;
 pub mod predict;
 pub mod presence;
 pub mod request;
+pub mod rollout;
 pub mod serving_log;
 pub mod versions;
 

@@ -25,6 +25,7 @@ use crate::flags::FlagMetrics;
 use crate::follow::Served;
 use crate::memory::MemoryWatch;
 use crate::predict::Predicted;
+use crate::rollout::counting::RolloutMetrics;
 use crate::serving_log::LogMetrics;
 
 /// From 100 microseconds, a store in the process, to 13 seconds, beyond every deadline; each bucket twice the last.
@@ -414,6 +415,10 @@ impl Metrics {
 
     pub fn add_audit(&mut self, audit: &AuditMetrics) {
         audit.register(&mut self.registry);
+    }
+
+    pub fn add_rollouts(&mut self, rollouts: &RolloutMetrics) {
+        rollouts.register(&mut self.registry);
     }
 
     pub fn add_drift(&mut self, drift: &DriftMetrics) {

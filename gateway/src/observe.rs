@@ -13,11 +13,13 @@ use arrow::array::ArrayRef;
 use feature_defs::plan::{EncodedInput, ModelPlan, ServicePlan};
 use feature_defs::time::Micros;
 use feature_defs::value::Type;
+use registry::id::EntryNumber;
 
 use crate::answer::Clock;
 use crate::features::Features;
 use crate::predict::RowOutcome;
 use crate::request::Rows;
+use crate::rollout::trial::{Assigned, Trial};
 
 /// Answers that wait, and what they hold, about. Beyond either they are dropped: whoever is behind by so much does not catch up.
 const ANSWERS_MAX: usize = 8_192;
@@ -38,6 +40,8 @@ pub struct Observed {
     pub service: Arc<ServicePlan>,
     pub rows: Rows,
     pub features: Arc<Features>,
+    /// Which rows of the request these are; none for all of it.
+    pub places: Option<Vec<usize>>,
     /// Empty where the caller gave none and none was made.
     pub request_id: String,
     /// The server's clock when it was answered.
@@ -60,6 +64,18 @@ pub struct ObservedPrediction {
     pub encoded: Vec<EncodedInput>,
     pub queue_time: Duration,
     pub forward_time: Duration,
+    /// Where the rows stand in the rollout that ran.
+    pub exposed: Option<Exposed>,
+}
+
+/// Where the rows of an answer stand in a rollout.
+#[derive(Debug)]
+pub struct Exposed {
+    pub trial: Arc<Trial>,
+    /// By row; none where it names no unit.
+    pub assigned: Vec<Option<Assigned>>,
+    /// What the champion answered to the same rows, where this is the answer of a version in shadow.
+    pub beside: Option<Arc<Observed>>,
 }
 
 /// Whose rows something is about.
@@ -74,6 +90,8 @@ pub struct AboutModel {
     pub name: Arc<str>,
     pub version: u32,
     pub arm: &'static str,
+    /// The entry that began the rollout that counts them.
+    pub rollout: Option<EntryNumber>,
 }
 
 impl Observed {
@@ -82,6 +100,7 @@ impl Observed {
             name: of.plan.name.clone(),
             version: of.version,
             arm: of.arm,
+            rollout: of.exposed.as_ref().map(|exposed| exposed.trial.rollout),
         });
         About { service: self.service.name.clone(), model }
     }
@@ -93,6 +112,7 @@ impl Observed {
         let encoded: usize = self.prediction.iter().flat_map(|of| &of.encoded).map(|input| input.width).sum();
         let vectors: usize =
             self.features.assembled.columns.iter().map(|column| column.get_array_memory_size()).sum::<usize>();
+        // What the champion answered beside it was weighed when it was handed over.
         ANSWER_BYTES + vectors + self.rows.count * (columns + inputs + encoded) * VALUE_BYTES
     }
 }
@@ -125,7 +145,7 @@ struct Queue {
 
 #[derive(Default)]
 struct Waiting {
-    answers: VecDeque<(Observed, usize)>,
+    answers: VecDeque<(Arc<Observed>, usize)>,
     bytes: usize,
     dropped: HashMap<About, u64>,
     ended: bool,
@@ -161,7 +181,8 @@ impl Observing {
     }
 
     /// Hands an answer over; never waits.
-    pub fn hand_over(&self, observed: Observed) {
+    pub fn hand_over(&self, observed: impl Into<Arc<Observed>>) {
+        let observed = observed.into();
         let bytes = observed.bytes();
         let mut waiting = self.queue.lock();
         if waiting.ended {

@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use arrow::array::ArrayRef;
-use feature_defs::plan::{EncodedInput, InputValues, ModelPlan, TensorType};
+use feature_defs::plan::{EncodedInput, InputValues, ModelPlan, ServicePlan, TensorType};
+use feature_defs::time::Micros;
 use feature_defs::value::{Type, Value};
 use inference::batch::{WaitReason, Waited};
 use inference::executor::{InferError, Outcome};
@@ -73,10 +74,16 @@ pub enum Cause {
     Memory,
     /// The model failed on it.
     Model,
+    /// There was no memory for it, also not for it alone.
+    OutOfMemory,
     /// The model returned NaN for it.
     NotANumber,
     /// No executor has a working model.
     Unavailable,
+    /// The model is turned off.
+    Off,
+    /// The version is taken out of the traffic.
+    Stopped,
 }
 
 impl Cause {
@@ -89,8 +96,11 @@ impl Cause {
             Cause::Breaker => "breaker",
             Cause::Memory => "memory",
             Cause::Model => "model",
+            Cause::OutOfMemory => "out_of_memory",
             Cause::NotANumber => "nan",
             Cause::Unavailable => "unavailable",
+            Cause::Off => "off",
+            Cause::Stopped => "stopped",
         }
     }
 
@@ -102,6 +112,7 @@ impl Cause {
             InferError::Expired | InferError::TooLate { .. } | InferError::Dropped => Cause::Deadline,
             InferError::BreakerOpen { .. } | InferError::DeviceBreakerOpen { .. } => Cause::Breaker,
             InferError::MemoryShort { .. } => Cause::Memory,
+            InferError::Model(ModelError::OutOfMemory(_)) => Cause::OutOfMemory,
             InferError::Model(_) => Cause::Model,
             InferError::ShuttingDown | InferError::Unavailable(_) => Cause::Unavailable,
         }
@@ -192,17 +203,33 @@ const RESERVE_SHARE: u32 = 2;
 /// What a model that answers in place of another takes beside two of its forwards: its own features, and its queue.
 const RESERVE_MIN: Duration = Duration::from_millis(2);
 
-/// What a request is answered with.
+/// What rows of a request are answered with.
+#[derive(Clone, Copy)]
 pub struct Ask<'a> {
     pub gateway: &'a Gateway,
     pub served: &'a Served,
     pub model: &'a ServedModel,
-    pub request: &'a v1::PredictRequest,
+    /// What the caller sent, of all rows of the request.
+    pub sent: &'a Sent,
+    /// Which of them `rows` and `at` are; none for all.
+    pub of: Option<&'a [usize]>,
     pub rows: &'a Rows,
+    /// As the caller said it.
+    pub at: &'a [Micros],
     pub started: Instant,
     /// Of the whole answer.
     pub deadline: Instant,
     pub tier: usize,
+    /// Answers what the model cannot, before its declared fallback does: of a version that is being tried, the champion.
+    pub stand_in: Option<&'a ServedModel>,
+    /// Why the model itself is not asked.
+    pub instead: Option<(Cause, &'a str)>,
+}
+
+/// The columns of a request.
+pub struct Sent {
+    pub columns: Vec<v1::Column>,
+    pub rows: usize,
 }
 
 /// A model of the chain of fallbacks, with the end of its time.
@@ -221,8 +248,11 @@ impl Ask<'_> {
         let budget = own.saturating_duration_since(*started);
         let forward = model.server.forward_time(rows.count).clamp(budget / 4, budget / 4 * 3);
         let ready = self.gateway.prepared(&model.plan.service);
-        let features = self.gateway.features(&ready, rows, &self.request.at, own - forward).await?;
-        let mut answers = ask(model, rows, &features, None, own, self.tier).await?;
+        let features = self.gateway.features(&ready, rows, self.at, own - forward).await?;
+        let mut answers = match self.instead {
+            None => ask(model, rows, &features, None, own, self.tier).await?,
+            Some((cause, reason)) => unasked(model, rows, &features, cause, reason),
+        };
         for step in steps.get(1..).unwrap_or_default() {
             if answers.unanswered.is_empty() {
                 break;
@@ -240,6 +270,7 @@ impl Ask<'_> {
     /// last one has until the deadline.
     fn steps(&self) -> Vec<Step<'_>> {
         let mut models: Vec<&ServedModel> = vec![self.model];
+        models.extend(self.stand_in);
         // Circles are refused by the check; definitions of several ages could still make one.
         while let Some(name) = models.last().and_then(|last| last.plan.fallback_model.as_deref())
             && let Some(next) = self.served.models.get(name)
@@ -292,14 +323,23 @@ impl Ask<'_> {
         deadline: Instant,
     ) -> Result<Answers<'m>, Failure> {
         let service = &model.plan.service;
-        let takes = |column: &&v1::Column| service.columns.iter().any(|wanted| wanted.name == column.name);
-        let sent: Vec<v1::Column> = self.request.rows.iter().filter(takes).cloned().collect();
-        let rows = request::read_rows(service, &sent, self.rows.count)?;
+        let rows = self.rows_of(service)?;
         let forward = model.server.forward_time(wanted.len());
         let fetch_by = deadline.checked_sub(forward).unwrap_or(deadline);
         let ready = self.gateway.prepared(service);
-        let features = self.gateway.features(&ready, &rows, &self.request.at, fetch_by).await?;
+        let features = self.gateway.features(&ready, &rows, self.at, fetch_by).await?;
         ask(model, &rows, &features, Some(wanted), deadline, self.tier_of(model)).await
+    }
+
+    /// The same rows as another service takes them.
+    pub fn rows_of(&self, service: &ServicePlan) -> Result<Rows, Failure> {
+        let takes = |column: &&v1::Column| service.columns.iter().any(|wanted| wanted.name == column.name);
+        let sent: Vec<v1::Column> = self.sent.columns.iter().filter(takes).cloned().collect();
+        let rows = request::read_rows(service, &sent, self.sent.rows)?;
+        match self.of {
+            Some(of) => rows.picked(of),
+            None => Ok(rows),
+        }
     }
 
     /// Another model may declare other tiers; what it does not know is the least important one.
@@ -321,6 +361,25 @@ pub(crate) async fn behind_requests(
     ask(model, rows, features, None, deadline, tier).await?.finish()
 }
 
+/// What a model that is not asked leaves to others.
+fn unasked<'m>(model: &'m ServedModel, rows: &Rows, features: &Features, cause: Cause, reason: &str) -> Answers<'m> {
+    let mut answers = Answers::new(&model.plan, rows.count);
+    for (row, column) in &rows.incomplete {
+        answers.fail(*row, incomplete(column));
+    }
+    for row in 0..rows.count {
+        if answers.open(row) {
+            answers.leave(row, cause, reason.to_owned());
+        }
+    }
+    answers.encoded = model.plan.encode(&features.assembled, rows.count).inputs;
+    answers
+}
+
+fn incomplete(column: &str) -> String {
+    format!("request field `{column}` must not be null")
+}
+
 /// Asks one model for all rows, or for those wanted.
 async fn ask<'m>(
     model: &'m ServedModel,
@@ -335,7 +394,7 @@ async fn ask<'m>(
     let mut answers = Answers::new(plan, rows.count);
     for (row, column) in &rows.incomplete {
         // The caller's mistake, and no reason to answer with anything.
-        answers.fail(*row, format!("request field `{column}` must not be null"));
+        answers.fail(*row, incomplete(column));
     }
     for (row, reason) in encoded.refused {
         if answers.open(row) {

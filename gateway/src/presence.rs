@@ -49,9 +49,14 @@ struct Writing {
 }
 
 impl Presence {
-    pub fn new(registry: Arc<Registry>, follower: Arc<Follower>, address: String) -> Presence {
+    pub fn new(
+        registry: Arc<Registry>,
+        follower: Arc<Follower>,
+        address: String,
+        incarnation: Incarnation,
+    ) -> Presence {
         Presence {
-            incarnation: Incarnation::random(),
+            incarnation,
             registry,
             follower,
             address,

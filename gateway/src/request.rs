@@ -1,6 +1,7 @@
 //! What a caller sent, checked against the service it is for, before anything is read for it.
 
-use arrow::array::{Array, ArrayRef, new_null_array};
+use arrow::array::{Array, ArrayRef, UInt32Array, new_null_array};
+use arrow::compute::take;
 use feature_defs::catalog::RequestTime;
 use feature_defs::plan::{RequestColumn, ServicePlan, canonical};
 use feature_defs::time::Micros;
@@ -24,11 +25,43 @@ pub struct Rows {
     pub incomplete: Vec<(usize, String)>,
 }
 
+impl Rows {
+    /// All of the rows; columns are shared.
+    pub fn picked_all(&self) -> Rows {
+        Rows { count: self.count, columns: self.columns.clone(), incomplete: self.incomplete.clone() }
+    }
+
+    /// Some of the rows, in that order.
+    pub fn picked(&self, rows: &[usize]) -> Result<Rows, Failure> {
+        let indices: UInt32Array = rows.iter().map(|row| *row as u32).collect();
+        let columns = self.columns.iter().map(|column| take(column, &indices, None));
+        let columns: Result<Vec<ArrayRef>, _> = columns.collect();
+        let columns =
+            columns.map_err(|error| Failure::internal("rows of a request could not be taken apart", &error))?;
+        let incomplete = |row: &usize| {
+            let found = self.incomplete.binary_search_by_key(row, |(row, _)| *row).ok()?;
+            Some(self.incomplete[found].1.clone())
+        };
+        let incomplete = rows.iter().enumerate().filter_map(|(place, row)| Some((place, incomplete(row)?))).collect();
+        Ok(Rows { count: rows.len(), columns, incomplete })
+    }
+}
+
 /// Reads the columns of a request. `at_count` says how many rows there are where the service takes no columns.
 pub fn read_rows(service: &ServicePlan, sent: &[Column], at_count: usize) -> Result<Rows, Failure> {
+    read_rows_beside(service, sent, at_count, |_| false)
+}
+
+/// As [`read_rows`], where the columns that `beside` names may be sent too.
+pub fn read_rows_beside(
+    service: &ServicePlan,
+    sent: &[Column],
+    at_count: usize,
+    beside: impl Fn(&str) -> bool,
+) -> Result<Rows, Failure> {
     let named = |name: &str| service.columns.iter().position(|column| column.name == name);
     for (index, column) in sent.iter().enumerate() {
-        if named(&column.name).is_none() {
+        if named(&column.name).is_none() && !beside(&column.name) {
             let what = format!("column in what service `{}` takes:", service.name);
             let known = service.columns.iter().map(|column| column.name.as_str());
             return Err(Failure::invalid(not_known(&what, &column.name, known)));

@@ -18,7 +18,7 @@ use online_store::OnlineStore;
 use online_store::embedded::EmbeddedStore;
 use online_store::redis::RedisStore;
 use registry::Registry;
-use registry::id::ProjectName;
+use registry::id::{EntryNumber, Incarnation, ProjectName};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -34,11 +34,16 @@ use crate::events::Events;
 use crate::flags::{ExposureParts, Exposures};
 use crate::follow::{Follower, Retry};
 use crate::guard::GuardedStore;
+use crate::kept::{self, Kept};
 use crate::metrics::Metrics;
 use crate::observe::{Observer, Observing};
 use crate::presence::Presence;
+use crate::roles::{Role, Roles};
+use crate::rollout::Rollouts;
+use crate::rollout::counting::{RolloutMetrics, Units};
 use crate::serving_log::{LogMetrics, LogParts, LogSetupError, ServingLog};
 use crate::shutdown::{Draining, drain};
+use crate::status::chain;
 use crate::versions::{ModelPlaces, Versions};
 use crate::{data, grpc, http, models, presence};
 
@@ -73,6 +78,9 @@ pub struct Opened {
     pub counts: Option<(Arc<dyn ObjectStore>, Path)>,
     /// None: what is served is audited only when somebody asks.
     pub audit: Option<AuditParts>,
+    pub roles: Roles,
+    /// Where the last fold of the control log is kept, for a start without the object store.
+    pub kept: Option<Kept>,
 }
 
 /// Sockets that listen already.
@@ -130,6 +138,7 @@ impl Running {
 
 /// Starts a server as its settings say.
 pub async fn serve(options: ServeOptions) -> Result<Running, ServeError> {
+    options.roles.check_online(&options.settings.online)?;
     let listeners = bind(&options.settings).await?;
     let opened = open(&options).await?;
     start(listeners, opened, &options.settings.serve, options.clock).await
@@ -146,12 +155,13 @@ pub async fn bind(settings: &Settings) -> Result<Listeners, ServeError> {
 /// Opens the stores, the control log, the event log and the services over them.
 pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let settings = &options.settings;
+    let roles = options.roles;
     let project = ProjectName::try_new(settings.project.as_str())?;
     let (objects, root) = registry::store::open_store(&place(&options.project_dir, &settings.store))?;
     let prefix = root.clone().join(project.as_str());
-    let registry = Registry::open(objects.clone(), &prefix, wall_clock(&options.clock)).await;
-    let registry = Arc::new(registry.map_err(|error| ServeError::Registry(Box::new(error)))?);
     let local = local_folder(&options.project_dir, &settings.store, project.as_str());
+    let kept = Kept::new(local.join("control-log"), &settings.serve.grpc);
+    let registry = open_log(objects.clone(), &prefix, &options.clock, &kept).await?;
     let store: Arc<dyn OnlineStore> = match &settings.online.value {
         OnlineUrl::Embedded => {
             let folder = local.join("online");
@@ -177,7 +187,7 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let counts = Some((objects.clone(), prefix));
     let offline = data::open_engine(options, project.as_str(), objects.clone(), root.clone())?;
     let audit = match (settings.audit, &settings.serving_log) {
-        (Some(audit), Some(log)) => Some(AuditParts {
+        (Some(audit), Some(log)) if roles.has(Role::Offline) => Some(AuditParts {
             settings: audit,
             flush: log.flush,
             retention: log.retention,
@@ -188,26 +198,56 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
     let sources = Arc::new(offline.engine.sources().clone());
     let log = local.join("log");
     let clock = options.clock.clone();
-    let mut ingest = IngestOptions::new(project.as_str(), log, objects, root, store.clone(), sources, clock);
-    // Where requests bring their own times, the server's clock says neither what is due nor what is garbage.
-    ingest.schedule = settings.serve.request_time == RequestTime::Refused;
-    // A Redis forgets by its own clock, which has to be this server's.
-    ingest.expires = settings.serve.request_time == RequestTime::Refused && is_wall_clock(&options.clock);
-    // Settings with `log: redis` and no Redis are refused where they are read.
-    if let (LogKind::Redis, OnlineUrl::Redis(url) | OnlineUrl::RedisCluster(url)) =
-        (settings.log, &settings.online.value)
-    {
-        ingest.log_redis = Some(url.as_str().into());
-    }
-    let events = data::open_events(ingest).await?;
+    let events = if roles.has(Role::Ingest) {
+        let mut ingest = IngestOptions::new(project.as_str(), log, objects, root, store.clone(), sources, clock);
+        // Where requests bring their own times, the server's clock says neither what is due nor what is garbage.
+        ingest.schedule = settings.serve.request_time == RequestTime::Refused;
+        // A Redis forgets by its own clock, which has to be this server's.
+        ingest.expires = settings.serve.request_time == RequestTime::Refused && is_wall_clock(&options.clock);
+        // Settings with `log: redis` and no Redis are refused where they are read.
+        if let (LogKind::Redis, OnlineUrl::Redis(url) | OnlineUrl::RedisCluster(url)) =
+            (settings.log, &settings.online.value)
+        {
+            ingest.log_redis = Some(url.as_str().into());
+        }
+        Some(data::open_events(ingest).await?)
+    } else {
+        None
+    };
     // Writers have their own way of waiting for a store that is away.
     let store = match &settings.online.value {
         OnlineUrl::Redis(_) => Arc::new(GuardedStore::new(store)),
         OnlineUrl::Embedded | OnlineUrl::RedisCluster(_) => store,
     };
     let models = ModelPlaces { cache: Some(local.join("models")), certifier: options.certifier.clone() };
-    let (events, flight) = (Some(events), Some(offline.mount()));
-    Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log, counts, audit })
+    let flight = roles.has(Role::Offline).then(|| offline.mount());
+    let kept = Some(kept);
+    Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log, counts, audit, roles, kept })
+}
+
+/// The control log, or the last fold of it where the store does not answer.
+async fn open_log(
+    objects: Arc<dyn ObjectStore>,
+    prefix: &Path,
+    clock: &Clock,
+    kept: &Kept,
+) -> Result<Arc<Registry>, ServeError> {
+    let fold = kept.read();
+    let opened = Registry::open_or_kept(objects, prefix, wall_clock(clock), fold.as_deref()).await;
+    let (registry, away) = opened.map_err(|error| ServeError::Registry(Box::new(error)))?;
+    let fold_head = fold.as_deref().map_or(EntryNumber::NONE, kept::head_of);
+    match away {
+        Some(error) => {
+            let head = registry.state().head;
+            tracing::warn!(%head, error = chain(&error), "the control log cannot be read; starting with the fold that was kept");
+        }
+        // A folder that is not mounted looks like a project that nobody has used yet.
+        None if registry.state().head == EntryNumber::NONE && fold_head > EntryNumber::NONE => {
+            return Err(ServeError::NoLog { kept: fold_head, path: kept.path().to_owned() });
+        }
+        None => {}
+    }
+    Ok(Arc::new(registry))
 }
 
 /// Whether a clock tells the time, give or take an hour: simulations bring their own.
@@ -229,7 +269,8 @@ pub async fn start(
     serve: &ServeSettings,
     clock: Clock,
 ) -> Result<Running, ServeError> {
-    let Opened { project, registry, store, events, runtime, models, flight, serving_log, counts, audit } = opened;
+    let Opened { project, registry, store, events, runtime, models, flight, serving_log, counts, audit, .. } = opened;
+    let Opened { roles, kept, .. } = opened;
     let mut metrics = Metrics::new();
     if let Some(freshness) = events.as_ref().and_then(|events| events.freshness()) {
         metrics.add_freshness(&freshness);
@@ -246,6 +287,8 @@ pub async fn start(
     if audit.is_some() {
         metrics.add_audit(&audit_metrics);
     }
+    let rollout_metrics = RolloutMetrics::default();
+    metrics.add_rollouts(&rollout_metrics);
     let audits = audit.map(|parts| Audits::new(parts, listeners.grpc.address.to_string(), audit_metrics));
     let metrics = Arc::new(metrics);
     let exposures = counts.clone().map(|(store, root)| {
@@ -270,6 +313,10 @@ pub async fn start(
     if let Some(drift) = &drift {
         observers.push(Box::new(Counting::new(drift.clone())));
     }
+    let incarnation = Incarnation::random();
+    let (control_store, control_root) = (registry.log().store().clone(), registry.root().clone());
+    let rollouts = Rollouts::new(control_store, control_root, incarnation.clone(), rollout_metrics);
+    observers.push(Box::new(Units::new(rollouts.clone())));
     let observing = Observing::start(observers, clock.clone());
     let observing = observing.map_err(|source| ServeError::ServingLog(LogSetupError::Thread(source)))?;
     // Whoever writes goes past the cache.
@@ -277,10 +324,12 @@ pub async fn start(
         None => store,
         Some(cache) => Arc::new(CachedStore::new(store, cache, &metrics)),
     };
-    let versions = Versions::new(registry.clone(), runtime, models);
-    let follower = Follower::new(registry.clone(), project.clone(), events.clone(), versions, metrics.clone());
+    let mut versions = Versions::new(registry.clone(), runtime, models);
+    versions.is_idle = !roles.has(Role::Gateway);
+    let mut follower = Follower::new(registry.clone(), project.clone(), events.clone(), versions, metrics.clone());
+    follower.kept = kept.clone();
     let follower = Arc::new(follower);
-    let presence = Presence::new(registry.clone(), follower.clone(), listeners.grpc.address.to_string());
+    let presence = Presence::new(registry.clone(), follower.clone(), listeners.grpc.address.to_string(), incarnation);
     let draining = CancellationToken::new();
     let gateway = Arc::new(Gateway::new(Parts {
         project,
@@ -297,14 +346,17 @@ pub async fn start(
         drift,
         audits,
         exposures,
+        rollouts,
         drain: draining.clone(),
+        roles,
     }));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
-    let mut routes = grpc::routes(gateway.clone()).add_service(health_service);
-    if let Some(mount) = flight {
-        routes = mount(routes, &gateway);
-    }
+    let routes = grpc::routes(gateway.clone()).add_service(health_service);
+    let routes = match flight {
+        Some(mount) => mount(routes, &gateway),
+        None => routes.add_service(grpc::NoFlight::new(roles)),
+    };
     let Listeners { grpc, http } = listeners;
     let (grpc_addr, http_addr) = (grpc.address, http.address);
     let stop = CancellationToken::new();
@@ -312,7 +364,8 @@ pub async fn start(
     let limit = |port| Limit::new(gateway.metrics.connections_refused(port));
     let grpc_server = tokio::spawn(serve_grpc(grpc, limit("grpc"), routes, draining.clone()));
     let http_server = tokio::spawn(http::serve(http, limit("http"), gateway.clone(), http_stop.clone()));
-    let background = tokio::spawn(keep_up(gateway.clone(), health.clone(), serve.golden_checks, draining.clone()));
+    let background =
+        tokio::spawn(keep_up(gateway.clone(), health.clone(), serve.golden_checks, kept, draining.clone()));
     tracing::info!(%grpc_addr, %http_addr, "listening");
     let parts = Draining { gateway: gateway.clone(), health, grpc_server, http_server, http_stop, background };
     let supervisor = tokio::spawn(drain(parts, stop.clone()));
@@ -343,10 +396,14 @@ async fn keep_up(
     gateway: Arc<Gateway>,
     health: tonic_health::server::HealthReporter,
     checks_every: Duration,
+    kept: Option<Kept>,
     stop: CancellationToken,
 ) {
-    // Before the log is read: see `presence`.
-    gateway.presence.report().await;
+    let is_gateway = gateway.roles.has(Role::Gateway);
+    if is_gateway {
+        // Before the log is read: see `presence`.
+        gateway.presence.report().await;
+    }
     let first = async {
         gateway.follower.follow(Retry::Now).await;
         // Every active version is loaded, or known to fail, before requests are taken.
@@ -362,8 +419,14 @@ async fn keep_up(
     gateway.look_at_store().await;
     crate::flags::prepare(&gateway).await;
     gateway.started.store(true, Ordering::Release);
-    gateway.presence.has_started().await;
-    for service in ["", "coeval.v1.Gateway", "coeval.v1.Ingest", "coeval.v1.Control"] {
+    if is_gateway {
+        gateway.presence.has_started().await;
+        health.set_service_status("coeval.v1.Gateway", tonic_health::ServingStatus::Serving).await;
+    }
+    if gateway.roles.has(Role::Ingest) {
+        health.set_service_status("coeval.v1.Ingest", tonic_health::ServingStatus::Serving).await;
+    }
+    for service in ["", "coeval.v1.Control"] {
         health.set_service_status(service, tonic_health::ServingStatus::Serving).await;
     }
     tracing::info!("ready");
@@ -389,13 +452,30 @@ async fn keep_up(
         () = gateway.follower.run(stop.clone()) => {}
         () = look => {}
         () = watch => {}
-        () = presence::run(&gateway, &stop) => {}
+        () = among_others(&gateway, &stop) => {}
+        () = keep_fold(&gateway, kept.as_ref()) => {}
         () = models::check_again(&gateway, checks_every) => {}
         () = crate::forget::finish(&gateway) => {}
         () = upload(&gateway) => {}
         () = crate::drift::run(&gateway) => {}
         () = crate::flags::run(&gateway) => {}
         () = crate::audit::run(&gateway) => {}
+        () = crate::rollout::judging::run(&gateway) => {}
+    }
+}
+
+async fn among_others(gateway: &Gateway, stop: &CancellationToken) {
+    if gateway.roles.has(Role::Gateway) {
+        presence::run(gateway, stop).await;
+    } else {
+        stop.cancelled().await;
+    }
+}
+
+async fn keep_fold(gateway: &Gateway, kept: Option<&Kept>) {
+    match kept {
+        Some(kept) => kept.run(&gateway.registry).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -208,7 +208,7 @@ impl ServingLog {
         let incarnation = Uuid::new_v4().simple().to_string();
         let spool = Spool::open(&folder, &incarnation, settings.spool_bytes);
         let spool = Arc::new(spool.map_err(|source| LogSetupError::Folder { folder: folder.clone(), source })?);
-        let key = hash_key(Some(&settings), &store, &root).await?;
+        let key = upload::key_or_kept(&settings, &store, &root, &folder).await?;
         let accounts = Arc::new(Accounts::default());
         let changed = Arc::new(Notify::new());
         let bytes = Arc::new(AtomicU64::new(0));

@@ -81,6 +81,8 @@ pub struct Versions {
     slots: Mutex<Slots>,
     /// Loads go one after the other.
     turn: Semaphore,
+    /// In a process that answers no requests: nothing is loaded.
+    pub is_idle: bool,
     /// Told whenever a load has ended.
     pub changed: Notify,
     stop: CancellationToken,
@@ -161,6 +163,7 @@ impl Versions {
             devices: SharedDevices::new(),
             slots: Mutex::default(),
             turn: Semaphore::new(1),
+            is_idle: false,
             changed: Notify::new(),
             stop: CancellationToken::new(),
         }
@@ -197,6 +200,7 @@ impl Versions {
 
     /// Lets go what is not wanted, and begins to load what is wanted and missing.
     pub fn reconcile(self: &Arc<Self>, wanted: Vec<Wanted<'_>>, retry: Retry) {
+        let wanted = if self.is_idle { Vec::new() } else { wanted };
         let mut slots = self.lock();
         let key = |wanted: &Wanted| (wanted.record.model.name.clone(), wanted.record.version);
         let keys: std::collections::BTreeSet<Key> = wanted.iter().map(key).collect();
@@ -328,16 +332,21 @@ impl Versions {
         let name = record.model.name.as_str();
         let artifacts = self.registry.artifacts();
         let files = self.places.cache.clone().map(ModelFiles::new);
+        let golden = match (&record.model.golden_rows, &files) {
+            (Some(artifact), Some(files)) => Some(files.get(artifacts, artifact).await?.0),
+            (Some(artifact), None) => Some(artifacts.get(artifact).await?),
+            (None, _) => None,
+        };
+        let golden = match golden {
+            Some(bytes) => Some(golden::read(bytes, spec_of(&plan)).await?),
+            None => None,
+        };
         let (bytes, kept) = match files {
             Some(files) => {
                 let (bytes, path) = files.get(artifacts, &record.model.artifact).await?;
                 (bytes, Some((files, path)))
             }
             None => (artifacts.get(&record.model.artifact).await?, None),
-        };
-        let golden = match &record.model.golden_rows {
-            Some(artifact) => Some(golden::read(artifacts.get(artifact).await?, spec_of(&plan)).await?),
-            None => None,
         };
         // It may have to open libtorch, which takes a while.
         let (asked, first) = (runtime.clone(), placed_on(&plan).of_executor(0));

@@ -371,6 +371,14 @@ impl<T> Batcher<T> {
         }
     }
 
+    /// An idle executor ends; another one takes its place some time later.
+    pub fn executor_gone(&mut self) {
+        if self.busy < self.executors {
+            self.busy += 1;
+            self.ends.insert(0, Duration::ZERO);
+        }
+    }
+
     /// A batch ran in so much time.
     pub fn ran(&mut self, padded_rows: usize, took: Duration) {
         self.costs.ran(padded_rows, took);

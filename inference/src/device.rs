@@ -2,6 +2,7 @@
 //! process.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,10 @@ const ACCELERATOR_SLOTS: usize = 2;
 /// A device with its models.
 #[derive(Debug)]
 pub struct SharedDevice {
+    slots: usize,
     turns: Mutex<Taking>,
+    /// Slots that nobody has or waits for, as they were when `turns` was last unlocked: for whoever must not hold that up.
+    spare: AtomicUsize,
     ledger: Mutex<Ledger>,
     /// Of what any model here failed with for want of memory, or never ended.
     breaker: Mutex<Breaker>,
@@ -86,8 +90,11 @@ impl SharedDevice {
     /// A device on which so many slots (cores, where it is the CPU) run forwards, with so many bytes of memory.
     pub fn new(slots: usize, memory: Option<u64>) -> SharedDevice {
         let turns = Taking { turns: Turns::new(slots), wakes: BTreeMap::new() };
+        let slots = turns.turns.slots();
         SharedDevice {
+            slots,
             turns: Mutex::new(turns),
+            spare: AtomicUsize::new(slots),
             ledger: Mutex::new(Ledger::new(memory)),
             breaker: Mutex::default(),
             epoch: Instant::now(),
@@ -101,7 +108,7 @@ impl SharedDevice {
     }
 
     pub fn slots(&self) -> usize {
-        self.taking().turns.slots()
+        self.slots
     }
 
     /// What every model takes that is loaded or being loaded.
@@ -152,12 +159,38 @@ impl SharedDevice {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn taking(&self) -> MutexGuard<'_, Taking> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    fn taking(&self) -> TakingGuard<'_> {
+        TakingGuard { taking: self.turns.lock().unwrap_or_else(PoisonError::into_inner), spare: &self.spare }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Publishes what is spare when it is done.
+struct TakingGuard<'a> {
+    taking: MutexGuard<'a, Taking>,
+    spare: &'a AtomicUsize,
+}
+
+impl std::ops::Deref for TakingGuard<'_> {
+    type Target = Taking;
+
+    fn deref(&self) -> &Taking {
+        &self.taking
+    }
+}
+
+impl std::ops::DerefMut for TakingGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Taking {
+        &mut self.taking
+    }
+}
+
+impl Drop for TakingGuard<'_> {
+    fn drop(&mut self) {
+        self.spare.store(self.taking.turns.spare(), Ordering::Relaxed);
     }
 }
 
@@ -220,6 +253,19 @@ impl Seat {
         self.device.taking().turns.take(self.id).then(|| Turn(self.clone()))
     }
 
+    /// Its forwards run in the background from now on, or do so no more.
+    pub fn set_background(&self, background: bool) {
+        let mut taking = self.device.taking();
+        let told = taking.turns.set_background(self.id, background);
+        taking.tell(told);
+    }
+
+    /// Whether so many of the device's slots are neither taken nor waited for. It takes no lock: whoever asks runs at the
+    /// lowest priority, and might be kept from giving it back.
+    pub fn is_spare(&self, slots: usize) -> bool {
+        self.device.spare.load(Ordering::Relaxed) >= slots
+    }
+
     /// There is nothing to run.
     pub fn forgo(&self) {
         let mut taking = self.device.taking();
@@ -245,6 +291,11 @@ impl Seat {
     /// Enters what is known of the model by now, if that fits.
     pub fn reserve(&self, footprint: Footprint) -> Result<(), MemoryError> {
         self.device.ledger().reserve(self.entry, footprint)
+    }
+
+    /// Enters something beside what the seat has, if it fits, until what is returned is dropped.
+    pub fn hold(&self, footprint: Footprint) -> Result<Held, MemoryError> {
+        self.device.hold(footprint)
     }
 
     pub fn may_try(&self, expected: &Footprint) -> Result<(), MemoryError> {

@@ -24,6 +24,7 @@ use crate::memory::{Footprint, MemoryError};
 use crate::model::{Artefact, Devices, LoadError, LoadOptions, ModelError, ModelMemory, ModelSpec, Runtime};
 use crate::tensor::TensorBatch;
 
+mod ground;
 mod metrics;
 mod shared;
 mod thread;
@@ -65,7 +66,8 @@ pub struct Outcome {
     pub outputs: TensorBatch,
     /// From being queued until the batch was taken. Of a request that needed several batches, the longest.
     pub waited: Waited,
-    /// Time in the model. Of several batches, the sum.
+    /// Time in the model. Of several batches, the sum. In the background it is the time that the thread had a core, where one
+    /// thread runs the model: what others took of it is not the model's.
     pub forward_micros: u64,
     /// Rows that ran together, without padding. Of several batches, the most.
     pub batch_rows: usize,
@@ -198,7 +200,7 @@ impl ModelServer {
         let mut reports = Vec::new();
         for index in 0..executors {
             let (report, reported) = oneshot::channel();
-            Executor::spawn(&server.shared, index, alive.clone(), Some(report))
+            Executor::spawn(&server.shared, index, alive.clone(), Some(report), None)
                 .map_err(|source| StartError::Thread { model: name.to_owned(), source })?;
             reports.push(reported);
         }
@@ -211,6 +213,9 @@ impl ModelServer {
             server.warm_up.extend(reported.await.map_err(|_| silent())??);
         }
         server.shared.reserve(&server.warm_up)?;
+        if let Some(footprint) = server.footprint() {
+            let _ = server.shared.certified.set(footprint);
+        }
         server.shared.learn(&server.warm_up);
         server.shared.open();
         tokio::spawn(shared::watch(Arc::downgrade(&server.shared)));
@@ -284,6 +289,25 @@ impl ModelServer {
             answers.push(answer?);
         }
         self.shared.outcome(answers)
+    }
+
+    /// Puts the server into the background, or back: work there does not delay forwards of other models.
+    /// At any time, from any thread, as often as one likes. It returns at once; see
+    /// [`ModelServer::is_background`] for when a server is back.
+    pub fn set_background(&self, background: bool) {
+        self.shared.set_background(background);
+    }
+
+    /// Whether it is in the background, or an executor of it still runs as there: one that may not raise its priority
+    /// answers until a fresh one has loaded the model.
+    pub fn is_background(&self) -> bool {
+        self.shared.is_background()
+    }
+
+    /// Whether anything is queued or running. Whoever runs what nobody waits for asks this before each piece of it; it
+    /// never waits for the server's lock.
+    pub fn is_busy(&self) -> bool {
+        self.shared.is_busy()
     }
 
     pub fn metrics(&self) -> MetricsSnapshot {

@@ -24,6 +24,8 @@ pub mod ledger;
 
 pub mod turns;
 
+pub mod priority;
+
 pub mod device;
 
 pub mod growth;

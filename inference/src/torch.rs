@@ -41,7 +41,12 @@ impl Runtime for TorchRuntime {
 
     fn load(&self, artefact: &Artefact, spec: &ModelSpec, options: &LoadOptions) -> Result<Box<dyn Model>, LoadError> {
         let torch = open(options.device)?;
-        torch.set_threads(options.threads.max(1));
+        let threads = options.threads.max(1);
+        if threads > 1 {
+            // Beside OpenMP's, which belong to the calling thread, libtorch has a pool of so many threads for all.
+            library::apart(|| torch.set_threads(threads));
+        }
+        torch.set_threads(threads);
         // One forward must not get the process killed; what all take together is the ledger's to keep.
         torch.set_memory_limit(memory::capacity().map(memory::allowed));
         let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);

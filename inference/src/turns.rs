@@ -8,7 +8,8 @@
 //! - A model that runs already leaves room for one forward of every model that does not: nobody holds the last free
 //!   executor, whatever its own queue.
 //!
-//! A model that is still warming up takes slots that nobody waits for.
+//! A model that is still warming up takes slots that nobody waits for. One in the background takes none: it would hold
+//! them for as long as others keep it from the cores.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -22,7 +23,7 @@ struct Seat {
     threads: usize,
     /// Its forwards under way.
     running: usize,
-    /// It is not served yet, so that nothing has to be left for it.
+    /// It is not served yet, or only in the background, so that nothing has to be left for it.
     warming: bool,
     /// It was refused, and is to be told when that may have changed.
     refused: bool,
@@ -63,6 +64,21 @@ impl Turns {
         if let Some(seat) = self.seats.get_mut(&id) {
             seat.warming = false;
         }
+    }
+
+    /// Its forwards run in the background from now on, or do so no more: they take no turns, and nothing is left for them.
+    pub fn set_background(&mut self, id: SeatId, background: bool) -> Vec<SeatId> {
+        if let Some(seat) = self.seats.get_mut(&id) {
+            seat.warming = background;
+        }
+        self.waiting.retain(|other| !background || *other != id);
+        self.told()
+    }
+
+    /// Slots that nobody has or waits for.
+    pub fn spare(&self) -> usize {
+        let wanted = self.waiting.iter().filter_map(|other| self.seats.get(other)).map(|seat| seat.threads);
+        self.free.saturating_sub(wanted.sum())
     }
 
     /// The model is gone, and so are its forwards. Says whom to tell.

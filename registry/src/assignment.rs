@@ -178,6 +178,11 @@ impl Ramp {
         Ramp { layer: traffic.layer.clone(), ranks: ranks.into(), owned: owned.len() as u16, holdout: holdout.cloned() }
     }
 
+    /// The same order with other units held out.
+    pub fn with_holdout(&self, holdout: Option<&Holdout>) -> Ramp {
+        Ramp { holdout: holdout.cloned(), ..self.clone() }
+    }
+
     /// How many of the owned buckets the challenger has at a share of 10,000.
     pub fn challengers(&self, share: u16) -> u16 {
         let (share, owned) = (u32::from(share.min(BUCKETS)), u32::from(self.owned));

@@ -260,6 +260,15 @@ impl Registry {
         }
     }
 
+    /// Fails when the entry that the fold ends with is not in the store any more.
+    pub async fn look_for_head(&self) -> Result<(), RegistryError> {
+        let state = self.state();
+        if snapshot::is_of(&self.log, &state).await? {
+            return Ok(());
+        }
+        Err(LogError::Gone { object: self.log.path(state.head) }.into())
+    }
+
     /// Makes a change: judged on the newest state, appended, and judged again whenever somebody else was faster.
     pub async fn submit(
         &self,

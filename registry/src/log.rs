@@ -97,6 +97,11 @@ pub enum LogError {
     )]
     Gap { missing: Path },
     #[error(
+        "control log entry {object}, which was read before, is not in the store any more; check that the store is the right \
+         one, and mounted"
+    )]
+    Gone { object: Path },
+    #[error(
         "the `{kind}` entry has {bytes} bytes, more than the {limit} that a control log entry may have; split the change or shorten its texts"
     )]
     TooLarge { kind: String, bytes: u64, limit: u64 },

@@ -77,13 +77,13 @@ pub fn model_file() -> Vec<u8> {
 }
 
 /// The same model in another file: zip archives may have anything behind them, and the digest is another.
-fn padded(bytes: &[u8]) -> Vec<u8> {
+pub fn padded(bytes: &[u8], with: u8) -> Vec<u8> {
     // The comment at the end of a zip archive: its length, then as many bytes.
     let mut bytes = bytes.to_vec();
     let end = bytes.len();
     assert_eq!(bytes[end - 2..], [0, 0], "the file has no comment yet");
     bytes[end - 2..].copy_from_slice(&[1, 0]);
-    bytes.push(b'x');
+    bytes.push(with);
     bytes
 }
 
@@ -99,7 +99,7 @@ async fn a_torchscript_model_is_certified_deployed_promoted_and_there_again_afte
     let channel = process.channel();
     let file = model_file();
     assert_eq!(register(&channel, &file).await, 1);
-    assert_eq!(register(&channel, &padded(&file)).await, 2);
+    assert_eq!(register(&channel, &padded(&file, b'x')).await, 2);
     assert_eq!(register(&channel, b"not a model").await, 3);
     let deployed = deploy(&channel, 1).await.unwrap();
     assert_eq!((deployed.champion, deployed.notes.len()), (1, 0), "{deployed:?}");

@@ -1,5 +1,6 @@
 //! The real binary as a process of its own, killed in the middle of its work.
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -43,6 +44,7 @@ pub struct Process {
     child: Child,
     channel: Channel,
     grpc: String,
+    http: String,
 }
 
 impl Process {
@@ -52,13 +54,17 @@ impl Process {
 
     /// With variables of its own.
     pub async fn start_with(folder: &Path, variables: &[(String, String)]) -> Process {
-        let ready = folder.join("ready.json");
-        let _ = std::fs::remove_file(&ready);
+        Process::start_as(folder, "all", variables, &folder.join("ready.json")).await
+    }
+
+    /// One of several over a project.
+    pub async fn start_as(folder: &Path, roles: &str, variables: &[(String, String)], ready: &Path) -> Process {
+        let _ = std::fs::remove_file(ready);
         let mut child = Command::new(binary())
             .arg("-C")
             .arg(folder)
-            .args(["serve", "--ready-file"])
-            .arg(&ready)
+            .args(["serve", "--roles", roles, "--ready-file"])
+            .arg(ready)
             .envs(variables.iter().cloned())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -66,7 +72,7 @@ impl Process {
             .expect("the binary starts");
         let begun = Instant::now();
         let text = loop {
-            if let Ok(text) = std::fs::read_to_string(&ready) {
+            if let Ok(text) = std::fs::read_to_string(ready) {
                 break text;
             }
             if let Some(status) = child.try_wait().expect("the child can be asked") {
@@ -77,12 +83,22 @@ impl Process {
         };
         let addresses: serde_json::Value = serde_json::from_str(&text).expect("the ready file is JSON");
         let grpc = addresses["grpc"].as_str().expect("the ready file names the gRPC address");
+        let http = addresses["http"].as_str().expect("the ready file names the HTTP address");
         let channel = Channel::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
-        Process { child, channel, grpc: grpc.to_owned() }
+        Process { child, channel, grpc: grpc.to_owned(), http: http.to_owned() }
     }
 
     pub fn address(&self) -> String {
         self.grpc.clone()
+    }
+
+    /// What a page of the HTTP port says.
+    pub fn get(&self, page: &str) -> String {
+        let mut stream = std::net::TcpStream::connect(&self.http).expect("the HTTP port answers");
+        write!(stream, "GET {page} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").expect("it takes a request");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("it answers with text");
+        text
     }
 
     pub fn pid(&self) -> u32 {

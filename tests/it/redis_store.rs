@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use feature_defs::time::Micros;
 use feature_defs::window::SECOND;
 use gateway::config::ServeOptions;
+use gateway::roles::Roles;
 use gateway::run::serve;
 use online_store::conformance::redis_cluster::RedisCluster;
 use online_store::conformance::redis_server::RedisServer;
@@ -39,7 +40,7 @@ fn project(online: &str) -> Project {
 
 fn options(project: &Project, clock: &ManualClock) -> ServeOptions {
     let (settings, project_dir) = (project.settings().unwrap(), project.path().into());
-    ServeOptions { settings, project_dir, clock: clock.clock(), runtime: None, certifier: None }
+    ServeOptions { settings, roles: Roles::ALL, project_dir, clock: clock.clock(), runtime: None, certifier: None }
 }
 
 /// Status line and body.

@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use gateway::config::ServeOptions;
+use gateway::roles::Roles;
 use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -25,9 +26,10 @@ pub struct ServeArguments {
     /// Write the addresses here, as JSON, once the server listens
     #[arg(long, value_name = "PATH")]
     ready_file: Option<PathBuf>,
-    /// What this process does
+    /// What this process does: some of `gateway` (answers requests), `ingest` (takes events, writes the stores) and `offline`
+    /// (training sets, audits), with commas between them. Several gateways share a project over Redis
     #[arg(long, value_name = "ROLES", default_value = "all")]
-    roles: String,
+    roles: Roles,
 }
 
 /// What the ready file says.
@@ -39,16 +41,11 @@ struct Ready {
 }
 
 pub async fn run(place: &Place, arguments: &ServeArguments, output: &Output) -> Result<(), CliError> {
-    if arguments.roles != "all" {
-        return Err(CliError::Usage(format!(
-            "`--roles {}`: this build runs everything in one process; leave `--roles` out, or say `--roles all`",
-            arguments.roles
-        )));
-    }
     // Before anything is opened, so that no signal finds the process half started and without a handler.
     let mut signals = Signals::new()?;
     let options = ServeOptions {
         settings: place.settings(output)?,
+        roles: arguments.roles,
         project_dir: place.folder.clone(),
         clock: Arc::new(times::now),
         runtime: None,

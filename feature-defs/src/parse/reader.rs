@@ -187,6 +187,23 @@ impl Reader<'_> {
         None
     }
 
+    /// A moment in microseconds, or the midnight in UTC that a date begins with.
+    pub fn time(&mut self, node: &Node) -> Option<i64> {
+        let text = match &node.kind {
+            Kind::String(text) => Some(text),
+            _ => None,
+        };
+        let moment = |text: &String| {
+            let date = || chrono::NaiveDate::parse_from_str(text, "%Y-%m-%d").ok()?.and_hms_opt(0, 0, 0);
+            let time = chrono::DateTime::parse_from_rfc3339(text).ok().map(|time| time.timestamp_micros());
+            time.or_else(|| date().map(|date| date.and_utc().timestamp_micros()))
+        };
+        match text.and_then(moment) {
+            Some(time) => Some(time),
+            None => self.mismatch(node, "a time such as \"2026-12-24T00:00:00Z\" or a date such as \"2026-12-24\""),
+        }
+    }
+
     pub fn duration(&mut self, node: &Node) -> Option<Duration> {
         let duration = self.duration_or_zero(node)?;
         if duration.is_zero() {

@@ -764,6 +764,12 @@ impl Compiler<'_> {
             digest.add("expression", feature.expression.canonical_text());
             self.add_vocabularies(&mut digest, &feature.expression);
         }
+        let rollout = RolloutPlan {
+            shadow: model.shadow.clone(),
+            canary: model.canary.clone(),
+            keep_previous: model.keep_previous.map(micros),
+            unit: self.unit(model, &service),
+        };
         digest.maybe("decision", decision.as_ref().map(Expression::canonical_text));
         decision.iter().for_each(|decision| self.add_vocabularies(&mut digest, decision));
         Some(ModelPlan {
@@ -786,8 +792,24 @@ impl Compiler<'_> {
             batching: model.batching.policy,
             deadline: model.slo.deadline.map(micros),
             tiers: model.slo.tiers.iter().map(|tier| tier.value.clone()).collect(),
+            rollout,
             semantic_digest: digest.digest(),
         })
+    }
+
+    /// The key of the entity that a canary randomises, by the columns of the service: those that a view of the entity is read
+    /// by, else those of the keys' names.
+    fn unit(&mut self, model: &catalog::Model, service: &ServicePlan) -> Vec<UnitKey> {
+        let entity = model.canary.as_ref().and_then(|canary| self.catalog.entity(&canary.unit));
+        let Some(entity) = entity else { return Vec::new() };
+        let read = service.inputs.iter().find(|input| *input.view.entity == *entity.name.as_str());
+        let key = |(index, key): (usize, &Field)| {
+            let by_view = read.and_then(|input| input.keys.get(index)).copied();
+            let column = by_view.or_else(|| service.columns.iter().position(|column| column.name == key.name.as_str()));
+            let name = column.map_or_else(|| key.name.value.clone(), |column| service.columns[column].name.clone());
+            UnitKey { name, key_type: key.field_type.value.clone(), column }
+        };
+        entity.keys.iter().enumerate().map(key).collect()
     }
 
     /// A model that answers in place of another is asked with the rows of that request, and its outputs are taken for the

@@ -366,6 +366,15 @@ fn count(over: &mut Over, blocks: &Blocks, observed: &Observed, prediction: &Obs
     whole
 }
 
+/// Which rows hold a value older than its view's freshness.
+pub fn stale_rows(service: &ServicePlan, features: &Features, rows: usize) -> Vec<bool> {
+    let mut all = vec![false; rows];
+    for input in stale(service, features) {
+        all.iter_mut().zip(input).for_each(|(all, stale)| *all |= stale);
+    }
+    all
+}
+
 /// Which rows are older than their view's freshness, by input; empty where none is.
 fn stale(service: &ServicePlan, features: &Features) -> Vec<Vec<bool>> {
     if !features.fetched.stale {

@@ -22,7 +22,7 @@ use crate::answer::Gateway;
 use crate::follow::{Retry, Served, input_columns};
 use crate::predict::spec_of;
 use crate::status::{Failure, Kind};
-use crate::{deploy, drift, golden, labels};
+use crate::{deploy, drift, golden, labels, rollout};
 
 /// The largest model file. It is held in memory while it is checked and loaded.
 const MODEL_BYTES_MAX: usize = 1 << 30;
@@ -82,7 +82,8 @@ impl ControlService for Control {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
-        let reasons = self.gateway.pending();
+        let mut reasons = self.gateway.pending();
+        reasons.extend(self.gateway.pending_elsewhere(&served).await);
         Ok(Response::new(v1::RefreshResponse { control_head: served.head.0, ready: reasons.is_empty(), reasons }))
     }
 
@@ -112,6 +113,35 @@ impl ControlService for Control {
         request: Request<v1::PromoteModelRequest>,
     ) -> Result<Response<v1::TrafficResponse>, Status> {
         Ok(Response::new(deploy::promote(&self.gateway, request.get_ref()).await?))
+    }
+
+    async fn begin_rollout(
+        &self,
+        request: Request<v1::BeginRolloutRequest>,
+    ) -> Result<Response<v1::BeginRolloutResponse>, Status> {
+        self.gateway.check_serving()?;
+        Ok(Response::new(rollout::control::begin(&self.gateway, request.get_ref()).await?))
+    }
+
+    async fn plan_rollout(
+        &self,
+        request: Request<v1::PlanRolloutRequest>,
+    ) -> Result<Response<v1::PlanRolloutResponse>, Status> {
+        Ok(Response::new(rollout::control::plan(&self.gateway, request.get_ref()).await?))
+    }
+
+    async fn get_rollout(
+        &self,
+        request: Request<v1::GetRolloutRequest>,
+    ) -> Result<Response<v1::GetRolloutResponse>, Status> {
+        Ok(Response::new(rollout::control::get(&self.gateway, request.get_ref()).await?))
+    }
+
+    async fn change_rollout(
+        &self,
+        request: Request<v1::ChangeRolloutRequest>,
+    ) -> Result<Response<v1::ChangeRolloutResponse>, Status> {
+        Ok(Response::new(rollout::control::change(&self.gateway, request.get_ref()).await?))
     }
 
     async fn rollback_model(

@@ -18,6 +18,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::answer::Gateway;
 use crate::convert;
 use crate::events::{Events, EventsError, Mode, Progress, TableDone, TableProgress, Wait};
+use crate::roles::Role;
 use crate::status::{Failure, Kind, not_known};
 
 /// Answers that wait for a slow reader. Beyond them the stream is not read on, and the client's own window fills.
@@ -182,6 +183,7 @@ fn table_done(done: TableDone) -> v1::TableDone {
 }
 
 fn events(gateway: &Gateway) -> Result<Arc<dyn Events>, Failure> {
+    gateway.check_role(Role::Ingest, "events are not taken, and stores not written, here")?;
     gateway.events.clone().ok_or_else(|| Failure::new(Kind::Unsupported, "this server takes no events"))
 }
 

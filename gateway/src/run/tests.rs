@@ -252,6 +252,8 @@ async fn start_with_models(
         serving_log: None,
         counts: None,
         audit: None,
+        roles: Roles::ALL,
+        kept: None,
     };
     let listeners = Listeners {
         grpc: listen(GRPC, "127.0.0.1:0", false).await.unwrap(),
@@ -835,6 +837,7 @@ async fn what_was_pushed_is_served_also_after_a_restart() {
     let (folder, settings) = applied_project(SETTINGS).await;
     let options = || ServeOptions {
         settings: settings.clone(),
+        roles: Roles::ALL,
         project_dir: folder.path().to_owned(),
         clock: Arc::new(|| NOW),
         runtime: Some(Arc::new(EchoRuntime::new())),
@@ -884,6 +887,7 @@ async fn a_redis_that_is_not_there_is_named() {
     let (folder, settings) = applied_project(&settings).await;
     let options = ServeOptions {
         settings,
+        roles: Roles::ALL,
         project_dir: folder.path().to_owned(),
         clock: Arc::new(|| NOW),
         runtime: None,

@@ -50,7 +50,7 @@ pub fn batch(
     schema: &LogSchema,
     key: &[u8],
 ) -> Result<RecordBatch, ArrowError> {
-    let Observed { service, rows, features, request_id, time, total, prediction } = observed;
+    let Observed { service, rows, features, places, request_id, time, total, prediction } = observed;
     let count = chosen.len();
     let indices: UInt32Array = chosen.iter().map(|(row, _)| *row).collect();
     let all = count == rows.count;
@@ -68,7 +68,12 @@ pub fn batch(
     let fetched = &features.fetched;
     let mut out: Vec<ArrayRef> = Vec::with_capacity(schema.schema.fields().len());
     out.push(text(request_id));
-    out.push(Arc::new(indices.clone()));
+    out.push(match places {
+        None => Arc::new(indices.clone()),
+        Some(places) => Arc::new(
+            chosen.iter().map(|(row, _)| places.get(*row as usize).map(|place| *place as u32)).collect::<UInt32Array>(),
+        ),
+    });
     out.push(times(std::iter::repeat_n(Some(*time), count)));
     out.push(times(chosen.iter().map(|(row, _)| Some(fetched.at[*row as usize]))));
     out.push(Arc::new(StringArray::from_iter_values(chosen.iter().map(|(_, why)| why.name()))));

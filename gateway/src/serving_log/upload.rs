@@ -19,6 +19,7 @@ use super::metrics::LogMetrics;
 use super::spool::{Leftover, Spool, Spooled};
 use super::{Accounts, LogSetupError};
 use crate::answer::Clock;
+use crate::kept::put_whole;
 use crate::status::chain;
 
 const KEY: &str = "serving-log-key";
@@ -202,6 +203,26 @@ fn without_forgotten(plan: &Plan, path: &Path, bytes: &[u8]) -> Option<Vec<u8>> 
     let service = plan.service(&rows.header.service)?;
     let left = serving_log::redact::file_without(service, &rows, &forgotten).ok()??;
     Some(left.0)
+}
+
+/// The key, from the object store or, while that is away, as this machine kept it.
+pub(super) async fn key_or_kept(
+    settings: &ServingLogSettings,
+    store: &Arc<dyn ObjectStore>,
+    root: &Path,
+    folder: &std::path::Path,
+) -> Result<Vec<u8>, LogSetupError> {
+    let path = folder.join(KEY);
+    match hash_key(Some(settings), store, root).await {
+        Ok(key) => {
+            let is_kept = settings.key.is_some() || std::fs::read(&path).is_ok_and(|kept| kept == key);
+            if !is_kept && let Err(error) = put_whole(folder, &path, &key) {
+                tracing::warn!(%error, path = %path.display(), "the key could not be kept; a restart needs the object store");
+            }
+            Ok(key)
+        }
+        Err(error) => std::fs::read(&path).map_err(|_| error),
+    }
 }
 
 /// What values of sensitive columns are hashed with: what the settings say, or else a random key that whoever comes first

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockResult, Weak};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
+use super::ground::{Ground, Grounds};
 use super::metrics::{Metrics, MetricsSnapshot, count, micros};
 use super::thread::Executor;
 use super::{InferError, Outcome, WarmUp};
@@ -19,6 +20,9 @@ use crate::tensor::{Tensor, TensorBatch};
 
 /// A forward is not given up before so many times what it usually takes.
 const USUAL_FORWARDS_MAX: u32 = 20;
+/// Beside one busy thread, one at the lowest priority still has its twentieth part of a core in the end, as long as it does not
+/// begin while all cores are taken.
+const BACKGROUND_BOUNDS: u32 = 20;
 /// Forwards that do not end are looked for so often per bound.
 const LOOKS_PER_BOUND: u32 = 4;
 
@@ -45,6 +49,10 @@ pub(super) struct Shared {
     /// One per device, in the order of the recipe's.
     seats: Vec<(Device, Arc<Seat>)>,
     pub metrics: Metrics,
+    /// What the model takes, as warm-up measured it; empty where nobody can tell.
+    pub certified: OnceLock<Footprint>,
+    /// Told when there is something to do for [`watch`] before it looks by itself.
+    pub look: Arc<Notify>,
 }
 
 pub(super) struct State {
@@ -67,6 +75,7 @@ pub(super) struct State {
     pub held: BTreeMap<usize, u64>,
     /// Set when a forward did not end for the second time; never cleared.
     pub stuck: Option<String>,
+    pub grounds: Grounds,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,6 +92,7 @@ pub(super) struct Running {
     pub since: Duration,
     pub bound: Duration,
     pub callers: Vec<Arc<Caller>>,
+    pub ground: Ground,
     /// Given back when it is over or given up.
     pub _turn: Option<Turn>,
 }
@@ -207,16 +217,23 @@ impl Shared {
                 memory_percent: 0,
                 held: BTreeMap::new(),
                 stuck: None,
+                grounds: Grounds::default(),
             }),
             wake,
             seats,
             metrics: Metrics::default(),
+            certified: OnceLock::new(),
+            look: Arc::default(),
         }
     }
 
     /// A thread that panics under this lock has a bug, but it leaves the queue in order: entries are moved whole.
     pub fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn try_lock(&self) -> TryLockResult<MutexGuard<'_, State>> {
+        self.state.try_lock()
     }
 
     pub fn now(&self) -> Duration {
@@ -227,6 +244,10 @@ impl Shared {
         let mut state = self.lock();
         state.stage = Stage::Closing;
         state.batcher.close();
+        if state.grounds.give_up_vacant() && state.threads.is_empty() {
+            let members = state.batcher.drain(self.now());
+            refuse(members, &InferError::ShuttingDown).into_iter().for_each(|(caller, reply)| caller.answer(reply));
+        }
         self.wake.notify_all();
     }
 
@@ -241,6 +262,10 @@ impl Shared {
     pub fn seat(&self, executor: usize) -> &Arc<Seat> {
         // There is at least one device.
         &self.seats[executor % self.seats.len()].1
+    }
+
+    pub fn seats(&self) -> impl Iterator<Item = &Arc<Seat>> {
+        self.seats.iter().map(|(_, seat)| seat)
     }
 
     /// The model is warm and served from now on.
@@ -321,10 +346,11 @@ impl Shared {
             count(&self.metrics.rejected, requests);
             return Err(InferError::MemoryShort { percent: state.memory_percent });
         }
-        // As long as one of its devices is well, somebody can run it.
-        let well = self.seats.iter().map(|(_, seat)| match purpose {
-            Purpose::Request => seat.device().admit(),
-            Purpose::Check => seat.device().open().map_or(Ok(()), Err),
+        // As long as one of its devices is well, somebody can run it. Who tells the device nothing is no trial of it.
+        let tells_device = purpose == Purpose::Request && !state.grounds.background;
+        let well = self.seats.iter().map(|(_, seat)| match tells_device {
+            true => seat.device().admit(),
+            false => seat.device().open().map_or(Ok(()), Err),
         });
         let of_device = well.reduce(Result::or).unwrap_or(Ok(()));
         if let Err(Open { left, failures }) = of_device {
@@ -348,9 +374,10 @@ impl Shared {
             let rows = inputs.first().map_or(0, Tensor::rows);
             let request = Request { rows, bytes: bytes(&inputs), ..request };
             let job = Job { inputs, caller: Arc::new(Caller(Mutex::new(Some(sender)))), purpose };
-            let pushed = match purpose {
-                Purpose::Request => state.batcher.push_admitted(now, request, job),
-                Purpose::Check => state.batcher.push_check(now, request, job),
+            // In the background nothing is waited for, and the bursts of others' requests are not this model's.
+            let pushed = match tells_device {
+                true => state.batcher.push_admitted(now, request, job),
+                false => state.batcher.push_check(now, request, job),
             };
             pieces.push(Piece { shared: self.clone(), ticket: pushed.ticket, answer, settled: false, purpose });
             if pushed.wake {
@@ -383,8 +410,20 @@ impl Shared {
     }
 
     /// How long a forward of so many rows may take before it is given up.
-    pub fn bound(&self, state: &State, padded_rows: usize) -> Duration {
-        self.recipe.forward_max.max(state.batcher.costs().typical(padded_rows) * USUAL_FORWARDS_MAX)
+    pub fn bound(&self, state: &State, padded_rows: usize, ground: Ground) -> Duration {
+        let bound = self.recipe.forward_max.max(state.batcher.costs().typical(padded_rows) * USUAL_FORWARDS_MAX);
+        match ground {
+            Ground::Foreground => bound,
+            Ground::Background => bound.saturating_mul(BACKGROUND_BOUNDS),
+        }
+    }
+
+    /// A new executor for a place that has none.
+    pub fn replace(self: &Arc<Shared>, index: usize, alive: mpsc::Sender<()>) {
+        if let Err(error) = Executor::spawn(self, index, alive, None, None) {
+            tracing::error!(model = self.name, %error, "an executor could not be replaced");
+            self.lock().stuck = Some(format!("no thread for a new executor: {error}"));
+        }
     }
 
     /// Gives up executors whose forward does not end. Their threads cannot be ended from outside: they are left to
@@ -397,25 +436,32 @@ impl Shared {
         let threads: Vec<u64> =
             state.running.iter().filter(|(_, running)| overdue(running)).map(|(thread, _)| *thread).collect();
         for thread in threads {
-            let (Some(running), Some(alive)) = (state.running.remove(&thread), state.threads.remove(&thread)) else {
+            let Some(running) = state.running.remove(&thread) else { continue };
+            let Some(alive) = state.threads.remove(&thread) else {
+                // Replaced while it ran; only its callers are left.
+                let error = ModelError::Hung(running.bound);
+                running.callers.iter().for_each(|caller| caller.answer(Err(error.clone().into())));
                 continue;
             };
             state.ready -= 1;
             state.breaker.failed(now);
-            self.seat(running.index).device().failed();
+            if running.ground == Ground::Foreground {
+                self.seat(running.index).device().failed();
+            }
             count(&self.metrics.hangs, 1);
             count(&self.metrics.failures, 1);
             let error = ModelError::Hung(running.bound);
             tracing::error!(model = self.name, executor = running.index, %error, "an executor is given up");
             running.callers.iter().for_each(|caller| caller.answer(Err(error.clone().into())));
+            if state.grounds.successor_of(thread) {
+                // Another one is being started in its place already.
+                continue;
+            }
             if self.metrics.snapshot().hangs > 1 {
                 state.stuck = Some(format!("{error}, again after its executor was replaced; restart the process"));
             } else {
                 drop(state);
-                if let Err(error) = Executor::spawn(self, running.index, alive, None) {
-                    tracing::error!(model = self.name, %error, "an executor could not be replaced");
-                    self.lock().stuck = Some(format!("no thread for a new executor: {error}"));
-                }
+                self.replace(running.index, alive);
                 state = self.lock();
             }
             if state.stuck.is_some() {
@@ -428,16 +474,22 @@ impl Shared {
     }
 }
 
-/// Looks after forwards that do not end, as long as there is a server.
+/// Looks after forwards that do not end, and after executors that are to be replaced, as long as there is a server. Threads
+/// begin with the priority of who starts them, so this must run at the process's own.
 pub(super) async fn watch(shared: Weak<Shared>) {
     loop {
-        let pause = match shared.upgrade() {
-            Some(shared) => shared.recipe.forward_max / LOOKS_PER_BOUND,
+        let (pause, look) = match shared.upgrade() {
+            Some(shared) => (shared.recipe.forward_max / LOOKS_PER_BOUND, shared.look.clone()),
             None => return,
         };
-        tokio::time::sleep(pause).await;
+        // Whether there is something to do or not, looking costs next to nothing.
+        let _ = tokio::time::timeout(pause, look.notified()).await;
         match shared.upgrade() {
-            Some(shared) => shared.give_up_overdue(),
+            Some(shared) => {
+                shared.give_up_overdue();
+                shared.come_forward();
+                shared.fill_vacant();
+            }
             None => return,
         }
     }

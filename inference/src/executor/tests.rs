@@ -8,6 +8,8 @@ use crate::memory::Footprint;
 use crate::model::{InputSpec, OutputSpec};
 use crate::tensor::{Dtype, Tensor, TensorData};
 
+mod background;
+
 const LONG: Duration = Duration::from_secs(30);
 
 fn spec() -> ModelSpec {

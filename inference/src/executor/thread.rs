@@ -1,17 +1,21 @@
 //! One thread that owns one copy of the model.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::ground::Ground;
 use super::metrics::{count, micros};
 use super::shared::{Answer, Caller, Job, Purpose, Reply, Running, Shared, Stage, State, refuse};
 use super::{InferError, StartError, WarmUp, chain};
 use crate::batch::{Decision, Member, Permit};
 use crate::memory::Footprint;
-use crate::model::{LoadOptions, Model, ModelError, ModelSpec};
+use crate::model::{Device, LoadOptions, Model, ModelError, ModelSpec};
+use crate::priority;
 use crate::tensor::Tensor;
 
 /// Every size is run at least so often before its time counts: runtimes profile on the first call, specialise on the
@@ -31,6 +35,17 @@ pub(super) struct Executor {
     thread: u64,
     index: usize,
     shared: Arc<Shared>,
+    /// Of the batch under way.
+    ground: Cell<Ground>,
+}
+
+/// What an executor does next.
+enum Next {
+    Run(Batch),
+    /// The server closes and the queue is empty, or another one has its place.
+    End,
+    /// Its place is filled when it has given back what it holds.
+    Vacate,
 }
 
 /// A batch as an executor takes it.
@@ -95,10 +110,16 @@ impl Executor {
         index: usize,
         alive: mpsc::Sender<()>,
         report: Option<Report>,
+        replaces: Option<u64>,
     ) -> std::io::Result<()> {
-        let thread = shared.lock().add_thread(alive);
-        let executor = Executor { thread, index, shared: shared.clone() };
-        let name = format!("{}/{index}", shared.name);
+        let thread = {
+            let mut state = shared.lock();
+            let thread = state.add_thread(alive);
+            replaces.into_iter().for_each(|old| shared.succeeds(&mut state, thread, old));
+            thread
+        };
+        let executor = Executor { thread, index, shared: shared.clone(), ground: Cell::new(Ground::Foreground) };
+        let name = thread_name(&shared.name, index);
         // If there is no thread, what was to run on it is dropped, and the executor with it.
         std::thread::Builder::new().name(name).spawn(move || executor.run(report)).map(|_| ())
     }
@@ -120,7 +141,16 @@ impl Executor {
             None => self.reload(),
         };
         let Some(mut model) = model else { return };
-        while let Some(batch) = self.next_batch() {
+        loop {
+            let batch = match self.next_batch() {
+                Next::Run(batch) => batch,
+                Next::End => return,
+                Next::Vacate => {
+                    let _ = catch_unwind(AssertUnwindSafe(|| drop(model)));
+                    self.vacate();
+                    return;
+                }
+            };
             let Ok(done) = self.run_batch(model.as_mut(), batch) else { return };
             let held = model.memory().map(|memory| memory.held);
             let Ok(()) = self.settle(done.trust, done.learned, held) else { return };
@@ -129,13 +159,33 @@ impl Executor {
             if done.trust == Trust::Broken {
                 // Its destructor is the model's code too.
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(model)));
-                self.shared.lock().ready -= 1;
+                if self.is_replaced() {
+                    return;
+                }
+                let is_low = {
+                    let mut state = self.shared.lock();
+                    state.ready -= 1;
+                    state.grounds.of(self.thread) == Ground::Background
+                };
+                // Loading takes locks that others wait for.
+                if is_low && self.vacate() {
+                    return;
+                }
                 model = match self.reload() {
                     Some(model) => model,
                     None => return,
                 };
             }
         }
+    }
+
+    /// A thread that may not raise its priority has ended its model: somebody else is to take its place.
+    fn vacate(&self) -> bool {
+        let vacated = self.shared.lock().vacate(self.thread, self.index);
+        if vacated {
+            self.shared.look.notify_one();
+        }
+        vacated
     }
 
     /// Loads the model and runs every padded size until it is steady.
@@ -154,7 +204,10 @@ impl Executor {
                 weight_bytes: file_bytes,
                 sizes: Vec::new(),
             };
-            seat.reserve(shared.part_of(least, recipe.devices.of_executor(self.index)))?;
+            if shared.certified.get().is_none() {
+                // Later there is an entry of all that it takes.
+                seat.reserve(shared.part_of(least, recipe.devices.of_executor(self.index)))?;
+            }
             let load = LoadOptions { device: recipe.devices.of_executor(self.index), ..recipe.load };
             let loaded = recipe.runtime.load(&recipe.artefact, spec, &load);
             let mut model = loaded.map_err(|source| StartError::Load { model: name(), source })?;
@@ -197,20 +250,44 @@ impl Executor {
         unreachable!("the rounds are bounded")
     }
 
-    /// Sleeps until there is something to run. `None` when the server closes and the queue is empty.
-    fn next_batch(&self) -> Option<Batch> {
+    fn is_replaced(&self) -> bool {
+        !self.shared.lock().threads.contains_key(&self.thread)
+    }
+
+    /// Sleeps until there is something to run.
+    fn next_batch(&self) -> Next {
         let mut state = self.shared.lock();
         loop {
+            if !state.threads.contains_key(&self.thread) {
+                // Replaced. What it was woken for is for another one.
+                self.shared.wake.notify_one();
+                return Next::End;
+            }
+            if state.leave(self.thread) {
+                self.shared.wake.notify_one();
+                return Next::Vacate;
+            }
+            self.shared.step_aside(&mut state, self.thread, self.index);
             let now = self.shared.now();
             let waits = state.batcher.queue_rows() > 0;
-            if !waits {
-                self.shared.seat(self.index).forgo();
-            }
-            let turn = if waits { self.shared.seat(self.index).turn() } else { None };
-            let permit = match &turn {
-                None => Permit::NoTurn,
-                Some(_) if state.stage == Stage::Closing => Permit::All,
-                Some(_) => state.permit(),
+            let ground = state.grounds.of(self.thread);
+            let (turn, begins) = match ground {
+                // What it held, it would hold while others keep it from running.
+                Ground::Background => (None, waits && self.shared.may_begin(&state, self.index)),
+                Ground::Foreground if waits => {
+                    let turn = self.shared.seat(self.index).turn();
+                    let begins = turn.is_some();
+                    (turn, begins)
+                }
+                Ground::Foreground => {
+                    self.shared.seat(self.index).forgo();
+                    (None, false)
+                }
+            };
+            let permit = match begins {
+                false => Permit::NoTurn,
+                true if state.stage == Stage::Closing => Permit::All,
+                true => state.permit(),
             };
             let poll = state.batcher.poll(now, permit);
             let (expired, dropped): (Vec<_>, Vec<_>) =
@@ -224,7 +301,8 @@ impl Executor {
                     let running = Running {
                         index: self.index,
                         since: now,
-                        bound: self.shared.bound(&state, padded_rows),
+                        bound: self.shared.bound(&state, padded_rows, ground),
+                        ground,
                         callers: members.iter().map(|member| member.payload.caller.clone()).collect(),
                         _turn: turn,
                     };
@@ -233,9 +311,10 @@ impl Executor {
                         // Another one may be idle, and nobody else will tell it.
                         self.shared.wake.notify_one();
                     }
-                    return Some(Batch { members, padded_rows });
+                    self.ground.set(ground);
+                    return Next::Run(Batch { members, padded_rows });
                 }
-                Decision::Wait { until: None } if state.stage == Stage::Closing => return None,
+                Decision::Wait { until: None } if state.stage == Stage::Closing => return Next::End,
                 Decision::Wait { until: None } => {
                     // What waited when it was taken came too late. Others may run meanwhile.
                     drop(turn);
@@ -254,15 +333,16 @@ impl Executor {
     /// The batch is over: this executor is idle, unless its model is broken.
     fn settle(&self, trust: Trust, learned: Learned, held: Option<u64>) -> Result<(), GivenUp> {
         let mut state = self.shared.lock();
-        if state.running.remove(&self.thread).is_none() {
-            return Err(GivenUp);
-        }
+        let Some(running) = state.running.remove(&self.thread) else { return Err(GivenUp) };
         if let Some(held) = held {
             state.held.insert(self.index, held);
         }
         let device = self.shared.seat(self.index).device();
         match learned {
             Learned::Nothing => {}
+            // How long it took says nothing of the model, and what it came to concerns no other one.
+            Learned::Worked | Learned::Took { .. } if running.ground == Ground::Background => state.breaker.succeeded(),
+            Learned::TooLarge { .. } if running.ground == Ground::Background => state.breaker.failed(self.shared.now()),
             Learned::Failed => state.breaker.failed(self.shared.now()),
             Learned::Worked => {
                 state.breaker.succeeded();
@@ -286,7 +366,8 @@ impl Executor {
                 }
             }
         }
-        if trust == Trust::Sound {
+        // The place of one that was replaced is idle since then.
+        if trust == Trust::Sound && state.threads.contains_key(&self.thread) {
             state.batcher.executor_idle();
         }
         Ok(())
@@ -402,6 +483,16 @@ impl Executor {
         Ok(Done { trust: Trust::Sound, replies, learned })
     }
 
+    /// What the time of a forward is measured by. The clock also counts what others took of the core.
+    fn timed_by(&self) -> TimedBy {
+        let LoadOptions { threads, .. } = self.shared.recipe.load;
+        let on_cpu = self.shared.recipe.devices.of_executor(self.index) == Device::Cpu;
+        match self.ground.get() {
+            Ground::Background if on_cpu && threads <= 1 => TimedBy::Processor,
+            _ => TimedBy::Clock,
+        }
+    }
+
     fn run_members(
         &self,
         model: &mut dyn Model,
@@ -413,7 +504,7 @@ impl Executor {
         let padded_rows = padded_rows.min(self.shared.limits.padded_rows(rows)).max(rows);
         let ran = catch_unwind(AssertUnwindSafe(|| {
             let inputs = join(&self.shared.spec, members, padded_rows)?;
-            let start = Instant::now();
+            let start = Timer::start(self.timed_by());
             let outputs = model.forward(&inputs)?;
             let forward = start.elapsed();
             self.shared.spec.check_outputs(&outputs, padded_rows)?;
@@ -447,9 +538,15 @@ impl Executor {
             let mut state = self.shared.lock();
             let error = match prepared {
                 Ok((model, _)) => {
-                    state.ready += 1;
+                    if state.take_over(self.thread) {
+                        // The old one sleeps, or has its last batch.
+                        self.shared.wake.notify_all();
+                    } else {
+                        state.ready += 1;
+                        state.batcher.executor_idle();
+                    }
                     state.failure = None;
-                    state.batcher.executor_idle();
+                    self.shared.look.notify_one();
                     tracing::warn!(model = self.shared.name, executor = self.index, "the model was loaded again");
                     return Some(model);
                 }
@@ -477,19 +574,59 @@ impl Executor {
     }
 }
 
+enum TimedBy {
+    Clock,
+    Processor,
+}
+
+struct Timer {
+    started: Instant,
+    processor: Option<Duration>,
+}
+
+impl Timer {
+    fn start(by: TimedBy) -> Timer {
+        let processor = match by {
+            TimedBy::Clock => None,
+            TimedBy::Processor => priority::processor_time(),
+        };
+        Timer { started: Instant::now(), processor }
+    }
+
+    fn elapsed(&self) -> Duration {
+        let on_processor = self.processor.and_then(|started| Some(priority::processor_time()?.saturating_sub(started)));
+        on_processor.unwrap_or_else(|| self.started.elapsed())
+    }
+}
+
+/// Names of threads have room for so many bytes.
+const THREAD_NAME_BYTES: usize = 15;
+
+/// No two threads have the same one, so that those which a library starts for an executor are known by it.
+fn thread_name(model: &str, index: usize) -> String {
+    static STARTED: AtomicU64 = AtomicU64::new(0);
+    let suffix = format!("/{index}.{}", STARTED.fetch_add(1, Ordering::Relaxed));
+    let mut end = THREAD_NAME_BYTES.saturating_sub(suffix.len()).min(model.len());
+    while !model.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{suffix}", &model[..end])
+}
+
 impl Drop for Executor {
     /// However a thread ends, callers must not wait for it.
     fn drop(&mut self) {
         let mut state = self.shared.lock();
-        if state.threads.remove(&self.thread).is_none() {
-            // Given up: another has its place.
-            return;
-        }
+        state.grounds.ended(self.thread);
         if let Some(running) = state.running.remove(&self.thread) {
             let error = InferError::Unavailable("the executor ended without an answer".to_owned());
             running.callers.iter().for_each(|caller| caller.answer(Err(error.clone())));
         }
-        if state.threads.is_empty() {
+        if state.threads.remove(&self.thread).is_none() {
+            // Given up or replaced: another has its place.
+            return;
+        }
+        if state.threads.is_empty() && !state.grounds.has_vacant() {
             state.stage = Stage::Closing;
             let members = state.batcher.drain(self.shared.now());
             send(refuse(members, &InferError::ShuttingDown));

@@ -125,6 +125,18 @@ pub struct Library {
     cuda: Mutex<bool>,
 }
 
+/// Runs something on a thread of its own that lets libtorch start threads which serve the whole process. Begun by an executor
+/// they would have its name, be taken for its own, and go into the background with it.
+pub fn apart<T: Send>(run: impl Fn() -> T + Send + Sync) -> T {
+    std::thread::scope(|scope| {
+        match std::thread::Builder::new().name("libtorch".to_owned()).spawn_scoped(scope, &run) {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            // As well as it goes.
+            Err(_) => run(),
+        }
+    })
+}
+
 impl Library {
     /// The library, opened if nobody has yet. A failure is not remembered: whoever installs libtorch need not restart.
     pub fn get() -> Result<&'static Library, LibraryError> {
@@ -133,7 +145,7 @@ impl Library {
         if let Some(library) = *open {
             return Ok(library);
         }
-        let library: &'static Library = Box::leak(Box::new(Library::open(&find()?)?));
+        let library: &'static Library = Box::leak(Box::new(apart(|| Library::open(&find()?))?));
         *open = Some(library);
         Ok(library)
     }

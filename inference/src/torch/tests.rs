@@ -323,6 +323,56 @@ fn a_device_that_is_not_there_is_refused_with_what_is() {
     }
 }
 
+/// libtorch starts threads of its own for one executor: they go where it goes.
+#[cfg(target_os = "linux")]
+#[test]
+fn all_threads_of_an_executor_go_into_the_background_and_back() {
+    use crate::model::LoadOptions;
+    use crate::priority::tests::{forbid_raising, of_threads};
+
+    for may_raise in [true, false] {
+        let test = async move {
+            let load = LoadOptions { threads: 2, ..LoadOptions::default() };
+            let options = ServerOptions { load, ..ServerOptions::new(BatchLimits::new(4096, 4096)) };
+            let spec = spec(&[("x", Dtype::Float32, 16)], &["p"]);
+            let started =
+                ModelServer::start("several", Arc::new(TorchRuntime), artefact("layers.pt"), spec, options).await;
+            let server = started.expect("it starts");
+            let values: Vec<f32> = (0..4096_u32 * 16).map(|value| (value % 97) as f32 / 97.0).collect();
+            let ask = || {
+                let inputs = vec![("x".to_owned(), floats(&[4096, 16], &values))];
+                server.submit(inputs, Instant::now() + Duration::from_secs(30))
+            };
+            let expected = ask().await.unwrap().outputs;
+            let (team, normal) = (of_threads("several/0").len(), of_threads("several/0")[0]);
+            assert!(team >= 2, "{team}");
+            server.set_background(true);
+            assert_eq!(ask().await.unwrap().outputs, expected);
+            let all = of_threads("several/0");
+            assert!(all.iter().all(|priority| priority.is_lowest()), "{all:?}, {team}, {normal:?}");
+            server.set_background(false);
+            while server.is_background() {
+                assert_eq!(ask().await.unwrap().outputs, expected);
+            }
+            // Those that were replaced may be on their way out.
+            let begun = Instant::now();
+            while of_threads("several/0").iter().any(|priority| *priority != normal) {
+                assert!(begun.elapsed() < Duration::from_secs(10));
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            assert_eq!(ask().await.unwrap().outputs, expected);
+            server.shutdown().await;
+        };
+        let run = move || {
+            if !may_raise {
+                forbid_raising();
+            }
+            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test);
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+}
+
 /// The resident memory of this process.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();

@@ -645,7 +645,8 @@ pub struct PredictResponse {
 pub struct RowOutcome {
     #[prost(uint32, tag = "1")]
     pub version: u32,
-    /// `champion`, or `named` where the request named another version.
+    /// `champion`; `challenger` where a rollout assigned the row to the version that is tried; `named` where the request named
+    /// another version; `off` where the model is turned off.
     #[prost(string, tag = "2")]
     pub arm: ::prost::alloc::string::String,
     #[prost(enumeration = "RowStatus", tag = "3")]
@@ -1965,6 +1966,167 @@ pub mod ingest_server {
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BeginRolloutRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    /// An active version that is not the champion.
+    #[prost(uint32, tag = "3")]
+    pub version: u32,
+    /// `shadow`, or `canary` to begin with traffic at once, which a model with shadow criteria refuses without `skip_shadow`.
+    /// Empty: shadow where the model declares criteria for it.
+    #[prost(string, tag = "4")]
+    pub stage: ::prost::alloc::string::String,
+    /// Both versions score this dataset first, by name or id. Required of models with a label, unless `skip_evaluation`.
+    #[prost(string, tag = "5")]
+    pub dataset: ::prost::alloc::string::String,
+    #[prost(bool, tag = "6")]
+    pub skip_evaluation: bool,
+    #[prost(bool, tag = "7")]
+    pub skip_shadow: bool,
+    /// Experiments of one layer share no unit; empty for a layer of the model's own, all of whose buckets it has.
+    #[prost(string, tag = "8")]
+    pub layer: ::prost::alloc::string::String,
+    /// Of the layer's 10,000 buckets, from and up to; 0 and 0 for all.
+    #[prost(uint32, tag = "9")]
+    pub from_bucket: u32,
+    #[prost(uint32, tag = "10")]
+    pub to_bucket: u32,
+    #[prost(string, tag = "11")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "12")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BeginRolloutResponse {
+    /// The entry of the control log that names the rollout.
+    #[prost(uint64, tag = "1")]
+    pub rollout: u64,
+    /// It ran already, so.
+    #[prost(bool, tag = "2")]
+    pub existed: bool,
+    /// The rollout as `GetRollout` tells it.
+    #[prost(string, tag = "3")]
+    pub report: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlanRolloutRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub version: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlanRolloutResponse {
+    /// As JSON: rows, units and days that each declared criterion needs at the traffic there is, and what stands against it.
+    #[prost(string, tag = "1")]
+    pub report: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetRolloutRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetRolloutResponse {
+    /// As JSON: who has the traffic, what is being tried and how it stands by each criterion, and what happened before, entry by
+    /// entry.
+    #[prost(string, tag = "1")]
+    pub report: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChangeRolloutRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(enumeration = "change_rollout_request::Change", tag = "3")]
+    pub change: i32,
+    #[prost(string, repeated, tag = "4")]
+    pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, tag = "5")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub why: ::prost::alloc::string::String,
+}
+/// Nested message and enum types in `ChangeRolloutRequest`.
+pub mod change_rollout_request {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Change {
+        Unspecified = 0,
+        /// Nothing goes on until it is resumed.
+        Hold = 1,
+        Resume = 2,
+        /// Takes the drift of `features` upon oneself; `*` is for all.
+        Acknowledge = 3,
+        /// The champion keeps the traffic.
+        End = 4,
+        /// The declared fallback answers everybody.
+        Off = 5,
+        On = 6,
+        /// Judges now, and goes on if the criteria allow it.
+        Advance = 7,
+    }
+    impl Change {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "CHANGE_UNSPECIFIED",
+                Self::Hold => "HOLD",
+                Self::Resume => "RESUME",
+                Self::Acknowledge => "ACKNOWLEDGE",
+                Self::End => "END",
+                Self::Off => "OFF",
+                Self::On => "ON",
+                Self::Advance => "ADVANCE",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "CHANGE_UNSPECIFIED" => Some(Self::Unspecified),
+                "HOLD" => Some(Self::Hold),
+                "RESUME" => Some(Self::Resume),
+                "ACKNOWLEDGE" => Some(Self::Acknowledge),
+                "END" => Some(Self::End),
+                "OFF" => Some(Self::Off),
+                "ON" => Some(Self::On),
+                "ADVANCE" => Some(Self::Advance),
+                _ => None,
+            }
+        }
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChangeRolloutResponse {
+    #[prost(uint64, tag = "1")]
+    pub control_entry: u64,
+    /// It was so already.
+    #[prost(bool, tag = "2")]
+    pub existed: bool,
+    #[prost(string, tag = "3")]
+    pub report: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetMemoryRequest {
     #[prost(string, tag = "1")]
     pub project: ::prost::alloc::string::String,
@@ -2229,6 +2391,9 @@ pub struct TrafficResponse {
     /// What a rollback would go back to. 0: nothing.
     #[prost(uint32, tag = "3")]
     pub previous: u32,
+    /// The version whose rollout was ended instead; the champion has not changed. 0: none ran.
+    #[prost(uint32, tag = "4")]
+    pub ended: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RetireModelRequest {
@@ -2731,7 +2896,105 @@ pub mod control_client {
                 .insert(GrpcMethod::new("coeval.v1.Control", "PromoteModel"));
             self.inner.unary(req, path, codec).await
         }
-        /// Makes the champion before the champion again.
+        /// Brings a version to users step by step, each judged by the criteria that the definitions declare; they are pinned here.
+        pub async fn begin_rollout(
+            &mut self,
+            request: impl tonic::IntoRequest<super::BeginRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BeginRolloutResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/BeginRollout",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "BeginRollout"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// What a rollout would need, before anything starts.
+        pub async fn plan_rollout(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PlanRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PlanRolloutResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/PlanRollout",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "PlanRollout"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn get_rollout(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetRolloutResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/GetRollout",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "GetRollout"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn change_rollout(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ChangeRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ChangeRolloutResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/ChangeRollout",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "ChangeRollout"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends a rollout that runs; else makes the champion before the champion again.
         pub async fn rollback_model(
             &mut self,
             request: impl tonic::IntoRequest<super::RollbackModelRequest>,
@@ -3176,7 +3439,37 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::PromoteModelRequest>,
         ) -> std::result::Result<tonic::Response<super::TrafficResponse>, tonic::Status>;
-        /// Makes the champion before the champion again.
+        /// Brings a version to users step by step, each judged by the criteria that the definitions declare; they are pinned here.
+        async fn begin_rollout(
+            &self,
+            request: tonic::Request<super::BeginRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BeginRolloutResponse>,
+            tonic::Status,
+        >;
+        /// What a rollout would need, before anything starts.
+        async fn plan_rollout(
+            &self,
+            request: tonic::Request<super::PlanRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PlanRolloutResponse>,
+            tonic::Status,
+        >;
+        async fn get_rollout(
+            &self,
+            request: tonic::Request<super::GetRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetRolloutResponse>,
+            tonic::Status,
+        >;
+        async fn change_rollout(
+            &self,
+            request: tonic::Request<super::ChangeRolloutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ChangeRolloutResponse>,
+            tonic::Status,
+        >;
+        /// Ends a rollout that runs; else makes the champion before the champion again.
         async fn rollback_model(
             &self,
             request: tonic::Request<super::RollbackModelRequest>,
@@ -3589,6 +3882,186 @@ pub mod control_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = PromoteModelSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/BeginRollout" => {
+                    #[allow(non_camel_case_types)]
+                    struct BeginRolloutSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::BeginRolloutRequest>
+                    for BeginRolloutSvc<T> {
+                        type Response = super::BeginRolloutResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::BeginRolloutRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::begin_rollout(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = BeginRolloutSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/PlanRollout" => {
+                    #[allow(non_camel_case_types)]
+                    struct PlanRolloutSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::PlanRolloutRequest>
+                    for PlanRolloutSvc<T> {
+                        type Response = super::PlanRolloutResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PlanRolloutRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::plan_rollout(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PlanRolloutSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/GetRollout" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetRolloutSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::GetRolloutRequest>
+                    for GetRolloutSvc<T> {
+                        type Response = super::GetRolloutResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetRolloutRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_rollout(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetRolloutSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/ChangeRollout" => {
+                    #[allow(non_camel_case_types)]
+                    struct ChangeRolloutSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::ChangeRolloutRequest>
+                    for ChangeRolloutSvc<T> {
+                        type Response = super::ChangeRolloutResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ChangeRolloutRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::change_rollout(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ChangeRolloutSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

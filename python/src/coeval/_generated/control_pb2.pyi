@@ -1,4 +1,5 @@
 from . import flags_pb2 as _flags_pb2
+from . import rollout_pb2 as _rollout_pb2
 from . import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -270,14 +271,16 @@ class RollbackModelRequest(_message.Message):
     def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., who: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class TrafficResponse(_message.Message):
-    __slots__ = ("champion", "before", "previous")
+    __slots__ = ("champion", "before", "previous", "ended")
     CHAMPION_FIELD_NUMBER: _ClassVar[int]
     BEFORE_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     champion: int
     before: int
     previous: int
-    def __init__(self, champion: _Optional[int] = ..., before: _Optional[int] = ..., previous: _Optional[int] = ...) -> None: ...
+    ended: int
+    def __init__(self, champion: _Optional[int] = ..., before: _Optional[int] = ..., previous: _Optional[int] = ..., ended: _Optional[int] = ...) -> None: ...
 
 class RetireModelRequest(_message.Message):
     __slots__ = ("project", "model", "version", "force", "who", "why")

@@ -5,6 +5,7 @@ import warnings
 
 from . import control_pb2 as coeval_dot_v1_dot_control__pb2
 from . import flags_pb2 as coeval_dot_v1_dot_flags__pb2
+from . import rollout_pb2 as coeval_dot_v1_dot_rollout__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -59,6 +60,26 @@ class ControlStub:
                 '/coeval.v1.Control/PromoteModel',
                 request_serializer=coeval_dot_v1_dot_control__pb2.PromoteModelRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_control__pb2.TrafficResponse.FromString,
+                _registered_method=True)
+        self.BeginRollout = channel.unary_unary(
+                '/coeval.v1.Control/BeginRollout',
+                request_serializer=coeval_dot_v1_dot_rollout__pb2.BeginRolloutRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_rollout__pb2.BeginRolloutResponse.FromString,
+                _registered_method=True)
+        self.PlanRollout = channel.unary_unary(
+                '/coeval.v1.Control/PlanRollout',
+                request_serializer=coeval_dot_v1_dot_rollout__pb2.PlanRolloutRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_rollout__pb2.PlanRolloutResponse.FromString,
+                _registered_method=True)
+        self.GetRollout = channel.unary_unary(
+                '/coeval.v1.Control/GetRollout',
+                request_serializer=coeval_dot_v1_dot_rollout__pb2.GetRolloutRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_rollout__pb2.GetRolloutResponse.FromString,
+                _registered_method=True)
+        self.ChangeRollout = channel.unary_unary(
+                '/coeval.v1.Control/ChangeRollout',
+                request_serializer=coeval_dot_v1_dot_rollout__pb2.ChangeRolloutRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_rollout__pb2.ChangeRolloutResponse.FromString,
                 _registered_method=True)
         self.RollbackModel = channel.unary_unary(
                 '/coeval.v1.Control/RollbackModel',
@@ -179,8 +200,34 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BeginRollout(self, request, context):
+        """Brings a version to users step by step, each judged by the criteria that the definitions declare; they are pinned here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanRollout(self, request, context):
+        """What a rollout would need, before anything starts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRollout(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangeRollout(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RollbackModel(self, request, context):
-        """Makes the champion before the champion again.
+        """Ends a rollout that runs; else makes the champion before the champion again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -319,6 +366,26 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.PromoteModel,
                     request_deserializer=coeval_dot_v1_dot_control__pb2.PromoteModelRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_control__pb2.TrafficResponse.SerializeToString,
+            ),
+            'BeginRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginRollout,
+                    request_deserializer=coeval_dot_v1_dot_rollout__pb2.BeginRolloutRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_rollout__pb2.BeginRolloutResponse.SerializeToString,
+            ),
+            'PlanRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanRollout,
+                    request_deserializer=coeval_dot_v1_dot_rollout__pb2.PlanRolloutRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_rollout__pb2.PlanRolloutResponse.SerializeToString,
+            ),
+            'GetRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRollout,
+                    request_deserializer=coeval_dot_v1_dot_rollout__pb2.GetRolloutRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_rollout__pb2.GetRolloutResponse.SerializeToString,
+            ),
+            'ChangeRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeRollout,
+                    request_deserializer=coeval_dot_v1_dot_rollout__pb2.ChangeRolloutRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_rollout__pb2.ChangeRolloutResponse.SerializeToString,
             ),
             'RollbackModel': grpc.unary_unary_rpc_method_handler(
                     servicer.RollbackModel,
@@ -536,6 +603,114 @@ class Control:
             '/coeval.v1.Control/PromoteModel',
             coeval_dot_v1_dot_control__pb2.PromoteModelRequest.SerializeToString,
             coeval_dot_v1_dot_control__pb2.TrafficResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/BeginRollout',
+            coeval_dot_v1_dot_rollout__pb2.BeginRolloutRequest.SerializeToString,
+            coeval_dot_v1_dot_rollout__pb2.BeginRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/PlanRollout',
+            coeval_dot_v1_dot_rollout__pb2.PlanRolloutRequest.SerializeToString,
+            coeval_dot_v1_dot_rollout__pb2.PlanRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/GetRollout',
+            coeval_dot_v1_dot_rollout__pb2.GetRolloutRequest.SerializeToString,
+            coeval_dot_v1_dot_rollout__pb2.GetRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/ChangeRollout',
+            coeval_dot_v1_dot_rollout__pb2.ChangeRolloutRequest.SerializeToString,
+            coeval_dot_v1_dot_rollout__pb2.ChangeRolloutResponse.FromString,
             options,
             channel_credentials,
             insecure,
