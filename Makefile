@@ -4,7 +4,7 @@
 ONLINE ?= embedded
 export ONLINE
 
-.PHONY: setup demo demo-audit test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-audit
+.PHONY: setup demo demo-audit demo-rollout test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-audit
 
 setup: ## what `demo` needs: compilers, a Python environment, libtorch
 	@scripts/setup.sh
@@ -14,6 +14,9 @@ demo: ## definitions to served predictions on real flights, with the audit
 
 demo-audit: ## what is served on real flights, logged and audited; labels; drift; planted faults
 	@scripts/demo.sh audit
+
+demo-rollout: ## a model through shadow and canary to champion, one that is stopped, and a rollback; on real flights
+	@scripts/demo.sh rollout
 
 test: ## formatting, clippy, Rust tests, Python tests against a real server
 	@scripts/test.sh

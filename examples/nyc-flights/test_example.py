@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
 
+import demo_rollout
 import prepare
 import replay
 import train
@@ -97,3 +98,25 @@ def test_scheduled_times_over_daylight_saving():
     hours = ["2013-03-09T11:00:00Z", "2013-03-10T10:00:00Z", "2013-11-03T11:00:00Z"]
     _, utc = prepare.scheduled_utc(pd.DataFrame({**days, "time_hour": hours}))
     assert utc.tolist() == [pd.Timestamp(hour) for hour in hours]
+
+
+def test_an_archive_in_celsius(tmp_path):
+    hours = [pd.Timestamp("2013-07-09", tz="UTC") + pd.Timedelta(hours=n) for n in range(3)]
+    table = pa.table({"origin": ["JFK"] * 3, "observed_at": pa.array(hours, prepare.TIMESTAMP), "temp": [32.0, 212.0, None]})
+    folder = tmp_path / "data" / "weather"
+    folder.mkdir(parents=True)
+    demo_rollout.Archive.write(table, folder / "2013-07.parquet")
+    archive = demo_rollout.Archive(tmp_path)
+    micros = [int(hour.timestamp() * 1e6) for hour in hours]
+
+    def temps():
+        return demo_rollout.pq.read_table(archive.july).column("temp").to_pylist()
+
+    archive.publish(micros[2])
+    assert temps() == [32.0, 212.0, None], "nothing is rewritten before it begins"
+    archive.since = micros[0]
+    archive.publish(micros[1])
+    assert temps() == [0.0, 212.0, None], "what is newer is as it was measured"
+    archive.publish(micros[2])
+    assert temps() == [0.0, 100.0, None]
+    assert demo_rollout.pq.read_table(archive.july).column("observed_at").to_pylist() == hours

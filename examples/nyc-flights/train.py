@@ -158,11 +158,11 @@ def predict(module: torch.jit.ScriptModule, table: pa.Table, dense: list[str]) -
         return module(*tensors(table, dense)).numpy()
 
 
-def train(client: coeval.Client, data: Path) -> Trained:
-    """The whole step: training set, fit, judgement, registration, deployment."""
+def training_set(client: coeval.Client, data: Path, name: str = DATASET) -> tuple[coeval.Dataset, pa.Table]:
+    """The flights of January to June with what was known of each an hour before it was scheduled to leave, kept as a dataset."""
     began = time.monotonic()
     asked = spine(data, dt.date(2013, 1, 1), DATASET_UNTIL)
-    dataset = client.training_set(SERVICE, asked, name=DATASET, seed=SEED)
+    dataset = client.training_set(SERVICE, asked, name=name, seed=SEED)
     table = dataset.to_arrow()
     if table.num_rows != asked.num_rows:
         raise SystemExit(f"asked for {asked.num_rows} rows, got {table.num_rows}")
@@ -170,18 +170,24 @@ def train(client: coeval.Client, data: Path) -> Trained:
     rate = table.num_rows / seconds
     print(f"training set `{dataset.name}` {dataset.id or ''}: {table.num_rows:,} rows, {table.num_columns} columns "
           f"in {seconds:.1f} s ({rate:,.0f} rows/s)")
+    return dataset, table
 
+
+def register(client: coeval.Client, dataset: coeval.Dataset, table: pa.Table, until: dt.date = TRAIN_UNTIL) -> Trained:
+    """Fits a network to the flights of a training set before `until`, judges it on June, and registers it."""
     began = time.monotonic()
     dense = dense_features(client)
     labelled = table.filter(pc.is_valid(table.column("late")))
-    before = pc.less(labelled.column("scheduled_day"), TRAIN_UNTIL)
-    learning, june = labelled.filter(before), labelled.filter(pc.invert(before))
+    day = labelled.column("scheduled_day")
+    learning = labelled.filter(pc.less(day, until))
+    june = labelled.filter(pc.greater_equal(day, TRAIN_UNTIL))
     late = torch.from_numpy(learning.column("late").to_numpy().astype(np.float32))
     module = export(fit(*tensors(learning, dense), late))
     auc_june = auc(predict(module, june, dense), june.column("late").to_numpy().astype(bool))
     auc_learning = auc(predict(module, learning, dense), learning.column("late").to_numpy().astype(bool))
+    last = until - dt.timedelta(days=1)
     print(f"trained on {learning.num_rows:,} flights, {len(dense)} numbers and the carrier, in {time.monotonic() - began:.1f} s: "
-          f"AUC {auc_learning:.4f} (January to May), {auc_june:.4f} (June, held out)")
+          f"AUC {auc_learning:.4f} (January to {last:%B}), {auc_june:.4f} (June, held out)")
 
     # Every gateway compares what it computes with what is computed here, before the version answers anything.
     dense_rows, carrier_rows = tensors(june.slice(0, GOLDEN_ROWS), dense)
@@ -191,16 +197,27 @@ def train(client: coeval.Client, data: Path) -> Trained:
         module,
         golden=golden,
         dataset=dataset,
-        metrics={"auc_january_to_may": auc_learning, "auc_june": auc_june},
+        metrics={f"auc_january_to_{last:%B}".lower(): auc_learning, "auc_june": auc_june},
         seed=SEED,
     )
-    deployed = client.deploy_model(MODEL, registered.version, why="first two weeks of July")
+    print(f"registered `{MODEL}` version {registered.version} ({registered.digest[:19]})")
+    return Trained(table.num_rows, registered.version, auc_june, module, dense)
+
+
+def deploy(client: coeval.Client, version: int, why: str) -> None:
+    """Has every gateway load a version. The first one gets the traffic."""
+    deployed = client.deploy_model(MODEL, version, why=why)
     client.refresh()
-    print(f"registered `{MODEL}` version {registered.version} ({registered.digest[:19]}), deployed; the champion is version "
-          f"{deployed.champion}")
+    print(f"version {version} of `{MODEL}` is deployed; the champion is version {deployed.champion}")
     for note in deployed.notes:
         print(f"note: {note}")
-    return Trained(table.num_rows, registered.version, auc_june, module, dense)
+
+
+def train(client: coeval.Client, data: Path) -> Trained:
+    """The whole step: training set, fit, judgement, registration, deployment."""
+    trained = register(client, *training_set(client, data))
+    deploy(client, trained.version, why="first two weeks of July")
+    return trained
 
 
 def main() -> None:

@@ -4,13 +4,14 @@
 //! about it. One deadline holds for the whole request.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use feature_defs::catalog::RequestTime;
 use feature_defs::plan::{ModelPlan, Plan, ServicePlan};
 use feature_defs::time::Micros;
 use inference::breaker::Open;
+use offline_store::Engine;
 use online_store::key::Generation;
 use online_store::{Answer, OnlineStore, Read};
 use proto::v1;
@@ -37,12 +38,9 @@ use crate::observe::{Exposed, Observed, ObservedPrediction, Observing};
 use crate::predict::{Ask, Cause, Predicted, Sent};
 use crate::presence::Presence;
 use crate::request::{self, Rows};
-<<<<<<< HEAD
+use crate::roles::{Role, Roles};
 use crate::rollout::Rollouts;
 use crate::rollout::trial::{CHAMPION, NAMED, OFF, Trial};
-=======
-use crate::roles::{Role, Roles};
->>>>>>> fleet
 use crate::serving_log::Uploads;
 use crate::status::{Failure, Kind};
 use crate::versions::declared_deadline;
@@ -93,6 +91,8 @@ pub struct Gateway {
     pub audits: Option<Audits>,
     /// What is tried out.
     pub rollouts: Arc<Rollouts>,
+    /// What replays rows; set where this process has the role.
+    pub engine: OnceLock<Arc<Engine>>,
     /// Deploys of this gateway go one after the other.
     pub deploying: tokio::sync::Mutex<()>,
     services: Services,
@@ -131,11 +131,7 @@ pub struct Parts {
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
-<<<<<<< HEAD
-        let Parts { request_time, metrics, observing, uploads, drift, audits, rollouts, drain, .. } = parts;
-=======
-        let Parts { request_time, metrics, observing, uploads, drift, audits, drain, roles, .. } = parts;
->>>>>>> fleet
+        let Parts { request_time, metrics, observing, uploads, drift, audits, rollouts, drain, roles, .. } = parts;
         Gateway {
             project,
             store,
@@ -158,6 +154,7 @@ impl Gateway {
             drift,
             audits,
             rollouts,
+            engine: OnceLock::new(),
             deploying: tokio::sync::Mutex::default(),
             services: Services::default(),
             requests: Semaphore::new(REQUESTS_MAX),
@@ -388,8 +385,17 @@ impl Gateway {
         let Predicted { outputs, rows: outcomes, encoded, queue_time, forward_time } = predicted;
         let exposed = trial.map(|trial| Exposed { trial: trial.clone(), assigned, beside: None });
         let (plan, version) = (model.plan.clone(), model.version);
-        let prediction =
-            ObservedPrediction { plan, version, arm, outputs, rows: outcomes, encoded, queue_time, forward_time, exposed };
+        let prediction = ObservedPrediction {
+            plan,
+            version,
+            arm,
+            outputs,
+            rows: outcomes,
+            encoded,
+            queue_time,
+            forward_time,
+            exposed,
+        };
         Observed {
             service: model.plan.service.clone(),
             rows,

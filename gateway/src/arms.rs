@@ -201,9 +201,10 @@ impl<'a> Whole<'a> {
             let mut reasons: Vec<Vec<i32>> = Vec::new();
             for (part, columns) in self.parts.iter().zip(&columns) {
                 let theirs = &part.model.plan.service;
-                let place = theirs.outputs.iter().position(|known| {
-                    known.name == output.name && known.feature_type == output.feature_type
-                });
+                let place = theirs
+                    .outputs
+                    .iter()
+                    .position(|known| known.name == output.name && known.feature_type == output.feature_type);
                 let (array, column) = match place {
                     Some(place) => (part.features.assembled.columns[place].clone(), Some(&columns[place])),
                     None => (arrow::array::new_null_array(&output.feature_type.arrow(), part.rows.count), None),
@@ -236,17 +237,23 @@ impl<'a> Whole<'a> {
         }
         let merged = first.iter().map(|view| {
             let same = |views: &'_ Vec<v1::ViewProvenance>| {
-                views.iter().find(|other| other.alias == view.alias && other.storage_digest == view.storage_digest).cloned()
+                views
+                    .iter()
+                    .find(|other| other.alias == view.alias && other.storage_digest == view.storage_digest)
+                    .cloned()
             };
             let none = |rows: usize| v1::ViewProvenance {
                 event_times: vec![i64::MIN; rows],
                 positions: vec![v1::Position { time: i64::MIN, sequence: 0 }; rows],
                 ..view.clone()
             };
-            let views = all.iter().zip(self.parts).map(|(views, part)| same(views).unwrap_or_else(|| none(part.rows.count)));
+            let views =
+                all.iter().zip(self.parts).map(|(views, part)| same(views).unwrap_or_else(|| none(part.rows.count)));
             let views: Vec<v1::ViewProvenance> = views.collect();
             v1::ViewProvenance {
-                event_times: self.places.rows(&views.iter().map(|view| view.event_times.as_slice()).collect::<Vec<_>>()),
+                event_times: self
+                    .places
+                    .rows(&views.iter().map(|view| view.event_times.as_slice()).collect::<Vec<_>>()),
                 positions: self.places.rows(&views.iter().map(|view| view.positions.as_slice()).collect::<Vec<_>>()),
                 ..view.clone()
             }

@@ -330,6 +330,8 @@ impl Offline {
     pub fn mount(self) -> Mount {
         let Offline { engine, memory_bytes, store_folder } = self;
         Box::new(move |routes, gateway| {
+            // Whoever looks at what was served replays it with the same engine.
+            let _ = gateway.engine.set(engine.clone());
             let process = Arc::new(Process { gateway: gateway.clone(), store_folder });
             routes.add_service(offline_store::flight::service(engine, process, memory_bytes))
         })

@@ -17,11 +17,8 @@ use registry::{Outcome, Receipt, RegistryError};
 
 use crate::answer::Gateway;
 use crate::follow::Retry;
-<<<<<<< HEAD
-use crate::rollout;
-=======
 use crate::roles::Role;
->>>>>>> fleet
+use crate::rollout;
 use crate::status::{Failure, Kind};
 use crate::versions::Key;
 

@@ -12,9 +12,9 @@
 
 mod counting;
 mod metrics;
-mod profiles;
+pub(crate) mod profiles;
 mod report;
-mod snapshot;
+pub(crate) mod snapshot;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,7 +32,8 @@ use crate::status::chain;
 
 pub use counting::{Counting, stale_rows};
 pub use metrics::DriftMetrics;
-pub use report::{Asked, get, judge};
+pub use report::{Answer, Asked, get, judge};
+pub use snapshot::HOURS_MAX;
 
 use counting::Hours;
 use profiles::Known;

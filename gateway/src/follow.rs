@@ -108,12 +108,9 @@ struct Working {
     /// What all plans here were told of entities that were forgotten.
     forgotten: Arc<Forgotten>,
     tried: Option<Instant>,
-<<<<<<< HEAD
     trials: Trials,
-=======
     /// When the log was last seen to be there.
     looked: Option<Instant>,
->>>>>>> fleet
 }
 
 struct LogHealth {
@@ -491,7 +488,10 @@ fn try_out(trials: &mut Trials, project: &Project, served: &mut Served) {
                 served.trials.extend(trial.map(|trial| (name.to_string(), Arc::new(trial))));
             }
             Err(problem) => {
-                let text = format!("the rollout of version {} of model `{name}` is not served here: {problem}", rollout.version);
+                let text = format!(
+                    "the rollout of version {} of model `{name}` is not served here: {problem}",
+                    rollout.version
+                );
                 served.problems.push(text);
             }
         }

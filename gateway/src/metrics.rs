@@ -20,11 +20,11 @@ use prometheus_client::registry::Registry;
 
 use crate::audit::AuditMetrics;
 use crate::drift::DriftMetrics;
-use crate::rollout::counting::RolloutMetrics;
 use crate::features::{Features, inputs_of};
 use crate::follow::Served;
 use crate::memory::MemoryWatch;
 use crate::predict::Predicted;
+use crate::rollout::counting::RolloutMetrics;
 use crate::serving_log::LogMetrics;
 
 /// From 100 microseconds, a store in the process, to 13 seconds, beyond every deadline; each bucket twice the last.

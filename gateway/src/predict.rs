@@ -336,7 +336,10 @@ impl Ask<'_> {
         let takes = |column: &&v1::Column| service.columns.iter().any(|wanted| wanted.name == column.name);
         let sent: Vec<v1::Column> = self.sent.columns.iter().filter(takes).cloned().collect();
         let rows = request::read_rows(service, &sent, self.sent.rows)?;
-        self.of.map_or(Ok(rows), |of| rows.picked(of))
+        match self.of {
+            Some(of) => rows.picked(of),
+            None => Ok(rows),
+        }
     }
 
     /// Another model may declare other tiers; what it does not know is the least important one.

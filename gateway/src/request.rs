@@ -36,7 +36,8 @@ impl Rows {
         let indices: UInt32Array = rows.iter().map(|row| *row as u32).collect();
         let columns = self.columns.iter().map(|column| take(column, &indices, None));
         let columns: Result<Vec<ArrayRef>, _> = columns.collect();
-        let columns = columns.map_err(|error| Failure::internal("rows of a request could not be taken apart", &error))?;
+        let columns =
+            columns.map_err(|error| Failure::internal("rows of a request could not be taken apart", &error))?;
         let incomplete = |row: &usize| {
             let found = self.incomplete.binary_search_by_key(row, |(row, _)| *row).ok()?;
             Some(self.incomplete[found].1.clone())

@@ -6,6 +6,8 @@
 //! - [`counting`]: one outcome per unit and metric, counted off the threads that answer.
 //! - [`counts`]: what one life of one gateway has counted, on the object store.
 //! - [`judging`]: every few seconds each gateway puts all counts together and judges; the log lets one of them write it down.
+//! - [`skew`], [`losses`], [`drifted`]: what logs and labels say, found out on quiet threads. [`holdout`], [`traffic`]: what is
+//!   asked before anything starts.
 //! - [`control`]: what people ask for. [`report`]: what they are told.
 //!
 //! Nothing moves without numbers, with one exception: a broken hard rule takes a version out of the traffic of the gateway
@@ -14,11 +16,17 @@
 pub mod control;
 pub mod counting;
 pub mod counts;
+pub mod drifted;
 pub mod evidence;
+pub mod holdout;
 pub mod judging;
+pub mod losses;
 pub mod policy;
+pub mod quiet;
 pub mod report;
 pub mod shadow;
+pub mod skew;
+pub mod traffic;
 pub mod trial;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -37,12 +37,9 @@ use crate::kept::{self, Kept};
 use crate::metrics::Metrics;
 use crate::observe::{Observer, Observing};
 use crate::presence::Presence;
-<<<<<<< HEAD
+use crate::roles::{Role, Roles};
 use crate::rollout::Rollouts;
 use crate::rollout::counting::{RolloutMetrics, Units};
-=======
-use crate::roles::{Role, Roles};
->>>>>>> fleet
 use crate::serving_log::{LogMetrics, LogParts, LogSetupError, ServingLog};
 use crate::shutdown::{Draining, drain};
 use crate::status::chain;

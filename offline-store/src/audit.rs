@@ -20,6 +20,7 @@ pub mod report;
 mod rescore;
 mod run;
 mod scale;
+pub mod skew;
 mod tally;
 mod tensors;
 mod variant;

@@ -25,4 +25,6 @@ pub mod explain;
 
 pub mod audit;
 
+pub mod rollout;
+
 pub use engine::{Engine, EngineError, EngineOptions, ProfiledSet, TrainingSet, TrainingSetRequest};

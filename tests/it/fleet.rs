@@ -68,13 +68,13 @@ fn project(redis: &str) -> Project {
 }
 
 /// The store as one process sees it: a folder of its own, in which what all share is a link. So its link can be cut alone.
-struct Seen {
+pub struct Seen {
     folder: PathBuf,
     shared: PathBuf,
 }
 
 impl Seen {
-    fn of(project: &Project, process: &str) -> Seen {
+    pub fn of(project: &Project, process: &str) -> Seen {
         let folder = project.path().join(process);
         let shared = project.path().join(".coeval/life");
         std::fs::create_dir_all(&folder).unwrap();
@@ -106,7 +106,7 @@ impl Seen {
         std::fs::remove_file(self.link()).unwrap();
     }
 
-    async fn start(&self, project: &Project, roles: &str) -> Process {
+    pub async fn start(&self, project: &Project, roles: &str) -> Process {
         let variables = [("STORE".to_owned(), self.folder.display().to_string())];
         Process::start_as(project.path(), roles, &variables, &self.folder.join("ready.json")).await
     }
@@ -127,7 +127,7 @@ fn trip(model: &str) -> v1::PredictRequest {
 }
 
 /// The version that answers.
-async fn version(channel: &Channel) -> Result<u32, Status> {
+pub async fn version(channel: &Channel) -> Result<u32, Status> {
     let answer = GatewayClient::new(channel.clone()).predict(trip("delay")).await?.into_inner();
     let outcome = answer.outcomes.first().ok_or_else(|| Status::internal("no row"))?;
     if outcome.status() != v1::RowStatus::Ok {
@@ -136,23 +136,23 @@ async fn version(channel: &Channel) -> Result<u32, Status> {
     Ok(outcome.version)
 }
 
-async fn register(channel: &Channel, bytes: &[u8]) -> u32 {
+pub async fn register(channel: &Channel, bytes: &[u8]) -> u32 {
     crate::models::register(channel, bytes).await
 }
 
-async fn promote(channel: &Channel, version: u32, who: &str) -> Result<v1::TrafficResponse, Status> {
+pub async fn promote(channel: &Channel, version: u32, who: &str) -> Result<v1::TrafficResponse, Status> {
     let (project, model, why) = ("life".to_owned(), "delay".to_owned(), "a test".to_owned());
     let request = v1::PromoteModelRequest { project, model, version, who: who.into(), why };
     Ok(ControlClient::new(channel.clone()).promote_model(request).await?.into_inner())
 }
 
-async fn rollback(channel: &Channel) -> Result<v1::TrafficResponse, Status> {
+pub async fn rollback(channel: &Channel) -> Result<v1::TrafficResponse, Status> {
     let (project, model, why) = ("life".to_owned(), "delay".to_owned(), "a test".to_owned());
     let request = v1::RollbackModelRequest { project, model, who: "bob".into(), why };
     Ok(ControlClient::new(channel.clone()).rollback_model(request).await?.into_inner())
 }
 
-async fn wait_for<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut() -> F) -> Duration {
+pub async fn wait_for<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut() -> F) -> Duration {
     let begun = Instant::now();
     while !is_so().await {
         assert!(begun.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
@@ -224,7 +224,7 @@ async fn features(channel: &Channel) -> Result<v1::GetFeaturesResponse, Status> 
 }
 
 #[track_caller]
-fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, words: &[&str]) {
+pub fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, words: &[&str]) {
     let status = answer.expect_err("it is refused");
     assert_eq!(status.code(), code, "{status}");
     for word in words {
@@ -447,7 +447,7 @@ async fn gateway_with_clock(project: &Project, ahead_seconds: i64) -> (Running, 
     (running, channel)
 }
 
-fn log_of(project: &Path) -> ControlLog {
+pub fn log_of(project: &Path) -> ControlLog {
     let (store, root) = registry::store::open_store(&project.join(".coeval").display().to_string()).unwrap();
     ControlLog::new(store, &root.join("life"))
 }

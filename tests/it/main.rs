@@ -10,4 +10,5 @@ mod models;
 mod object_stores;
 mod process;
 mod redis_store;
+mod rollout;
 mod serving_log;

@@ -155,6 +155,15 @@ impl Counts {
         Some(self.steps.entry(step).or_default().entry(bucket).or_default())
     }
 
+    /// Counts one unit's outcome, for whoever knows of units what no answer tells, such as their losses: `opened` is counted when
+    /// they are answered, and stays as it is. False where there are as many steps or metrics as there may be.
+    pub fn add(&mut self, (step, bucket): (u64, u16), fresh: bool, metric: usize, outcome: f64) -> bool {
+        let cell = if metric < METRICS_MAX { self.cell(step, bucket) } else { None };
+        let Some(cell) = cell else { return false };
+        cell.tally(fresh, metric).add(outcome);
+        true
+    }
+
     /// All buckets of one step that `keep` names, together.
     pub fn total(&self, step: u64, keep: impl Fn(u16) -> bool) -> Cell {
         let mut total = Cell::default();
@@ -208,6 +217,24 @@ mod tests {
         assert!((sums.sum - 5.35 + 1.0).abs() < 1e-6, "{}", sums.sum);
         assert!(sums.squares >= 4.0725 - 1e-7 && sums.squares < 4.0725 + 1e-6, "{}", sums.squares);
         assert_eq!(Tally::of_events(2, 5).sums(), Sums { units: 5.0, sum: 2.0, squares: 2.0 });
+    }
+
+    #[test]
+    fn what_is_known_later_is_added_beside_what_was_counted() {
+        let (mut live, mut later) = (Counts::default(), Counts::default());
+        let cell = live.cell(7, 3).unwrap();
+        cell.opened = 2;
+        cell.tally(true, 0).add(1.0);
+        assert!(later.add((7, 3), true, 1, 0.25) && later.add((7, 3), false, 1, 0.5));
+        assert!(!later.add((7, 3), true, METRICS_MAX, 0.5));
+        live.merge(&later);
+        let tally = |outcome| {
+            let mut tally = Tally::default();
+            tally.add(outcome);
+            tally
+        };
+        let moved = vec![Tally::default(), tally(0.5)];
+        assert_eq!(live.total(7, |_| true), Cell { opened: 2, fresh: vec![tally(1.0), tally(0.25)], moved });
     }
 
     #[test]

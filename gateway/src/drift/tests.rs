@@ -104,6 +104,7 @@ fn answer(plan: &Arc<ModelPlan>, shops: &[&str], time: Micros) -> Observed {
         encoded: Vec::new(),
         queue_time: Duration::ZERO,
         forward_time: Duration::ZERO,
+        exposed: None,
     };
     Observed { prediction: Some(prediction), ..observed(&plan.service, shops, time) }
 }
@@ -250,7 +251,7 @@ async fn rows_that_are_not_counted_are_said_to_be() {
     assert!(matches!(drift.lock().known.get(&world.version()), Some(Known::Wanted)), "somebody looks for its profile");
     drift.lock().known.insert(world.version(), Known::Without { why: "it names no dataset".into() });
     counting.observe(&answer(&world.plan, &["a", "b", "c"], NOON));
-    let model = AboutModel { name: "sells".into(), version: 3, arm: "champion" };
+    let model = AboutModel { name: "sells".into(), version: 3, arm: "champion", rollout: None };
     counting.dropped(&About { service: "selling".into(), model: Some(model) }, NOON, 50);
     // Features alone have no model that was trained on them.
     counting.observe(&observed(&world.plan.service, &["a"], NOON));

@@ -81,6 +81,7 @@ pub(crate) fn observed(service: &Arc<ServicePlan>, shops: &[&str], time: Micros)
         service: service.clone(),
         rows: Rows { count: rows, columns: vec![keys, people], incomplete: Vec::new() },
         features: Arc::new(features),
+        places: None,
         request_id: "r".into(),
         time,
         total: Duration::from_micros(300),

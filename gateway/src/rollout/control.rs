@@ -52,12 +52,7 @@ fn running(gateway: &Gateway, model: &ModelName) -> Result<Rollout, Failure> {
     })
 }
 
-async fn submit(
-    gateway: &Gateway,
-    change: RolloutChange,
-    who: &str,
-    why: Option<&str>,
-) -> Result<Receipt, Failure> {
+async fn submit(gateway: &Gateway, change: RolloutChange, who: &str, why: Option<&str>) -> Result<Receipt, Failure> {
     let change = Change::Deployment(DeploymentChange::Rollout(change));
     let receipt = gateway.registry.submit(&gateway.project, &change, who, why).await?;
     gateway.follower.follow(Retry::Later).await;
@@ -334,7 +329,10 @@ async fn advance(gateway: &Arc<Gateway>, model: &ModelName) -> Result<v1::Change
     Ok(v1::ChangeRolloutResponse { control_entry: entry.0, existed: false, report: told(gateway, model).await? })
 }
 
-pub async fn plan(gateway: &Arc<Gateway>, request: &v1::PlanRolloutRequest) -> Result<v1::PlanRolloutResponse, Failure> {
+pub async fn plan(
+    gateway: &Arc<Gateway>,
+    request: &v1::PlanRolloutRequest,
+) -> Result<v1::PlanRolloutResponse, Failure> {
     gateway.check_project(&request.project)?;
     let compared = compared(gateway, &request.model, request.version)?;
     let (pinned, notes) = pinned(gateway, &compared.plan, &BTreeMap::new())?;

@@ -203,7 +203,8 @@ fn is_error(status: RowStatus, cause: Option<Cause>) -> bool {
 }
 
 fn answered(observed: &Observed, of: &ObservedPrediction, trial: &Trial) -> Answered {
-    let count = |what: &dyn Fn(&crate::predict::RowOutcome) -> bool| of.rows.iter().filter(|row| what(row)).count() as u64;
+    let count =
+        |what: &dyn Fn(&crate::predict::RowOutcome) -> bool| of.rows.iter().filter(|row| what(row)).count() as u64;
     let missing = of.version != trial.version;
     let nans = count(&|row| row.cause == Some(Cause::NotANumber));
     Answered {
@@ -307,7 +308,9 @@ fn pairs(
         }
         let yes = |is: bool| f64::from(u8::from(is));
         let outcome = |metric: &ShadowMetric| match metric {
-            ShadowMetric::Flip if both => Some(yes(decisions.as_ref()?.get(row)? != champion_decisions.as_ref()?.get(row)?)),
+            ShadowMetric::Flip if both => {
+                Some(yes(decisions.as_ref()?.get(row)? != champion_decisions.as_ref()?.get(row)?))
+            }
             ShadowMetric::Slower if both => slower.map(yes),
             ShadowMetric::ScoreDifference if both => {
                 Some(paired((*scores.as_ref()?.get(row)?)?, (*champion_scores.as_ref()?.get(row)?)?))
@@ -364,7 +367,8 @@ impl RolloutMetrics {
     pub fn register(&self, registry: &mut Registry) {
         let help = "Rows that a version in shadow has scored beside the champion";
         registry.register("shadow_rows", help, self.scored.clone());
-        let help = "Rows that a version in shadow was to score and did not: the champion left no time, or there were too many";
+        let help =
+            "Rows that a version in shadow was to score and did not: the champion left no time, or there were too many";
         registry.register("shadow_shed_rows", help, self.shed.clone());
         let help = "Rows of a rollout that came before this gateway knew which units were counted";
         registry.register("rollout_uncounted_rows", help, self.uncounted.clone());

@@ -91,8 +91,7 @@ impl Others {
     /// Reads what lives other than `me` have written. One that cannot be decoded is left out and told: its gateway writes it
     /// anew, or a newer build judges.
     pub async fn read(&mut self, store: &dyn ObjectStore, folder: &Path, me: &Incarnation) -> Result<Merged, String> {
-        let objects: Vec<ObjectMeta> =
-            store.list(Some(folder)).try_collect().await.map_err(|error| chain(&error))?;
+        let objects: Vec<ObjectMeta> = store.list(Some(folder)).try_collect().await.map_err(|error| chain(&error))?;
         let own = folder.clone().join(me.as_str());
         let mut objects: Vec<ObjectMeta> = objects.into_iter().filter(|object| object.location != own).collect();
         if objects.len() > LIVES_MAX {
@@ -105,7 +104,9 @@ impl Others {
         let mut merged = Merged::default();
         for object in objects {
             let same = |before: &ObjectMeta| {
-                before.last_modified == object.last_modified && before.size == object.size && before.e_tag == object.e_tag
+                before.last_modified == object.last_modified
+                    && before.size == object.size
+                    && before.e_tag == object.e_tag
             };
             let life = match self.known.remove(&object.location) {
                 Some((before, life)) if same(&before) => life,

@@ -21,12 +21,12 @@ use registry::state::Change;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
+use super::Rollouts;
 use super::counting::Counted;
 use super::counts::{self, Merged};
 use super::evidence::{self, Due, Found, Times};
 use super::policy::KEEP_PREVIOUS;
 use super::trial::Trial;
-use super::Rollouts;
 use crate::answer::Gateway;
 use crate::deploy;
 use crate::status::chain;
@@ -294,7 +294,14 @@ async fn act(gateway: &Arc<Gateway>, trial: &Trial, judged: &Judged) -> Result<(
             ready_everywhere(gateway, trial).await?;
             let to = Stage::Canary { step: to as u32, share };
             let evidence = written(judged, reasons);
-            RolloutChange::Step(Step { model: model.clone(), version, rollout: trial.rollout, from: trial.stage, to, evidence })
+            RolloutChange::Step(Step {
+                model: model.clone(),
+                version,
+                rollout: trial.rollout,
+                from: trial.stage,
+                to,
+                evidence,
+            })
         }
         Decision::Promote => {
             ready_everywhere(gateway, trial).await?;
@@ -352,7 +359,9 @@ async fn retire(gateway: &Arc<Gateway>) {
             let keep = declared.map_or(KEEP_PREVIOUS, |keep| Duration::from_micros(keep.max(0) as u64));
             let Ok(keep) = chrono::TimeDelta::from_std(keep) else { continue };
             let Some(champion) = &deployment.champion else { continue };
-            let (Some(previous), Some(until)) = (champion.previous, champion.previous_kept_until(keep)) else { continue };
+            let (Some(previous), Some(until)) = (champion.previous, champion.previous_kept_until(keep)) else {
+                continue;
+            };
             // Clocks differ by seconds, and this is about a day.
             if chrono::DateTime::from_timestamp_micros((gateway.clock)()).is_none_or(|now| now < until) {
                 continue;

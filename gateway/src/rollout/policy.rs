@@ -81,9 +81,7 @@ pub fn inherited(settings: &str) -> Result<Vec<catalog::Guardrail>, String> {
     let files = Files::new(vec![SourceFile { path: SETTINGS_FILE.to_owned(), text: settings.to_owned() }]);
     match parse_settings(&files, None, &|name| std::env::var(name).ok()) {
         Ok(settings) => Ok(settings.guardrails),
-        Err(diagnostics) => {
-            Err(diagnostics.first().map_or_else(String::new, |diagnostic| diagnostic.message.clone()))
-        }
+        Err(diagnostics) => Err(diagnostics.first().map_or_else(String::new, |diagnostic| diagnostic.message.clone())),
     }
 }
 

@@ -74,7 +74,8 @@ fn fact(fact: &Fact) -> Json {
 }
 
 fn running(gateway: &Gateway, rollout: &Rollout) -> Json {
-    let stages = rollout.stages.iter().map(|(stage, since)| json!({ "stage": stage.to_string(), "since": fact(since) }));
+    let stages =
+        rollout.stages.iter().map(|(stage, since)| json!({ "stage": stage.to_string(), "since": fact(since) }));
     let held = rollout.held.as_ref().map(|held| {
         json!({ "by": format!("{:?}", held.by).to_lowercase(), "reasons": held.reasons, "since": fact(&held.fact) })
     });

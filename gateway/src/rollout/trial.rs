@@ -1,6 +1,7 @@
 //! A rollout that runs, as one gateway serves it: who stands where, and who answers.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -85,6 +86,13 @@ pub struct Trial {
     pub prepared: Prepared,
 }
 
+impl fmt::Debug for Trial {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Trial { model, rollout, version, stage, .. } = self;
+        write!(formatter, "rollout {rollout} of version {version} of {model} at {stage}")
+    }
+}
+
 /// Where a row stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Assigned {
@@ -162,7 +170,12 @@ impl Trial {
     }
 
     /// Where each row stands; none for rows that do not name the unit.
-    pub fn assign(&self, service: &ServicePlan, sent: &[Column], rows: &Rows) -> Result<Vec<Option<Assigned>>, Failure> {
+    pub fn assign(
+        &self,
+        service: &ServicePlan,
+        sent: &[Column],
+        rows: &Rows,
+    ) -> Result<Vec<Option<Assigned>>, Failure> {
         let units = units(&self.prepared.unit, service, sent, rows)?;
         let Some(units) = units else { return Ok(vec![None; rows.count]) };
         let share = self.share();

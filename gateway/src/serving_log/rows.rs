@@ -70,7 +70,9 @@ pub fn batch(
     out.push(text(request_id));
     out.push(match places {
         None => Arc::new(indices.clone()),
-        Some(places) => Arc::new(chosen.iter().map(|(row, _)| places.get(*row as usize).map(|place| *place as u32)).collect::<UInt32Array>()),
+        Some(places) => Arc::new(
+            chosen.iter().map(|(row, _)| places.get(*row as usize).map(|place| *place as u32)).collect::<UInt32Array>(),
+        ),
     });
     out.push(times(std::iter::repeat_n(Some(*time), count)));
     out.push(times(chosen.iter().map(|(row, _)| Some(fetched.at[*row as usize]))));

@@ -23,11 +23,24 @@ struct Added {
 }
 
 impl Added {
-    fn or_later(&mut self, other: Added) {
-        if other.at >= self.at {
+    fn or(&mut self, other: Added, which: Which) {
+        let replaces = match which {
+            Which::Latest => other.at >= self.at,
+            Which::First => other.at < self.at,
+        };
+        if replaces {
             *self = other;
         }
     }
+}
+
+/// Of several labels of the same outcome, the one that counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// Corrections count.
+    Latest,
+    /// What was known first stays: for whoever may count an outcome once only. A label that was taken back was known.
+    First,
 }
 
 /// Outcomes of one entity in order of time.
@@ -76,6 +89,15 @@ impl Keys {
 impl Index {
     /// Labels of one metric out of all of a model's.
     pub fn new(model: &ModelPlan, batches: &[RecordBatch], metric: &str) -> Result<Index, LabelError> {
+        Index::built(model, batches, metric, Which::Latest)
+    }
+
+    /// The same without corrections, for [`Index::first_known`].
+    pub fn first(model: &ModelPlan, batches: &[RecordBatch], metric: &str) -> Result<Index, LabelError> {
+        Index::built(model, batches, metric, Which::First)
+    }
+
+    fn built(model: &ModelPlan, batches: &[RecordBatch], metric: &str, which: Which) -> Result<Index, LabelError> {
         let mut index = Index::default();
         for batch in batches {
             let Some(read) = Read::of(batch) else {
@@ -88,12 +110,15 @@ impl Index {
             let keys = Keys::of(model, &places, batch).filter(|_| !places.is_empty());
             for row in (0..batch.num_rows()).filter(|row| read.metric.value(*row) == metric) {
                 let value = read.value.is_valid(row).then(|| read.value.value(row));
+                if value.is_none() && which == Which::First {
+                    continue;
+                }
                 let added = Added { at: read.added.value(row), value };
                 if let Some((ids, rows)) = read.request
                     && ids.is_valid(row)
                 {
                     let of = (ids.value(row).to_owned(), if rows.is_valid(row) { rows.value(row) } else { 0 });
-                    index.by_request.entry(of).and_modify(|known| known.or_later(added)).or_insert(added);
+                    index.by_request.entry(of).and_modify(|known| known.or(added, which)).or_insert(added);
                     continue;
                 }
                 let time = read.time.filter(|times| times.is_valid(row)).map(|times| times.value(row));
@@ -105,10 +130,14 @@ impl Index {
         for (_, entities) in &mut index.by_entity {
             for outcomes in entities.values_mut() {
                 outcomes.sort_by_key(|(time, added)| (*time, added.at));
-                // Of the same time the last one added stays.
-                outcomes.reverse();
-                outcomes.dedup_by_key(|(time, _)| *time);
-                outcomes.reverse();
+                match which {
+                    Which::Latest => {
+                        outcomes.reverse();
+                        outcomes.dedup_by_key(|(time, _)| *time);
+                        outcomes.reverse();
+                    }
+                    Which::First => outcomes.dedup_by_key(|(time, _)| *time),
+                }
             }
         }
         Ok(index)
@@ -154,6 +183,39 @@ impl Index {
                 is_within.then_some((*time, added.value?))
             };
             entities.iter().filter_map(next).min_by_key(|(time, _)| *time).map(|(_, value)| value)
+        };
+        (0..batch.num_rows()).map(label).collect()
+    }
+
+    /// Of every row the label that was known of it first, if that was by its time in `until`: what has been counted of it then
+    /// is never anything else, whatever is added later. Of an index made by [`Index::first`].
+    pub fn first_known(
+        &self,
+        model: &ModelPlan,
+        batch: &RecordBatch,
+        requests: (&arrow::array::StringArray, &arrow::array::UInt32Array),
+        at: &[Micros],
+        within: Option<Micros>,
+        until: &[Micros],
+    ) -> Vec<Option<f64>> {
+        let entities: Vec<(Keys, &Entities)> = self
+            .by_entity
+            .iter()
+            .filter_map(|(places, entities)| Some((Keys::of(model, places, batch)?, entities)))
+            .collect();
+        let label = |row: usize| {
+            let of = (requests.0.value(row).to_owned(), requests.1.value(row));
+            let by_request = self.by_request.get(&of).map(|added| (added.at, at[row], added.value));
+            let by_entity = entities.iter().filter_map(|(keys, entities)| {
+                let outcomes = entities.get(&keys.encode(row)?)?;
+                let first = outcomes.partition_point(|(time, _)| *time < at[row]);
+                let last = within.map_or(Micros::MAX, |within| at[row].saturating_add(within));
+                let inside = outcomes[first..].iter().take_while(|(time, _)| *time <= last);
+                inside.map(|(time, added)| (added.at, *time, added.value)).min_by_key(|(at, time, _)| (*at, *time))
+            });
+            let known = by_request.into_iter().chain(by_entity);
+            let found = known.min_by_key(|(added, time, _)| (*added, *time));
+            found.filter(|(added, ..)| *added <= until[row]).and_then(|(_, _, value)| value)
         };
         (0..batch.num_rows()).map(label).collect()
     }

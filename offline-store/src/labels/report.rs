@@ -243,14 +243,14 @@ impl With<'_> {
     }
 }
 
-fn scores(column: &ArrayRef) -> Option<Float64Array> {
+pub(crate) fn scores(column: &ArrayRef) -> Option<Float64Array> {
     let is_number = column.data_type().is_numeric() || *column.data_type() == DataType::Boolean;
     let numbers = is_number.then(|| cast(column, &DataType::Float64).ok()).flatten()?;
     Some(numbers.as_primitive::<Float64Type>().clone())
 }
 
 /// What the model's `decision` says of each logged row; None where it declares none.
-fn decisions(model: &ModelPlan, batch: &RecordBatch) -> Result<Option<BooleanArray>, LabelError> {
+pub(crate) fn decisions(model: &ModelPlan, batch: &RecordBatch) -> Result<Option<BooleanArray>, LabelError> {
     let Some(decision) = &model.decision else { return Ok(None) };
     let outputs = model.outputs.iter().map(|output| &output.name).chain(model.post.iter().map(|post| &post.name));
     let names: Vec<&String> = outputs.collect();
