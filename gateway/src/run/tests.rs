@@ -38,6 +38,7 @@ use super::*;
 use crate::events::{EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
 
 mod life;
+mod rollouts;
 
 const DEFINITIONS: &str = "
 entities:
@@ -90,6 +91,15 @@ models:
     inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
     outputs: [{name: score, dtype: float32}]
     placement: {executors: 250, threads: 250}
+  - name: tried
+    features: totals
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
+    outputs: [{name: score, dtype: float32}]
+    decision: \"score > 5\"
+    fallback: {score: 0.25}
+    shadow: {min_rows: 5, drift: ignore, max_flip_rate: 10%}
+    canary: {unit: shop, steps: [50%, 100%], bake: 1s, min_units: 5, window: 1s, guardrails: [error_rate < 50%]}
   - name: small
     features: totals
     runtime: torchscript
@@ -329,7 +339,7 @@ impl Server {
 
     /// The kinds of all entries.
     async fn history(&self) -> Vec<String> {
-        let entries = self.registry.history(registry::id::EntryNumber::FIRST, 1_000).await.unwrap();
+        let entries = self.registry.history(EntryNumber::FIRST, 1_000).await.unwrap();
         entries.into_iter().map(|entry| entry.kind).collect()
     }
 
