@@ -229,11 +229,14 @@ class Follow:
         running = story.get("running")
         if not running or running["version"] != self.version:
             return True
-        held = running.get("held") or {}
-        if self.acknowledge and not self.acknowledged and any("drift" in why for why in held.get("reasons") or []):
+        criteria = {one["name"]: one for one in ((running.get("judged") or {}).get("judgement") or {}).get("criteria") or []}
+        met = {name for name, one in criteria.items() if one["verdict"] == "met"}
+        # Somebody looks once there is something to see, and only drift is in the way.
+        if self.acknowledge and not self.acknowledged and {"min_rows", "skew"} <= met and "drift" not in met:
             self.acknowledged = True
-            why = "summer: hotter than what it learnt from, for both versions"
-            self.tool.ask("rollout", "acknowledge", "delay", "--feature", "*", "--why", why)
+            print(f"   {when(self.july.now)}  {criteria['drift']['text']}")
+            why = "summer is hotter than what they learnt from, for both versions"
+            self.tool.ask("rollout", "acknowledge", "delay", "*", "--why", why)
         return False
 
     def tell(self, story: dict[str, Any]) -> None:
