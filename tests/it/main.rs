@@ -2,6 +2,7 @@
 
 mod audit;
 mod drift;
+mod evidence;
 mod faults;
 mod fleet;
 mod forget;

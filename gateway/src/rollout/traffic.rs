@@ -157,6 +157,10 @@ async fn rows_per_day(
     if gateway.request_time == RequestTime::Allowed {
         return Ok(by_log(notes, "by the time that they were answered for: requests bring their own"));
     }
+    // What this gateway has counted just now is counted; what cannot be written yet is missing, and drift says so.
+    if let Some(drift) = &gateway.drift {
+        let _ = drift.flush(now).await;
+    }
     let version = (Arc::<str>::from(&*asked.champion.plan.name), asked.champion.number);
     let to = floor_to(now, HOUR);
     let (store, root) = (gateway.registry.log().store(), gateway.registry.root());
