@@ -4,6 +4,7 @@ mod audit;
 mod drift;
 mod evidence;
 mod faults;
+mod flags;
 mod fleet;
 mod forget;
 mod model_faults;
