@@ -34,6 +34,8 @@ pub mod executor;
 
 pub mod check;
 
+pub mod response_cache;
+
 pub mod echo;
 #[cfg(feature = "torch")]
 pub mod torch;

@@ -248,6 +248,20 @@ impl Tensor {
         self
     }
 
+    /// Appends the bytes of some rows, little-endian and with every bit as it is; the range is clamped to the rows there are.
+    pub fn write_rows(&self, rows: std::ops::Range<usize>, bytes: &mut Vec<u8>) {
+        let width: usize = self.row_shape().iter().product();
+        let end = rows.end.min(self.rows());
+        let elements = rows.start.min(end) * width..end * width;
+        match &self.data {
+            TensorData::Float32(values) => bytes.extend(values[elements].iter().flat_map(|value| value.to_le_bytes())),
+            TensorData::Float64(values) => bytes.extend(values[elements].iter().flat_map(|value| value.to_le_bytes())),
+            TensorData::Int64(values) => bytes.extend(values[elements].iter().flat_map(|value| value.to_le_bytes())),
+            TensorData::Int32(values) => bytes.extend(values[elements].iter().flat_map(|value| value.to_le_bytes())),
+            TensorData::Bool(values) => bytes.extend(values[elements].iter().map(|value| u8::from(*value))),
+        }
+    }
+
     /// The SHA-256 of dtype, shape and bytes, the same on every machine. Bits count: two NaNs of different payload
     /// differ, as do 0.0 and -0.0.
     pub fn digest(&self) -> [u8; 32] {
