@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use feature_defs::time::Micros;
 use feature_defs::window::{DAY, HOUR, SECOND};
+use gateway::flags::client::{EvaluationContext, FlagClient, Resolution};
 use proto::v1;
 use serde_json::{Value as Json, json};
 use tests::{ManualClock, Project, Server};
@@ -319,6 +321,41 @@ async fn flags_over_http() {
     let (status, _, body) = http(&server, "POST /v1/flags", "", r#"{"flags": {"new_page": "bool"}}"#, "").await;
     assert!(status == 400 && body["error"].as_str().unwrap().contains("there are: boolean"), "{body}");
     server.stop().await.unwrap();
+}
+
+/// As a provider of OpenFeature asks, in Rust.
+#[tokio::test(flavor = "multi_thread")]
+async fn flags_for_programs_in_rust() {
+    let project = Project::new(SETTINGS, DEFINITIONS).unwrap();
+    project.apply().await.unwrap();
+    let (server, _clock) = start(&project).await;
+    let entry = set(&server, &flag(10_000), 0, false).await.unwrap().control_entry;
+    let typed = |name: &str, kind: &str, value: Json| json!({"name": name, "kind": kind, "default": "a", "enabled": true, "variants": {"a": value}});
+    set(&server, &typed("limit", "integer", json!(7)), 0, false).await.unwrap();
+    set(&server, &typed("color", "string", json!("blue \"sky\"")), 0, false).await.unwrap();
+    set(&server, &typed("look", "object", json!({"size": [1, 2]})), 0, false).await.unwrap();
+    let address = format!("http://{}", server.running.grpc_addr);
+    let channel = tonic::transport::Channel::from_shared(address).unwrap().connect().await.unwrap();
+    let flags = FlagClient::new(channel, "flags", Duration::from_secs(5));
+    let nobody = EvaluationContext::default();
+    let pilot = json!({"role": "pilot", "hours": 200}).as_object().cloned().unwrap();
+    let pilot = EvaluationContext { targeting_key: Some("N14228".into()), attributes: pilot };
+    let found = flags.resolve_bool_value("new_page", &pilot).await.unwrap();
+    let expected = Resolution { value: true, variant: "on".into(), reason: "TARGETING_MATCH".into(), entry };
+    assert_eq!(found, expected);
+    assert_eq!(flags.resolve_int_value("limit", &nobody).await.unwrap().value, 7);
+    assert_eq!(flags.resolve_float_value("limit", &nobody).await.unwrap().value, 7.0);
+    assert_eq!(flags.resolve_string_value("color", &nobody).await.unwrap().value, "blue \"sky\"");
+    assert_eq!(json!(flags.resolve_struct_value("look", &nobody).await.unwrap().value), json!({"size": [1, 2]}));
+    let code = |error: gateway::flags::client::ResolutionError| error.code;
+    assert_eq!(code(flags.resolve_bool_value("new_page", &nobody).await.unwrap_err()), "TARGETING_KEY_MISSING");
+    assert_eq!(code(flags.resolve_bool_value("limit", &nobody).await.unwrap_err()), "TYPE_MISMATCH");
+    assert_eq!(code(flags.resolve_bool_value("nothing", &nobody).await.unwrap_err()), "FLAG_NOT_FOUND");
+    let large = json!({"x": "y".repeat(70_000)}).as_object().cloned().unwrap();
+    let large = EvaluationContext { targeting_key: None, attributes: large };
+    assert_eq!(code(flags.resolve_bool_value("limit", &large).await.unwrap_err()), "INVALID_CONTEXT");
+    server.stop().await.unwrap();
+    assert_eq!(code(flags.resolve_int_value("limit", &nobody).await.unwrap_err()), "GENERAL");
 }
 
 /// What is served is the last fold; exposures wait until the store is back.
