@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::events::Events;
 use crate::kept::Kept;
 use crate::metrics::Metrics;
+use crate::response_cache;
 use crate::rollout::trial::{Trial, Trials};
 use crate::status::{Failure, Kind, chain};
 use crate::versions::{ServedModel, VersionState, Versions, Wanted};
@@ -389,6 +390,7 @@ impl Follower {
             }
         }
         try_out(&mut working.trials, project, &mut served);
+        response_cache::follow(&served);
         served
     }
 

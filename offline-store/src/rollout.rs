@@ -34,11 +34,15 @@ pub enum RolloutError {
         "`{column}`, which is the unit or a part of it, is sensitive, and the log holds hashes in its place: whose rows they are cannot be told; take another unit, or judge by what is counted when a request is answered"
     )]
     Hashed { column: String },
-    #[error("feature service `{service}` has no column `{column}`, which is the unit or a part of it; its columns are: {known}")]
+    #[error(
+        "feature service `{service}` has no column `{column}`, which is the unit or a part of it; its columns are: {known}"
+    )]
     NoUnit { service: String, column: String, known: String },
     #[error("column `{column}` of the serving log is missing, or is not of the type that the definitions say")]
     Damaged { column: String },
-    #[error("the log has more than {most} rows of it, too many to tell whose losses are whose; lower `serving_log.sample`")]
+    #[error(
+        "the log has more than {most} rows of it, too many to tell whose losses are whose; lower `serving_log.sample`"
+    )]
     TooMany { most: usize },
     #[error("rows of the log could not be worked with: {0}")]
     Arrow(#[from] arrow::error::ArrowError),
@@ -54,8 +58,7 @@ pub async fn files(
 ) -> Result<Vec<LogFile>, ServingLogError> {
     let first = serving_log::day(logged_from.saturating_sub(DAY));
     let days = serving_log::days(store, project, service).await?.into_iter().filter(|day| *day >= first);
-    let folders: Vec<Path> =
-        days.map(|day| Place { service: service.to_owned(), day }.folder(project)).collect();
+    let folders: Vec<Path> = days.map(|day| Place { service: service.to_owned(), day }.folder(project)).collect();
     let list = |folder: Path| async move {
         let listed: Result<Vec<_>, _> = store.list(Some(&folder)).try_collect().await;
         listed.map_err(|source| ServingLogError::Store { path: folder.to_string(), verb: "listed", source })

@@ -394,7 +394,11 @@ async fn sample(stored: &Arc<StoredDataset>, service: &ServicePlan) -> Result<Re
 pub(crate) type Outputs = (Vec<(String, ArrayRef, Type)>, Vec<RowStatus>);
 
 /// What the version makes of some rows of features.
-pub(crate) async fn answer(model: &ServedModel, service: &ServicePlan, piece: &RecordBatch) -> Result<Outputs, Failure> {
+pub(crate) async fn answer(
+    model: &ServedModel,
+    service: &ServicePlan,
+    piece: &RecordBatch,
+) -> Result<Outputs, Failure> {
     let rows = piece.num_rows();
     let present: Arc<[Status]> = vec![Status::Present; rows].into();
     let columns = service.outputs.iter().filter_map(|output| piece.column_by_name(&output.name).cloned()).collect();

@@ -99,9 +99,13 @@ pub async fn evaluate(gateway: &Gateway, asked: &HoldoutAsked) -> Result<Evaluat
             )),
         },
     }
-    for (version, who) in asked.champion.map(|version| (version, "champion")).into_iter().chain([(asked.challenger, "version")]) {
+    for (version, who) in
+        asked.champion.map(|version| (version, "champion")).into_iter().chain([(asked.challenger, "version")])
+    {
         if trained_on(gateway, &asked.model, version).as_deref() == Some(stored.manifest.id.as_str()) {
-            notes.push(format!("the {who} {version} was trained on this dataset: what it scores here says little of new rows"));
+            notes.push(format!(
+                "the {who} {version} was trained on this dataset: what it scores here says little of new rows"
+            ));
         }
     }
     let is_of_units = !asked.unit.is_empty() && asked.unit.iter().all(|name| stored.schema.index_of(name).is_ok());
@@ -112,10 +116,14 @@ pub async fn evaluate(gateway: &Gateway, asked: &HoldoutAsked) -> Result<Evaluat
         ));
     }
     let unit: &[String] = if is_of_units { &asked.unit } else { &[] };
-    let reading = Reading { stored: &stored, label: &label.name, unit, challenger: &challenger, champion: champion.as_ref() };
+    let reading =
+        Reading { stored: &stored, label: &label.name, unit, challenger: &challenger, champion: champion.as_ref() };
     let (rows, sampled) = reading.rows().await?;
     if sampled < stored.manifest.rows {
-        notes.push(format!("{sampled} of {} rows are scored, chosen by a seed that is the same for all", stored.manifest.rows));
+        notes.push(format!(
+            "{sampled} of {} rows are scored, chosen by a seed that is the same for all",
+            stored.manifest.rows
+        ));
     }
     Ok(evaluated(asked, &name, &challenger.plan, champion.map(|champion| champion.version), rows, notes))
 }
@@ -247,7 +255,8 @@ fn units(batch: &RecordBatch, unit: &[String], first: u64) -> Result<Vec<u64>, S
             Some((column, of))
         })
         .collect();
-    let columns = columns.ok_or_else(|| format!("a column of the unit ({}) is of no type that keys have", unit.join(", ")))?;
+    let columns =
+        columns.ok_or_else(|| format!("a column of the unit ({}) is of no type that keys have", unit.join(", ")))?;
     let of_row = |row: usize| {
         let alone = mix((first + row as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ SEED);
         if columns.is_empty() || columns.iter().any(|(column, _)| column.is_null(row)) {

@@ -13,7 +13,9 @@ use crate::status::chain;
 /// found is for whoever asks to add to `known`; dropped on the way, nothing of it is.
 pub async fn skew(gateway: &Gateway, plan: &Arc<Plan>, asked: &Asked, known: &Known) -> Result<Found, String> {
     let Some(engine) = gateway.engine.get().cloned() else {
-        return Err("this server has no offline engine to replay rows with; a server with the role `offline` has".into());
+        return Err(
+            "this server has no offline engine to replay rows with; a server with the role `offline` has".into()
+        );
     };
     if let Some(events) = &gateway.events {
         // What was served must be in history before it can be asked of it.

@@ -179,7 +179,9 @@ async fn rows_per_day(
         Some((first, _)) => days((to - first).clamp(HOUR, DAY)),
         None => hours as f64 / 24.0,
     };
-    notes.push(format!("{rows} rows of the champion in the last {span:.1} days, as counted for drift (whole hours, all gateways)"));
+    notes.push(format!(
+        "{rows} rows of the champion in the last {span:.1} days, as counted for drift (whole hours, all gateways)"
+    ));
     Ok(rows as f64 / span)
 }
 
@@ -205,7 +207,9 @@ fn units_by_day(days: &[Day], share: Option<f64>, whole: bool) -> (Vec<u64>, Opt
     let units: Vec<u64> = days.iter().map(add).collect();
     let note = match units.last() {
         None => None,
-        Some(last) if is_whole_log => Some(format!("{last} different units within {} days, all of them logged", units.len())),
+        Some(last) if is_whole_log => {
+            Some(format!("{last} different units within {} days, all of them logged", units.len()))
+        }
         Some(last) if whole => Some(format!(
             "about {last} different units within {} days, from a sample of them; rather too few than too many",
             units.len()
@@ -225,7 +229,9 @@ fn tallies(asked: &TrafficAsked, alone: &Alone, found: &mut TrafficFound) {
         match Outcome::of_guardrail(rail) {
             Some(_) => found.traffic.guardrails.push(tallies.next().unwrap_or_default()),
             None => {
-                found.notes.push(format!("`{}` is not in the serving log: it is planned as if it never happened", rail.text));
+                found
+                    .notes
+                    .push(format!("`{}` is not in the serving log: it is planned as if it never happened", rail.text));
                 found.traffic.guardrails.push(Tally::default());
             }
         }
@@ -235,7 +241,9 @@ fn tallies(asked: &TrafficAsked, alone: &Alone, found: &mut TrafficFound) {
     for success in success {
         let tally = tallies.next().unwrap_or_default();
         if tally.units == 0 {
-            found.notes.push(format!("no unit has a known `{}`: how much it varies is not known; add labels", success.metric));
+            found
+                .notes
+                .push(format!("no unit has a known `{}`: how much it varies is not known; add labels", success.metric));
         }
         let better = hoped.filter(|hoped| hoped.metric == success.metric).map_or(0.0, |hoped| {
             let better = if success.lower_is_better { -hoped.estimate } else { hoped.estimate };
@@ -253,7 +261,9 @@ fn tallies(asked: &TrafficAsked, alone: &Alone, found: &mut TrafficFound) {
         found.traffic.flip_rate = flips.rate;
         found.notes.push(format!("{:.2} % of decisions flip on the dataset of the evaluation", 100.0 * flips.rate));
     } else if asked.policy.shadow.as_ref().is_some_and(|shadow| shadow.max_flip_rate.is_some()) {
-        found.notes.push("how many decisions flip is not known before an evaluation: it is planned as if none did".to_owned());
+        found
+            .notes
+            .push("how many decisions flip is not known before an evaluation: it is planned as if none did".to_owned());
     }
 }
 

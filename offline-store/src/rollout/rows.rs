@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, StringArray, UInt8Array, UInt32Array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, StringArray, UInt8Array, UInt32Array,
+};
 use arrow::datatypes::{Int64Type, TimestampMicrosecondType, UInt8Type, UInt32Type};
 use drift::sequential::exposure::Arm;
 use feature_defs::plan::{ModelPlan, ServicePlan};
@@ -229,7 +231,9 @@ pub async fn read(
             rows.last_at = rows.last_at.max(Some(header.last_at));
             match rows.add(wanted, &labels, &batch) {
                 Ok(()) => {}
-                Err(RolloutError::Damaged { column }) => damaged(&mut rows, format!("{}: column `{column}`", file.path)),
+                Err(RolloutError::Damaged { column }) => {
+                    damaged(&mut rows, format!("{}: column `{column}`", file.path))
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -469,9 +473,8 @@ impl Values<'_> {
         let scored: Option<Float64Array> = batch.column_by_name(&output).and_then(scores);
         let decided = decisions(plan, batch)?;
         let score = |row: usize| scored.as_ref().filter(|scores| scores.is_valid(row)).map(|scores| scores.value(row));
-        let decision = |row: usize| {
-            decided.as_ref().filter(|decided| decided.is_valid(row)).map(|decided| decided.value(row))
-        };
+        let decision =
+            |row: usize| decided.as_ref().filter(|decided| decided.is_valid(row)).map(|decided| decided.value(row));
         let mut all = Vec::new();
         for (outcome, index) in wanted.outcomes.iter().zip(&labels.of_versions[version]) {
             all.push(match (outcome, index) {

@@ -101,7 +101,10 @@ struct Counted {
 #[derive(Clone, Copy)]
 enum InShadow {
     Difference(usize),
-    Both { challenger: usize, champion: usize },
+    Both {
+        challenger: usize,
+        champion: usize,
+    },
     /// Who answered nobody has no outcome of its own.
     Nowhere,
 }
@@ -130,11 +133,7 @@ fn counted(policy: &Policy) -> Vec<Counted> {
 }
 
 /// Counts the units of a rollout in the metrics that need labels.
-pub async fn losses(
-    store: &Arc<dyn ObjectStore>,
-    project: &Path,
-    asked: &Asked<'_>,
-) -> Result<Losses, RolloutError> {
+pub async fn losses(store: &Arc<dyn ObjectStore>, project: &Path, asked: &Asked<'_>) -> Result<Losses, RolloutError> {
     let counted = counted(asked.policy);
     let mut losses = Losses::default();
     if counted.is_empty() || asked.stages.is_empty() {
@@ -266,9 +265,7 @@ impl Counting<'_> {
             let known = |(challenger, champion): &(&Row, &Row)| {
                 self.rows.value(challenger, number).zip(self.rows.value(champion, number))
             };
-            let of = |one: fn((f64, f64)) -> f64| {
-                self.mean(pairs.iter().map(|pair| (pair.1.at, known(pair).map(one))))
-            };
+            let of = |one: fn((f64, f64)) -> f64| self.mean(pairs.iter().map(|pair| (pair.1.at, known(pair).map(one))));
             match shadow {
                 InShadow::Difference(metric) => {
                     let mean = of(|(challenger, champion)| paired(challenger, champion));

@@ -174,16 +174,16 @@ fn compared(success: &Success, sums: &Sums) -> Difference {
     };
     // A difference d is counted as (d + 1)/2.
     let (ln_worse, ln_better) = match success.lower_is_better {
-        true => (
-            mean::ln_above(&tally, 0.5 + margin / 2.0, Shape::Mean),
-            mean::ln_below(&tally, 0.5, Shape::Mean),
-        ),
-        false => (
-            mean::ln_below(&tally, 0.5 - margin / 2.0, Shape::Mean),
-            mean::ln_above(&tally, 0.5, Shape::Mean),
-        ),
+        true => (mean::ln_above(&tally, 0.5 + margin / 2.0, Shape::Mean), mean::ln_below(&tally, 0.5, Shape::Mean)),
+        false => (mean::ln_below(&tally, 0.5 - margin / 2.0, Shape::Mean), mean::ln_above(&tally, 0.5, Shape::Mean)),
     };
-    Difference { metric: success.metric.clone(), units: sums.len() as u64, ln_worse, ln_better, ..Difference::default() }
+    Difference {
+        metric: success.metric.clone(),
+        units: sums.len() as u64,
+        ln_worse,
+        ln_better,
+        ..Difference::default()
+    }
 }
 
 fn bounded(success: &Success, sums: &Sums, difference: Difference, alpha: f64) -> Difference {
