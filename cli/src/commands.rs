@@ -20,6 +20,7 @@ pub mod audit;
 pub mod certify;
 pub mod dataset;
 pub mod explain;
+pub mod flag;
 pub mod labels;
 pub mod model;
 pub mod rollout;

@@ -103,6 +103,9 @@ enum Command {
     /// Which version of a model has the traffic
     #[command(subcommand)]
     Rollout(rollout::RolloutCommand),
+    /// Values that are switched without a deploy
+    #[command(subcommand)]
+    Flag(Box<flag::FlagCommand>),
     /// What became of predictions, and how good they were
     #[command(subcommand)]
     Labels(labels::LabelsCommand),
@@ -159,6 +162,7 @@ fn run(command: Command, place: &project::Place, output: &Output) -> Result<(), 
             Command::Explain(arguments) => explain::run(place, &arguments, output).await,
             Command::Model(command) => model::run(place, &command, output).await,
             Command::Rollout(command) => rollout::run(place, &command, output).await,
+            Command::Flag(command) => flag::run(place, &command, output).await,
             Command::Labels(command) => labels::run(place, &command, output).await,
             Command::Drift(command) => drift::run(place, &command, output).await,
             Command::Doctor => doctor::run(place, output).await,

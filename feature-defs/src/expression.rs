@@ -59,6 +59,15 @@ pub const EVENT_TIME_COLUMN: &str = "__event_time";
 pub struct Environment {
     columns: BTreeMap<(Option<String>, String), Type>,
     vocabularies: BTreeMap<String, Arc<[String]>>,
+    undeclared: Undeclared,
+}
+
+/// What a name means that nobody declared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Undeclared {
+    #[default]
+    Mistake,
+    Null,
 }
 
 impl Environment {
@@ -83,6 +92,12 @@ impl Environment {
 
     pub fn vocabulary(&mut self, name: &str, values: Arc<[String]>) {
         self.vocabularies.insert(name.to_string(), values);
+    }
+
+    /// Makes `name` and `relation.name` null where they are not declared, for expressions over what has no schema;
+    /// [`Expression::undeclared`] then lists them.
+    pub fn undeclared_is_null(&mut self) {
+        self.undeclared = Undeclared::Null;
     }
 
     /// Every column there is, hidden ones included, sorted by relation and name.
@@ -131,6 +146,7 @@ pub struct Expression {
 struct Compiled {
     value_type: Type,
     columns: Vec<ColumnRef>,
+    undeclared: Vec<ColumnRef>,
     vocabularies: Vec<String>,
     schema: SchemaRef,
     root: Arc<dyn PhysicalExpr>,
@@ -197,6 +213,11 @@ impl Expression {
     /// What the expression reads, hidden columns included, in the order in which the text first names them.
     pub fn columns(&self) -> &[ColumnRef] {
         &self.compiled.columns
+    }
+
+    /// Names that were taken for null, where the environment allows that, in the order in which the text first names them.
+    pub fn undeclared(&self) -> &[ColumnRef] {
+        &self.compiled.undeclared
     }
 
     /// The vocabularies it names: their values are part of its meaning, though not of [`Expression::canonical_text`].

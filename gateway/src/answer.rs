@@ -30,6 +30,7 @@ use crate::drift::Drift;
 use crate::events::Events;
 use crate::features::{self, Features, FeaturesAnswer, Service, Services};
 use crate::fetch::When;
+use crate::flags::Exposures;
 use crate::follow::{Follower, Served};
 use crate::labels::Reports;
 use crate::memory::MemoryWatch;
@@ -89,6 +90,8 @@ pub struct Gateway {
     pub drift: Option<Arc<Drift>>,
     /// What audits the serving log.
     pub audits: Option<Audits>,
+    /// Who was given which variant of a flag.
+    pub exposures: Option<Arc<Exposures>>,
     /// What is tried out.
     pub rollouts: Arc<Rollouts>,
     /// What replays rows; set where this process has the role.
@@ -123,6 +126,7 @@ pub struct Parts {
     pub uploads: Option<Uploads>,
     pub drift: Option<Arc<Drift>>,
     pub audits: Option<Audits>,
+    pub exposures: Option<Arc<Exposures>>,
     pub rollouts: Arc<Rollouts>,
     pub drain: CancellationToken,
     pub roles: Roles,
@@ -131,7 +135,8 @@ pub struct Parts {
 impl Gateway {
     pub fn new(parts: Parts) -> Gateway {
         let Parts { project, store, registry, follower, presence, events, clock, .. } = parts;
-        let Parts { request_time, metrics, observing, uploads, drift, audits, rollouts, drain, roles, .. } = parts;
+        let Parts { request_time, metrics, observing, uploads, drift, audits, exposures, rollouts, .. } = parts;
+        let Parts { drain, roles, .. } = parts;
         Gateway {
             project,
             store,
@@ -153,6 +158,7 @@ impl Gateway {
             reports: Reports::default(),
             drift,
             audits,
+            exposures,
             rollouts,
             engine: OnceLock::new(),
             deploying: tokio::sync::Mutex::default(),
@@ -475,6 +481,7 @@ impl Gateway {
         reasons.extend(self.uploads.as_ref().and_then(Uploads::problem));
         reasons.extend(self.audits.iter().flat_map(Audits::problems));
         reasons.extend(self.drift.as_ref().and_then(|drift| drift.problem()));
+        reasons.extend(self.exposures.as_ref().and_then(|exposures| exposures.problem()));
         reasons.extend(self.store_problem.lock().unwrap_or_else(PoisonError::into_inner).clone());
         if served.definitions.is_none() && served.problems.is_empty() {
             reasons.push("no definitions are applied yet; run `coeval apply`".to_owned());

@@ -23,6 +23,7 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Events;
+use crate::flags::{self, ServedFlags};
 use crate::kept::Kept;
 use crate::metrics::Metrics;
 use crate::response_cache;
@@ -52,6 +53,7 @@ pub struct Served {
     pub off: BTreeMap<String, Off>,
     /// Models that the log has a champion of and that no version is served of.
     pub missing: Vec<String>,
+    pub flags: Arc<ServedFlags>,
     /// What the log says and is not so, with the reason. Of models, only of those that answer and those kept for rollback.
     pub problems: Vec<String>,
 }
@@ -129,6 +131,7 @@ impl Served {
             trials: BTreeMap::new(),
             off: BTreeMap::new(),
             missing: Vec::new(),
+            flags: Arc::default(),
             problems: Vec::new(),
         }
     }
@@ -288,10 +291,13 @@ impl Follower {
             return before;
         }
         working.tried = Some(Instant::now());
-        let served = match state.project(self.project.as_str()) {
+        let project = state.project(self.project.as_str());
+        let flags = flags::follow(&before.flags, project.map(|project| &project.flags), &self.metrics.flags).await;
+        let served = match project {
             Some(project) => self.realise(&mut working, project, state.head, &before, retry).await,
             None => Served { head: state.head, ..Served::empty() },
         };
+        let served = Served { flags, ..served };
         for problem in served.problems.iter().filter(|problem| !before.problems.contains(problem)) {
             self.metrics.follow_failed();
             tracing::error!(head = %state.head, problem, "the control log could not be followed; the last good state is served");

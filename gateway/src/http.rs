@@ -46,6 +46,7 @@ fn router(gateway: Arc<Gateway>) -> Router {
         .route("/v1/models/{name}/versions/{version}/ready", get(version_ready))
         .route("/v1/models/{name}/predict", post(predict_twin))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .merge(crate::flags::http::routes())
         .with_state(gateway)
 }
 

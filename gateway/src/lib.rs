@@ -28,6 +28,7 @@ pub mod drift;
 pub mod events;
 pub mod features;
 pub mod fetch;
+pub mod flags;
 pub mod follow;
 pub mod forget;
 pub mod golden;

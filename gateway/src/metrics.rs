@@ -21,6 +21,7 @@ use prometheus_client::registry::Registry;
 use crate::audit::AuditMetrics;
 use crate::drift::DriftMetrics;
 use crate::features::{Features, inputs_of};
+use crate::flags::FlagMetrics;
 use crate::follow::Served;
 use crate::memory::MemoryWatch;
 use crate::predict::Predicted;
@@ -216,6 +217,7 @@ impl Freshness {
 /// Every metric of the process. Cheap to clone handles inside; one per process.
 pub struct Metrics {
     registry: Registry,
+    pub flags: FlagMetrics,
     /// What is settled before the metrics are read.
     services: Mutex<Vec<Weak<ServiceCounters>>>,
     calls: Family<Call, Counter>,
@@ -280,6 +282,7 @@ impl Metrics {
     pub fn new() -> Metrics {
         let mut metrics = Metrics {
             registry: Registry::with_prefix("coeval"),
+            flags: FlagMetrics::default(),
             services: Mutex::default(),
             calls: Family::default(),
             seconds: Family::new_with_constructor(seconds),
@@ -340,6 +343,7 @@ impl Metrics {
         registry.register("forward_seconds", "Time in the model per request", metrics.forward_seconds.clone());
         registry.register("model", "State and counters of the models served", metrics.models.clone());
         registry.register("queue_rows", "Rows that wait for a model", metrics.queue_rows.clone());
+        metrics.flags.register(registry);
         registry.register(
             "estimated_wait_seconds",
             "How long a request of the first tier would wait for its model now",

@@ -31,6 +31,7 @@ use crate::config::{GRPC, HTTP, Listener, ServeError, ServeOptions, default_runt
 use crate::drift::{Counting, Drift, DriftMetrics, DriftParts};
 use crate::edge::Limit;
 use crate::events::Events;
+use crate::flags::{ExposureParts, Exposures};
 use crate::follow::{Follower, Retry};
 use crate::guard::GuardedStore;
 use crate::kept::{self, Kept};
@@ -290,6 +291,15 @@ pub async fn start(
     metrics.add_rollouts(&rollout_metrics);
     let audits = audit.map(|parts| Audits::new(parts, listeners.grpc.address.to_string(), audit_metrics));
     let metrics = Arc::new(metrics);
+    let exposures = counts.clone().map(|(store, root)| {
+        Exposures::new(ExposureParts {
+            store,
+            root,
+            gateway: listeners.grpc.address.to_string(),
+            settings: serving_log.as_ref().map(|parts| parts.settings.clone()),
+            metrics: metrics.flags.clone(),
+        })
+    });
     let mut observers: Vec<Box<dyn Observer>> = Vec::new();
     let mut uploads = None;
     if let Some(parts) = serving_log {
@@ -336,6 +346,7 @@ pub async fn start(
         uploads,
         drift,
         audits,
+        exposures,
         rollouts,
         drain: draining.clone(),
         roles,
@@ -407,6 +418,7 @@ async fn keep_up(
         () = first => {}
     }
     gateway.look_at_store().await;
+    crate::flags::prepare(&gateway).await;
     gateway.started.store(true, Ordering::Release);
     if is_gateway {
         gateway.presence.has_started().await;
@@ -447,6 +459,7 @@ async fn keep_up(
         () = crate::forget::finish(&gateway) => {}
         () = upload(&gateway) => {}
         () = crate::drift::run(&gateway) => {}
+        () = crate::flags::run(&gateway) => {}
         () = crate::audit::run(&gateway) => {}
         () = crate::rollout::judging::run(&gateway) => {}
     }

@@ -91,6 +91,9 @@ pub(crate) async fn drain(mut parts: Draining, stop: CancellationToken) -> Resul
         }
         Err(_) => unclosed.push("the serving log was not written to disk in time".to_owned()),
     }
+    if let Some(exposures) = &gateway.exposures {
+        exposures.last(UPLOADED, (gateway.clock)()).await;
+    }
     if let Some(events) = &gateway.events {
         match tokio::time::timeout(CLOSE, events.shutdown()).await {
             Ok(Ok(())) => {}

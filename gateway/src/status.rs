@@ -9,6 +9,7 @@ use std::error::Error;
 use inference::executor::StartError;
 use inference::placement::PlacementError;
 use registry::RegistryError;
+use registry::flags::FlagError;
 use registry::log::LogError;
 use registry::model::ArtifactError;
 use tonic::{Code, Status};
@@ -152,6 +153,9 @@ impl From<RegistryError> for Failure {
                     | R::UnknownDataset { .. } => Kind::Unknown,
                     R::MetricNotFinite { .. } | R::Incomplete { .. } | R::KeyCount { .. } => Kind::Invalid,
                     R::OtherSalt => Kind::Unavailable,
+                    R::Flag(FlagError::Unknown { .. }) => Kind::Unknown,
+                    R::Flag(FlagError::Unfit { .. } | FlagError::Holdout { .. }) => Kind::Invalid,
+                    R::Flag(_) => Kind::Precondition,
                     R::ChangesStopped(_)
                     | R::UnknownService { .. }
                     | R::OtherService { .. }
@@ -159,7 +163,6 @@ impl From<RegistryError> for Failure {
                     | R::OtherDigest { .. }
                     | R::NotForgotten { .. }
                     | R::Deployment(_)
-                    | R::Flag(_)
                     | R::DatasetTaken { .. } => Kind::Precondition,
                 };
                 Failure::new(kind, refusal.to_string())

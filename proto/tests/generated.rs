@@ -6,7 +6,8 @@ use std::path::Path;
 #[test]
 fn generated_code_is_fresh() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let files = ["types", "gateway", "ingest", "control", "flight"].map(|name| format!("coeval/v1/{name}.proto"));
+    let files =
+        ["types", "flags", "gateway", "ingest", "control", "flight"].map(|name| format!("coeval/v1/{name}.proto"));
     let descriptors = protox::compile(files, [root.join("proto")]).expect("the .proto files compile");
     let out = tempfile::tempdir().expect("a temporary folder");
     let descriptor_path = out.path().join("descriptors.bin");

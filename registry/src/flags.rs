@@ -21,6 +21,8 @@ use crate::state::Fact;
 pub const FLAGS_MAX: usize = 1_000;
 /// Variants, rules and slices of one flag.
 pub const PARTS_MAX: usize = 64;
+/// Rules of one project that split units: each takes 20 kB of every process that evaluates.
+pub const SPLITS_MAX: usize = 2_000;
 /// Of one flag, as JSON.
 pub const FLAG_BYTES_MAX: usize = 64 << 10;
 
@@ -140,6 +142,10 @@ pub enum FlagError {
     LosesUnits { flag: FlagName, variant: String },
     #[error("the project has {FLAGS_MAX} flags, as many as it may; remove one that nobody asks for")]
     TooMany,
+    #[error(
+        "the flags of the project split units {SPLITS_MAX} times, as often as they may; remove a split that is over"
+    )]
+    TooManySplits,
     #[error("a holdout of {buckets} of {BUCKETS} buckets cannot be: {problem}")]
     Holdout { buckets: u16, problem: &'static str },
 }
@@ -155,7 +161,7 @@ impl Flag {
             return unfit(format!("it has {bytes} bytes, more than {FLAG_BYTES_MAX}"));
         }
         if let Some((variant, value)) = self.variants.iter().find(|(_, value)| !self.kind.holds(value)) {
-            return unfit(format!("variant `{variant}` is {value}, which is no {:?}", self.kind));
+            return unfit(format!("variant `{variant}` is {value}, which is no {}", self.kind.name()));
         }
         let known = |variant: &String| {
             if self.variants.contains_key(variant) {
@@ -181,6 +187,10 @@ impl Flag {
             }
         }
         Ok(())
+    }
+
+    fn splits(&self) -> usize {
+        self.rules.iter().filter(|rule| matches!(rule.then, Then::Split(_))).count()
     }
 
     /// The variant that would lose places if this flag became `next`.
@@ -209,7 +219,25 @@ impl Flag {
 }
 
 impl Kind {
-    fn holds(self, value: &Value) -> bool {
+    pub const ALL: [Kind; 5] = [Kind::Boolean, Kind::String, Kind::Integer, Kind::Float, Kind::Object];
+
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Boolean => "boolean",
+            Kind::String => "string",
+            Kind::Integer => "integer",
+            Kind::Float => "float",
+            Kind::Object => "object",
+        }
+    }
+
+    pub fn of_name(name: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// Whether a value is of the kind.
+    pub fn holds(self, value: &Value) -> bool {
         match self {
             Kind::Boolean => value.is_boolean(),
             Kind::String => value.is_string(),
@@ -266,6 +294,11 @@ impl Flags {
                 if found.is_none() && self.flags.len() >= FLAGS_MAX {
                     return Err(FlagError::TooMany);
                 }
+                let others = self.flags.values().filter(|record| record.flag.name != flag.name);
+                let splits = others.map(|record| record.flag.splits()).sum::<usize>();
+                if flag.splits() > 0 && splits + flag.splits() > SPLITS_MAX {
+                    return Err(FlagError::TooManySplits);
+                }
                 if !reshuffle && let Some(variant) = found.and_then(|record| record.flag.loses(flag)) {
                     return Err(FlagError::LosesUnits { flag: flag.name.clone(), variant });
                 }
@@ -316,6 +349,35 @@ impl Flags {
     pub(crate) fn fold_holdout(&mut self, holdout: Holdout, fact: Fact) -> Option<()> {
         self.holdout = Some((holdout, fact));
         Some(())
+    }
+}
+
+impl Reason {
+    pub const ALL: [Reason; 5] =
+        [Reason::TargetingMatch, Reason::Split, Reason::Default, Reason::Disabled, Reason::Error];
+
+    /// As OpenFeature writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::TargetingMatch => "TARGETING_MATCH",
+            Reason::Split => "SPLIT",
+            Reason::Default => "DEFAULT",
+            Reason::Disabled => "DISABLED",
+            Reason::Error => "ERROR",
+        }
+    }
+}
+
+impl ErrorCode {
+    /// As OpenFeature writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            ErrorCode::FlagNotFound => "FLAG_NOT_FOUND",
+            ErrorCode::ParseError => "PARSE_ERROR",
+            ErrorCode::TypeMismatch => "TYPE_MISMATCH",
+            ErrorCode::TargetingKeyMissing => "TARGETING_KEY_MISSING",
+            ErrorCode::General => "GENERAL",
+        }
     }
 }
 
@@ -378,6 +440,10 @@ impl CompiledFlag {
         CompiledFlag { record: record.clone(), ramps: record.flag.rules.iter().map(ramp).collect() }
     }
 
+    pub fn record(&self) -> &FlagRecord {
+        &self.record
+    }
+
     /// What a unit gets. `holds` evaluates a condition; a condition that cannot be evaluated decides nothing and is told.
     pub fn evaluate(
         &self,
@@ -396,7 +462,7 @@ impl CompiledFlag {
         };
         // An integer is a float too.
         if flag.kind != kind && !(flag.kind == Kind::Integer && kind == Kind::Float) {
-            let text = format!("flag `{}` is of type {:?}, not {kind:?}", flag.name, flag.kind);
+            let text = format!("flag `{}` is of type {}, not {}", flag.name, flag.kind.name(), kind.name());
             return failed(ErrorCode::TypeMismatch, text);
         }
         let answer = |variant: &str, reason: Reason| match flag.variants.get_key_value(variant) {

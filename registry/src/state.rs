@@ -590,6 +590,16 @@ pub(crate) fn catalog_of(entry: &Entry) -> Result<Option<Catalog>, FoldError> {
     if entry.kind == kind::APPLY { body(entry).map(Some) } else { Ok(None) }
 }
 
+/// What an entry did to flags; None for entries about something else.
+pub fn flag_change_of(entry: &Entry) -> Result<Option<FlagChange>, FoldError> {
+    Ok(match entry.kind.as_str() {
+        kind::FLAG_SET => Some(FlagChange::Set(body(entry)?)),
+        kind::FLAG_REMOVE => Some(FlagChange::Remove(body(entry)?)),
+        kind::HOLDOUT_SET => Some(FlagChange::Holdout(body(entry)?)),
+        _ => None,
+    })
+}
+
 fn fact(entry: &Entry) -> Fact {
     Fact { entry: entry.number, at: entry.at, who: entry.who.clone(), why: entry.why.clone() }
 }

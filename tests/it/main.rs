@@ -3,6 +3,7 @@
 mod audit;
 mod drift;
 mod faults;
+mod flags;
 mod fleet;
 mod forget;
 mod model_faults;

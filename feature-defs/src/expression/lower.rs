@@ -23,7 +23,9 @@ use datafusion_sql::sqlparser::tokenizer::{Location, Span, Token, Tokenizer};
 use super::arithmetic::{self, Operation};
 use super::call::{Argument, Body, Call, run};
 use super::choose::Choose;
-use super::{ColumnRef, Compiled, Environment, ErrorKind, ExpressionError, compare, convert, text, time, vector};
+use super::{
+    ColumnRef, Compiled, Environment, ErrorKind, ExpressionError, Undeclared, compare, convert, text, time, vector,
+};
 use crate::value::Type;
 
 /// No hand-written feature comes near; a generated one should be a vocabulary or a join.
@@ -79,6 +81,7 @@ fn compile_here(text: &str, environment: &Environment, declared: Option<&Type>) 
         value_type,
         schema: lowering.schema(),
         columns: lowering.columns,
+        undeclared: lowering.undeclared,
         vocabularies: lowering.vocabularies,
         root: typed.expr,
         canonical_text: typed.text,
@@ -104,6 +107,7 @@ pub(super) struct Lowering<'a> {
     lines: Vec<usize>,
     columns: Vec<ColumnRef>,
     fields: Vec<Field>,
+    undeclared: Vec<ColumnRef>,
     pub vocabularies: Vec<String>,
     depth: usize,
     /// The last place that was resolved, for constructs the parser gives no place.
@@ -176,6 +180,7 @@ impl<'a> Lowering<'a> {
             lines: std::iter::once(0).chain(newlines).collect(),
             columns: Vec::new(),
             fields: Vec::new(),
+            undeclared: Vec::new(),
             vocabularies: Vec::new(),
             depth: 0,
             here: (0, source.len()),
@@ -646,12 +651,30 @@ impl<'a> Lowering<'a> {
             None => self.column(None, names[0], spans[0]).map(|x| (x, 1)),
         };
         let Some((mut typed, used)) = found else {
-            return Err(self.unknown_column(&names, &spans, whole));
+            return self.undeclared(&names, whole).ok_or_else(|| self.unknown_column(&names, &spans, whole));
         };
         for (name, span) in names.iter().zip(&spans).skip(used) {
             typed = self.lower_field(typed, name, *span)?;
         }
         Ok(typed)
+    }
+
+    /// The null that a name stands for where names need no declaration.
+    fn undeclared(&mut self, names: &[&str], span: (usize, usize)) -> Option<Typed> {
+        let is_hidden = |name: &&str| *name == super::AT_COLUMN || *name == super::EVENT_TIME_COLUMN;
+        if self.environment.undeclared == Undeclared::Mistake || names.iter().any(is_hidden) {
+            return None;
+        }
+        let (relation, name, text) = match names {
+            [name] => (None, *name, quote(name)),
+            [relation, name] => (Some((*relation).to_string()), *name, format!("{}.{}", quote(relation), quote(name))),
+            _ => return None,
+        };
+        let reference = ColumnRef { relation, name: name.to_string() };
+        if !self.undeclared.contains(&reference) {
+            self.undeclared.push(reference);
+        }
+        Some(self.literal(ScalarValue::Null, span, text))
     }
 
     fn unknown_column(&self, names: &[&str], spans: &[(usize, usize)], whole: (usize, usize)) -> ExpressionError {

@@ -1034,3 +1034,28 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn names_without_a_schema_are_null_and_listed() {
+    let declared = environment();
+    let mut environment = declared.clone();
+    environment.undeclared_is_null();
+    #[track_caller]
+    fn check(environment: &Environment, text: &str, undeclared: &[&str]) {
+        let compiled = Expression::compile(text, environment, Some(&Type::Bool)).unwrap();
+        let found: Vec<String> = compiled.undeclared().iter().map(ColumnRef::to_string).collect();
+        assert_eq!(found, undeclared, "{text}");
+    }
+    check(&environment, "country = 'DE' AND account.age >= 18 AND country <> 'x'", &["country", "account.age"]);
+    check(&environment, "s = nowhere", &["nowhere"]);
+    check(&environment, "upper(country) IN ('DE', 'AT') OR substr(s, k) = plan", &["country", "plan"]);
+    check(&environment, "hash_bucket(unit, 10) < 3 AND weather.temp > 1", &["unit"]);
+    check(&environment, "s = 'a'", &[]);
+    let error = |text: &str| Expression::compile(text, &environment, Some(&Type::Bool)).unwrap_err().kind;
+    assert_eq!(error("a.b.c = 1"), ErrorKind::UnknownColumn);
+    assert_eq!(error("weather.__event_time > ts"), ErrorKind::UnknownColumn);
+    assert_eq!(error("nothing(country)"), ErrorKind::UnknownFunction);
+    assert_eq!(error("country + 1"), ErrorKind::Type);
+    // As before where names have to be declared.
+    assert!(Expression::compile("country = 'DE'", &declared, None).is_err());
+}

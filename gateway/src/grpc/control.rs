@@ -230,6 +230,45 @@ impl ControlService for Control {
         Ok(Response::new(labels::quality(&self.gateway, request.into_inner()).await?))
     }
 
+    async fn list_flags(
+        &self,
+        request: Request<v1::ListFlagsRequest>,
+    ) -> Result<Response<v1::ListFlagsResponse>, Status> {
+        Ok(Response::new(self.gateway.list_flags(request.into_inner()).await?))
+    }
+
+    async fn set_flag(&self, request: Request<v1::SetFlagRequest>) -> Result<Response<v1::SetFlagResponse>, Status> {
+        Ok(Response::new(self.gateway.set_flag(request.get_ref()).await?))
+    }
+
+    async fn remove_flag(
+        &self,
+        request: Request<v1::RemoveFlagRequest>,
+    ) -> Result<Response<v1::RemoveFlagResponse>, Status> {
+        Ok(Response::new(self.gateway.remove_flag(request.get_ref()).await?))
+    }
+
+    async fn set_holdout(
+        &self,
+        request: Request<v1::SetHoldoutRequest>,
+    ) -> Result<Response<v1::SetHoldoutResponse>, Status> {
+        Ok(Response::new(self.gateway.set_holdout(request.get_ref()).await?))
+    }
+
+    async fn get_flag_history(
+        &self,
+        request: Request<v1::GetFlagHistoryRequest>,
+    ) -> Result<Response<v1::GetFlagHistoryResponse>, Status> {
+        Ok(Response::new(self.gateway.flag_history(request.get_ref()).await?))
+    }
+
+    async fn get_flag_exposures(
+        &self,
+        request: Request<v1::GetFlagExposuresRequest>,
+    ) -> Result<Response<v1::GetFlagExposuresResponse>, Status> {
+        Ok(Response::new(self.gateway.flag_exposures(request.get_ref()).await?))
+    }
+
     type ForgetStream = Pin<Box<dyn Stream<Item = Result<v1::ForgetProgress, Status>> + Send>>;
 
     async fn forget(&self, request: Request<v1::ForgetRequest>) -> Result<Response<Self::ForgetStream>, Status> {

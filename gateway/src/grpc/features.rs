@@ -124,4 +124,11 @@ impl Methods for Generated {
     async fn predict(&self, request: Request<v1::PredictRequest>) -> Result<Response<v1::PredictResponse>, Status> {
         Ok(Response::new(self.gateway.predict(request.into_inner()).await?))
     }
+
+    async fn evaluate_flags(
+        &self,
+        request: Request<v1::EvaluateFlagsRequest>,
+    ) -> Result<Response<v1::EvaluateFlagsResponse>, Status> {
+        Ok(Response::new(self.gateway.evaluate_flags(request.get_ref())?))
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use drift::sequential::judge::Decision;
 use feature_defs::plan::ModelPlan;
+use offline_store::rollout::rows::VersionOf;
 use proto::v1;
 use proto::v1::change_rollout_request::Change as Asked;
 use registry::assignment::{BUCKETS, Range, Traffic};
@@ -21,7 +22,9 @@ use registry::{Outcome, Receipt};
 use serde_json::json;
 use uuid::Uuid;
 
+use super::holdout::{self, Evaluation, HoldoutAsked};
 use super::policy::{self, Pinned};
+use super::traffic::{self, TrafficAsked};
 use super::{judging, report};
 use crate::answer::Gateway;
 use crate::deploy::{self, all_have, asked, named, version_named};
@@ -138,13 +141,18 @@ pub async fn begin(
         return Ok(v1::BeginRolloutResponse { rollout, existed, report: told(gateway, &name).await? });
     }
     let compared = compared(gateway, model, *version)?;
-    let (pinned, notes) = pinned(gateway, &compared.plan, &BTreeMap::new())?;
-    let stage = stage(request, &pinned)?;
+    let (draft, _) = pinned(gateway, &compared.plan, &BTreeMap::new())?;
+    let stage = stage(request, &draft)?;
+    let evaluation = evaluated(gateway, request, &compared, &draft).await?;
+    // What the champion's metrics are about is best known from rows that it has scored.
+    let centres = evaluation.as_ref().and_then(|evaluation| evaluation.champion.as_ref());
+    let centres = centres.map(|champion| champion.success.clone()).unwrap_or_default();
+    let (pinned, notes) = pinned(gateway, &compared.plan, &centres)?;
     all_have(gateway, &key).await?;
     let state = gateway.registry.state();
     let policy = serde_json::to_string_pretty(&pinned)
         .map_err(|error| Failure::internal("the policy could not be written", &error))?;
-    let traffic = traffic(request, model)?;
+    let traffic = buckets(request, model)?;
     let reasons = vec![format!("begun by hand{}", asked.why.map_or_else(String::new, |why| format!(": {why}")))];
     let begin = Begin {
         model: name.clone(),
@@ -154,12 +162,55 @@ pub async fn begin(
         policy,
         traffic,
         stage,
-        evidence: Evidence { judged_on: state.head, reasons, numbers: json!({ "notes": notes }) },
+        evidence: Evidence {
+            judged_on: state.head,
+            reasons,
+            numbers: json!({ "notes": notes, "evaluation": evaluation }),
+        },
     };
     let receipt = submit(gateway, RolloutChange::Begin(Box::new(begin)), asked.who, asked.why).await?;
     tracing::info!(%model, version, who, entry = %receipt.entry, "a rollout begins: {stage}");
     let existed = receipt.outcome == Outcome::AlreadySo;
     Ok(v1::BeginRolloutResponse { rollout: receipt.entry.0, existed, report: told(gateway, &name).await? })
+}
+
+/// Both versions on rows whose labels are known. A version that is shown to be worse there is not begun with.
+async fn evaluated(
+    gateway: &Gateway,
+    request: &v1::BeginRolloutRequest,
+    compared: &Compared,
+    pinned: &Pinned,
+) -> Result<Option<Evaluation>, Failure> {
+    let model = &request.model;
+    if request.dataset.is_empty() {
+        if request.skip_evaluation || compared.plan.label.is_none() {
+            return Ok(None);
+        }
+        let text = format!(
+            "model `{model}` declares a label, so both versions can be held against a dataset first: name one with `--dataset`, or say `--without-evaluation`"
+        );
+        return Err(Failure::new(Kind::Precondition, text));
+    }
+    let asked = HoldoutAsked {
+        model: model.clone(),
+        champion: Some(compared.champion.version),
+        challenger: compared.challenger.version,
+        dataset: request.dataset.clone(),
+        policy: pinned.policy.clone(),
+        unit: pinned.unit.iter().map(|column| column.name.clone()).collect(),
+    };
+    let evaluation = holdout::evaluate(gateway, &asked).await;
+    let evaluation = evaluation.map_err(|problem| Failure::new(Kind::Precondition, problem))?;
+    if evaluation.worse {
+        let text = format!(
+            "version {} of model `{model}` is worse than the champion on dataset `{}`, so its rollout is not begun: {}",
+            request.version,
+            request.dataset,
+            evaluation.text.join("; ")
+        );
+        return Err(Failure::new(Kind::Precondition, text));
+    }
+    Ok(Some(evaluation))
 }
 
 /// Where a rollout begins.
@@ -192,7 +243,7 @@ fn stage(request: &v1::BeginRolloutRequest, pinned: &Pinned) -> Result<Stage, Fa
     }
 }
 
-fn traffic(request: &v1::BeginRolloutRequest, model: &str) -> Result<Traffic, Failure> {
+fn buckets(request: &v1::BeginRolloutRequest, model: &str) -> Result<Traffic, Failure> {
     let layer = if request.layer.is_empty() { model.to_owned() } else { request.layer.clone() };
     let range = match (request.from_bucket, request.to_bucket) {
         (0, 0) => Range::ALL,
@@ -335,15 +386,24 @@ pub async fn plan(
 ) -> Result<v1::PlanRolloutResponse, Failure> {
     gateway.check_project(&request.project)?;
     let compared = compared(gateway, &request.model, request.version)?;
-    let (pinned, notes) = pinned(gateway, &compared.plan, &BTreeMap::new())?;
-    let traffic = drift::sequential::plan::Traffic::default();
-    let plan = drift::sequential::plan::plan(&pinned.policy, &traffic);
+    let (pinned, mut notes) = pinned(gateway, &compared.plan, &BTreeMap::new())?;
+    let asked = TrafficAsked {
+        champion: VersionOf { number: compared.champion.version, plan: compared.champion.plan.clone() },
+        policy: pinned.policy.clone(),
+        unit: pinned.unit.iter().map(|column| column.name.clone()).collect(),
+        window: pinned.window_us,
+        evaluation: None,
+    };
+    let found = traffic::traffic(gateway, asked).await;
+    let found = found.map_err(|problem| Failure::new(Kind::Unavailable, problem))?;
+    notes.extend(found.notes);
+    let plan = drift::sequential::plan::plan(&pinned.policy, &found.traffic);
     let report = json!({
         "model": request.model,
         "version": request.version,
         "champion": compared.champion.version,
         "plan": plan,
-        "traffic": traffic,
+        "traffic": found.traffic,
         "policy": pinned,
         "notes": notes,
     });

@@ -3,23 +3,27 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use drift::sequential::evidence::{CanaryEvidence, DriftEvidence, FirstBad, ShadowEvidence, StepEvidence};
+use drift::sequential::evidence::{CanaryEvidence, DriftEvidence, ShadowEvidence, StepEvidence};
 use drift::sequential::tally::Counts;
 use feature_defs::time::Micros;
+use offline_store::rollout::units::Progress;
 use registry::rollout::{Rollout, Stage};
 
 use super::counts::Merged;
+use super::skew;
 use super::trial::Trial;
 
 /// What is found out beside requests. It is looked for again only after a while, since it reads logs.
 #[derive(Debug, Clone, Default)]
 pub struct Found {
-    pub audited_rows: u64,
-    pub skew_rows: u64,
-    pub first_bad: Option<FirstBad>,
+    /// Rows that were replayed.
+    pub skew: skew::Known,
+    /// There is more to replay than one look takes.
+    pub is_behind: bool,
     pub drift: DriftEvidence,
     /// Success metrics of units whose labels have come.
     pub losses: Arc<Counts>,
+    pub progress: Vec<Progress>,
     /// What could not be found out, and why.
     pub problems: Vec<String>,
 }
@@ -88,9 +92,9 @@ pub fn shadow(times: &Times<'_>, rollout: &Rollout, found: &Found) -> ShadowEvid
         begun_us: times.begun(trial.staged.0),
         rows: merged.beside.rows,
         shed: merged.beside.shed,
-        audited_rows: found.audited_rows,
-        skew_rows: found.skew_rows,
-        first_bad: found.first_bad.clone(),
+        audited_rows: found.skew.audited_rows,
+        skew_rows: found.skew.skew_rows,
+        first_bad: found.skew.first_bad.clone(),
         drift: DriftEvidence { acknowledged, ..found.drift.clone() },
         broken: merged.beside.broken.clone(),
         ..ShadowEvidence::default()

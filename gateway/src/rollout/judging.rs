@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use drift::sequential::judge::{self, Criterion, Decision, Judgement, Verdict};
 use feature_defs::catalog::RequestTime;
 use feature_defs::time::Micros;
+use offline_store::rollout::rows::{self, StageKind, VersionOf};
+use offline_store::rollout::units::Progress;
 use registry::assignment::Homes;
 use registry::deployment::DeploymentChange;
 use registry::id::{EntryNumber, ModelName, ModelVersion};
@@ -21,12 +23,14 @@ use registry::state::Change;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
-use super::Rollouts;
 use super::counting::Counted;
 use super::counts::{self, Merged};
+use super::drifted::drift_evidence;
 use super::evidence::{self, Due, Found, Times};
+use super::losses::{LossesAsked, losses};
 use super::policy::KEEP_PREVIOUS;
-use super::trial::Trial;
+use super::trial::{SHADOW, Trial};
+use super::{Rollouts, skew};
 use crate::answer::Gateway;
 use crate::deploy;
 use crate::status::chain;
@@ -35,6 +39,8 @@ use crate::status::chain;
 const LOOK: Duration = Duration::from_secs(2);
 /// Counts are written within this, or the look counts as failed.
 const STORE_WITHIN: Duration = Duration::from_secs(20);
+/// Clocks of gateways differ by less.
+const CLOCKS_DIFFER: Micros = 10_000_000;
 /// Between looks at champions of before that are kept long enough.
 const RETIRE: Duration = Duration::from_secs(60);
 /// Who the log names for what follows from the criteria.
@@ -56,6 +62,8 @@ pub struct Judged {
     pub lives: usize,
     /// Units whose windows are open here.
     pub open_windows: usize,
+    /// How far the metrics are that need labels.
+    pub labels: Vec<Progress>,
     pub problems: Vec<String>,
     #[serde(skip)]
     decision: Decision,
@@ -182,16 +190,75 @@ async fn find_out(gateway: &Arc<Gateway>, trial: &Arc<Trial>, merged: &Merged) -
     let started = Instant::now();
     let now = now(gateway, merged.beside.newest());
     let times = Times { trial, merged, by_rows: gateway.request_time == RequestTime::Allowed, now };
-    let from = times.begun(trial.stages.first().map_or(trial.staged.0, |(_, entry, _)| entry.0));
-    let found = find(gateway, trial, from, now, before).await;
-    let due = Some(Due::after(started.elapsed()));
+    let found = find(gateway, trial, &times, before).await;
+    let due = Some(if found.is_behind { Due::now() } else { Due::after(started.elapsed()) });
     beside.found.insert(trial.rollout, (trial.staged, found.clone(), due));
     found
 }
 
-/// What the logs say of the rollout so far.
-async fn find(_: &Arc<Gateway>, _: &Arc<Trial>, _: Micros, _: Micros, before: Found) -> Found {
-    before
+/// What the logs say of the rollout so far. What cannot be found out is told, and leaves what was known before.
+async fn find(gateway: &Arc<Gateway>, trial: &Arc<Trial>, times: &Times<'_>, before: Found) -> Found {
+    let mut found = Found { problems: Vec::new(), ..before };
+    let served = gateway.served();
+    let (Some(challenger), Ok(champion), Ok(plan)) =
+        (&trial.challenger, served.model(&trial.model, trial.champion), served.plan())
+    else {
+        found.problems.push("both versions have to be loaded here to look into the log".to_owned());
+        return found;
+    };
+    let clock = (gateway.clock)();
+    let logged_from = trial.stages.first().map_or(clock, |(.., at)| *at).saturating_sub(CLOCKS_DIFFER);
+    if trial.is_shadow() {
+        let versions = [(trial.version, challenger.plan.clone()), (trial.champion, champion.plan.clone())];
+        let asked = skew::Asked {
+            service: challenger.plan.service.clone(),
+            model: trial.model.to_string(),
+            versions: versions.into(),
+            logged_from,
+        };
+        match skew::skew(gateway, plan, &asked, &found.skew).await {
+            Ok(more) => {
+                found.is_behind = more.is_behind;
+                found.skew.add(more);
+            }
+            Err(problem) => found.problems.push(format!("served rows could not be replayed: {problem}")),
+        }
+        let of = (&*trial.model, trial.version);
+        let drifted = drift_evidence(gateway, of, SHADOW, (logged_from, clock), Vec::new()).await;
+        found.drift = drifted.evidence;
+        found.problems.extend(drifted.notes);
+    }
+    let policy = &trial.pinned().policy;
+    if policy.canary.as_ref().is_some_and(|canary| !canary.success.is_empty()) {
+        let stage = |(stage, entry, _): &(Stage, EntryNumber, Micros)| rows::Stage {
+            entry: entry.0,
+            from: times.begun(entry.0),
+            kind: match stage {
+                Stage::Shadow => StageKind::Shadow,
+                Stage::Canary { share, .. } => StageKind::Canary(*share),
+            },
+        };
+        let asked = LossesAsked {
+            policy: policy.clone(),
+            champion: VersionOf { number: trial.champion, plan: champion.plan.clone() },
+            challenger: VersionOf { number: trial.version, plan: challenger.plan.clone() },
+            unit: trial.pinned().unit.iter().map(|column| column.name.clone()).collect(),
+            ramp: (*trial.prepared.ramp).clone(),
+            stages: trial.stages.iter().map(stage).collect(),
+            window: trial.pinned().window_us,
+            logged_from,
+            now: times.now,
+        };
+        match losses(gateway, asked).await {
+            Ok(losses) => {
+                found.progress = losses.metrics;
+                found.problems.extend(losses.notes);
+                found.losses = Arc::new(losses.counts);
+            }
+            Err(problem) => found.problems.push(format!("labels could not be joined: {problem}")),
+        }
+    }
+    found
 }
 
 fn judged(gateway: &Gateway, trial: &Trial, merged: &Merged, found: &Found) -> Option<Judged> {
@@ -223,6 +290,7 @@ fn judged(gateway: &Gateway, trial: &Trial, merged: &Merged, found: &Found) -> O
         evidence: evidence.unwrap_or_default(),
         lives: merged.lives,
         open_windows: open,
+        labels: found.progress.clone(),
         problems: found.problems.clone(),
     })
 }

@@ -22,6 +22,8 @@ use crate::EngineOptions;
 use crate::history::Positioned;
 use crate::serving_log::{FORMAT, FileName, Header, LogSchema, Place, encode};
 
+mod skew;
+
 const DEFINITIONS: &str = r#"
 entities:
   - {name: site, keys: [{name: site, type: string}]}

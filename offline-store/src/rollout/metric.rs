@@ -132,7 +132,8 @@ impl Outcome {
         }
     }
 
-    pub(super) fn scaled(&self, value: f64) -> f64 {
+    /// A value of the metric on the scale from 0 to 1 that is counted.
+    pub fn scaled(&self, value: f64) -> f64 {
         match self {
             Outcome::Labelled { worst, .. } if value.is_nan() => *worst,
             Outcome::Labelled { scale: Some(success), .. } => success.scaled(value),

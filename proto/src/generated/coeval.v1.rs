@@ -234,6 +234,277 @@ impl UnavailableReason {
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EvaluateFlagsRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    /// Empty: all flags of the project.
+    #[prost(message, repeated, tag = "2")]
+    pub flags: ::prost::alloc::vec::Vec<FlagQuestion>,
+    /// The unit that splits go by. It may be empty, which is another unit than none.
+    #[prost(string, optional, tag = "3")]
+    pub targeting_key: ::core::option::Option<::prost::alloc::string::String>,
+    /// What conditions read: a JSON object. Empty: none. An attribute that is missing is null.
+    #[prost(string, tag = "4")]
+    pub context: ::prost::alloc::string::String,
+    #[prost(enumeration = "Exposures", tag = "5")]
+    pub exposures: i32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlagQuestion {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// `boolean`, `string`, `integer`, `float` or `object`; a flag of another type is an error. Empty: whatever it is.
+    #[prost(string, tag = "2")]
+    pub r#type: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EvaluateFlagsResponse {
+    /// In the order of the question; all flags in the order of their names.
+    #[prost(message, repeated, tag = "1")]
+    pub flags: ::prost::alloc::vec::Vec<FlagValue>,
+    /// The last entry of the control log that this gateway had followed.
+    #[prost(uint64, tag = "2")]
+    pub control_head: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlagValue {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// As JSON. Empty after an error: whoever asks has a default of its own.
+    #[prost(string, tag = "2")]
+    pub value: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub variant: ::prost::alloc::string::String,
+    /// OpenFeature's: `TARGETING_MATCH`, `SPLIT`, `DEFAULT`, `DISABLED` or `ERROR`.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+    /// OpenFeature's, empty where there is no error: `FLAG_NOT_FOUND`, `PARSE_ERROR`, `TYPE_MISMATCH`, `TARGETING_KEY_MISSING` or
+    /// `GENERAL`.
+    #[prost(string, tag = "5")]
+    pub error_code: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub error_message: ::prost::alloc::string::String,
+    /// The entry of the control log that made the flag so; 0 for a flag that does not exist.
+    #[prost(uint64, tag = "7")]
+    pub entry: u64,
+    /// As in the question.
+    #[prost(string, tag = "8")]
+    pub r#type: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListFlagsRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    /// Empty: all.
+    #[prost(string, repeated, tag = "2")]
+    pub names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListFlagsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub flags: ::prost::alloc::vec::Vec<FlagInfo>,
+    /// None where no unit is held out.
+    #[prost(message, optional, tag = "2")]
+    pub holdout: ::core::option::Option<HoldoutInfo>,
+    #[prost(uint64, tag = "3")]
+    pub control_head: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FlagInfo {
+    /// The whole flag as JSON, as SetFlag takes it.
+    #[prost(string, tag = "1")]
+    pub flag: ::prost::alloc::string::String,
+    /// What made it so.
+    #[prost(uint64, tag = "2")]
+    pub entry: u64,
+    #[prost(string, tag = "3")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub why: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub at: ::prost::alloc::string::String,
+    /// What its conditions read.
+    #[prost(message, repeated, tag = "6")]
+    pub attributes: ::prost::alloc::vec::Vec<FlagAttribute>,
+    /// Conditions that this build cannot evaluate, and why.
+    #[prost(string, repeated, tag = "7")]
+    pub problems: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlagAttribute {
+    /// `name`, or `object.name` for a field of an object.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// What values may be: `string`, `number`, `integer`, `bool`, `timestamp`. Others are null to the condition.
+    #[prost(string, repeated, tag = "2")]
+    pub types: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HoldoutInfo {
+    /// Of 10,000.
+    #[prost(uint32, tag = "1")]
+    pub buckets: u32,
+    #[prost(uint64, tag = "2")]
+    pub entry: u64,
+    #[prost(string, tag = "3")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub why: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub at: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetFlagRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    /// The whole flag as JSON.
+    #[prost(string, tag = "2")]
+    pub flag: ::prost::alloc::string::String,
+    /// The entry that made the flag what it was when this change was thought of; 0 for a new flag.
+    #[prost(uint64, tag = "3")]
+    pub after: u64,
+    /// Whether units may lose the variant that a split gave them.
+    #[prost(bool, tag = "4")]
+    pub reshuffle: bool,
+    /// For the audit trail; both are required.
+    #[prost(string, tag = "5")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SetFlagResponse {
+    #[prost(uint64, tag = "1")]
+    pub control_entry: u64,
+    /// The flag was so already.
+    #[prost(bool, tag = "2")]
+    pub existed: bool,
+    #[prost(message, repeated, tag = "3")]
+    pub attributes: ::prost::alloc::vec::Vec<FlagAttribute>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveFlagRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub after: u64,
+    #[prost(string, tag = "4")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveFlagResponse {
+    #[prost(uint64, tag = "1")]
+    pub control_entry: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetHoldoutRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    /// Of 10,000. More only adds units, fewer only gives units back.
+    #[prost(uint32, tag = "2")]
+    pub buckets: u32,
+    #[prost(string, tag = "3")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetHoldoutResponse {
+    #[prost(uint64, tag = "1")]
+    pub control_entry: u64,
+    #[prost(bool, tag = "2")]
+    pub existed: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetFlagHistoryRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// 0: as many as there are, within a bound.
+    #[prost(uint32, tag = "3")]
+    pub changes_max: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetFlagHistoryResponse {
+    /// The newest first.
+    #[prost(message, repeated, tag = "1")]
+    pub changes: ::prost::alloc::vec::Vec<FlagChange>,
+    /// Older changes were left out.
+    #[prost(bool, tag = "2")]
+    pub truncated: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlagChange {
+    #[prost(uint64, tag = "1")]
+    pub entry: u64,
+    #[prost(string, tag = "2")]
+    pub at: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub who: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub why: ::prost::alloc::string::String,
+    /// The whole flag as JSON; empty where it was removed.
+    #[prost(string, tag = "5")]
+    pub flag: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetFlagExposuresRequest {
+    #[prost(string, tag = "1")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// In microseconds; whole hours are read.
+    #[prost(int64, tag = "3")]
+    pub from: i64,
+    #[prost(int64, tag = "4")]
+    pub to: i64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetFlagExposuresResponse {
+    /// JSON: `entries`, by the entry that made the flag so and by variant {`units`, `evaluations`}; `torn_units`, which had more than
+    /// one variant under one entry; `objects` and `damaged`, what was read and what could not be.
+    #[prost(string, tag = "1")]
+    pub report: ::prost::alloc::string::String,
+}
+/// Whether units that a split gave a variant are written down as exposed to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Exposures {
+    /// As EXPOSURES_LOG.
+    Unspecified = 0,
+    /// The value is used now.
+    Log = 1,
+    /// The value is kept by whoever asks, and may never be used.
+    None = 2,
+}
+impl Exposures {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "EXPOSURES_UNSPECIFIED",
+            Self::Log => "EXPOSURES_LOG",
+            Self::None => "EXPOSURES_NONE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "EXPOSURES_UNSPECIFIED" => Some(Self::Unspecified),
+            "EXPOSURES_LOG" => Some(Self::Log),
+            "EXPOSURES_NONE" => Some(Self::None),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetFeaturesRequest {
     #[prost(string, tag = "1")]
     pub project: ::prost::alloc::string::String,
@@ -625,6 +896,31 @@ pub mod gateway_client {
             req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Gateway", "Predict"));
             self.inner.unary(req, path, codec).await
         }
+        /// The values of feature flags for one unit.
+        pub async fn evaluate_flags(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EvaluateFlagsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EvaluateFlagsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Gateway/EvaluateFlags",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Gateway", "EvaluateFlags"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -653,6 +949,14 @@ pub mod gateway_server {
             &self,
             request: tonic::Request<super::PredictRequest>,
         ) -> std::result::Result<tonic::Response<super::PredictResponse>, tonic::Status>;
+        /// The values of feature flags for one unit.
+        async fn evaluate_flags(
+            &self,
+            request: tonic::Request<super::EvaluateFlagsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EvaluateFlagsResponse>,
+            tonic::Status,
+        >;
     }
     #[derive(Debug)]
     pub struct GatewayServer<T> {
@@ -803,6 +1107,51 @@ pub mod gateway_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = PredictSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Gateway/EvaluateFlags" => {
+                    #[allow(non_camel_case_types)]
+                    struct EvaluateFlagsSvc<T: Gateway>(pub Arc<T>);
+                    impl<
+                        T: Gateway,
+                    > tonic::server::UnaryService<super::EvaluateFlagsRequest>
+                    for EvaluateFlagsSvc<T> {
+                        type Response = super::EvaluateFlagsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::EvaluateFlagsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Gateway>::evaluate_flags(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = EvaluateFlagsSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -2896,6 +3245,155 @@ pub mod control_client {
             req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Control", "Forget"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Feature flags, with what made each as it is.
+        pub async fn list_flags(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListFlagsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListFlagsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/ListFlags",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "ListFlags"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a flag what the request says, whole. Refused when somebody has changed it since, and when units would lose the
+        /// variant that a split gave them.
+        pub async fn set_flag(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetFlagRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetFlagResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/SetFlag",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("coeval.v1.Control", "SetFlag"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn remove_flag(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RemoveFlagRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveFlagResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/RemoveFlag",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "RemoveFlag"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The share of units that no experiment touches.
+        pub async fn set_holdout(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetHoldoutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetHoldoutResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/SetHoldout",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "SetHoldout"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Who changed a flag, when and why.
+        pub async fn get_flag_history(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetFlagHistoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetFlagHistoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/GetFlagHistory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "GetFlagHistory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// How many units each variant of a flag was given to by a split.
+        pub async fn get_flag_exposures(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetFlagExposuresRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetFlagExposuresResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coeval.v1.Control/GetFlagExposures",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coeval.v1.Control", "GetFlagExposures"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3055,6 +3553,51 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::ForgetRequest>,
         ) -> std::result::Result<tonic::Response<Self::ForgetStream>, tonic::Status>;
+        /// Feature flags, with what made each as it is.
+        async fn list_flags(
+            &self,
+            request: tonic::Request<super::ListFlagsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListFlagsResponse>,
+            tonic::Status,
+        >;
+        /// Makes a flag what the request says, whole. Refused when somebody has changed it since, and when units would lose the
+        /// variant that a split gave them.
+        async fn set_flag(
+            &self,
+            request: tonic::Request<super::SetFlagRequest>,
+        ) -> std::result::Result<tonic::Response<super::SetFlagResponse>, tonic::Status>;
+        async fn remove_flag(
+            &self,
+            request: tonic::Request<super::RemoveFlagRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveFlagResponse>,
+            tonic::Status,
+        >;
+        /// The share of units that no experiment touches.
+        async fn set_holdout(
+            &self,
+            request: tonic::Request<super::SetHoldoutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetHoldoutResponse>,
+            tonic::Status,
+        >;
+        /// Who changed a flag, when and why.
+        async fn get_flag_history(
+            &self,
+            request: tonic::Request<super::GetFlagHistoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetFlagHistoryResponse>,
+            tonic::Status,
+        >;
+        /// How many units each variant of a flag was given to by a split.
+        async fn get_flag_exposures(
+            &self,
+            request: tonic::Request<super::GetFlagExposuresRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetFlagExposuresResponse>,
+            tonic::Status,
+        >;
     }
     #[derive(Debug)]
     pub struct ControlServer<T> {
@@ -3978,6 +4521,272 @@ pub mod control_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/ListFlags" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListFlagsSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::ListFlagsRequest>
+                    for ListFlagsSvc<T> {
+                        type Response = super::ListFlagsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListFlagsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::list_flags(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListFlagsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/SetFlag" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetFlagSvc<T: Control>(pub Arc<T>);
+                    impl<T: Control> tonic::server::UnaryService<super::SetFlagRequest>
+                    for SetFlagSvc<T> {
+                        type Response = super::SetFlagResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetFlagRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::set_flag(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetFlagSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/RemoveFlag" => {
+                    #[allow(non_camel_case_types)]
+                    struct RemoveFlagSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::RemoveFlagRequest>
+                    for RemoveFlagSvc<T> {
+                        type Response = super::RemoveFlagResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RemoveFlagRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::remove_flag(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RemoveFlagSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/SetHoldout" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetHoldoutSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::SetHoldoutRequest>
+                    for SetHoldoutSvc<T> {
+                        type Response = super::SetHoldoutResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetHoldoutRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::set_holdout(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetHoldoutSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/GetFlagHistory" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetFlagHistorySvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::GetFlagHistoryRequest>
+                    for GetFlagHistorySvc<T> {
+                        type Response = super::GetFlagHistoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetFlagHistoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_flag_history(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetFlagHistorySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coeval.v1.Control/GetFlagExposures" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetFlagExposuresSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::UnaryService<super::GetFlagExposuresRequest>
+                    for GetFlagExposuresSvc<T> {
+                        type Response = super::GetFlagExposuresResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetFlagExposuresRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Control>::get_flag_exposures(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetFlagExposuresSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

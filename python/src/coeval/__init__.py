@@ -17,6 +17,7 @@ from .errors import (
     ResourceExhausted,
     Unavailable,
 )
+from .flags import FlagValue
 from .golden import Golden
 from .types import (
     Approval,
@@ -57,6 +58,7 @@ __all__ = [
     "Drift",
     "FeatureDrift",
     "Features",
+    "FlagValue",
     "GatewayVersion",
     "Golden",
     "InvalidArgument",

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from . import environment, errors, tables
+from . import flags as _flags
 from ._generated import (
     control_pb2,
     control_pb2_grpc,
@@ -305,6 +306,35 @@ class Client:
             request.at.extend(tables.to_microseconds(at, table.num_rows))
         types = {f.name: f.type for f in service.features} if service else None
         return Predictions(self._call(self._gateway.Predict, request), types)
+
+    def flag(
+        self,
+        name: str,
+        *,
+        unit: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        type: str | None = None,
+        expose: bool = True,
+    ) -> _flags.FlagValue:
+        """What a flag is for one unit. With a `type`, a flag of another one is an error; `expose=False` asks without
+        writing down that the unit was given a variant."""
+        request = _flags.request(self.project, {name: type}, unit, context, expose)
+        return _flags.read(self._call(self._gateway.EvaluateFlags, request).flags[0])
+
+    def flags(
+        self,
+        names: Mapping[str, str | None] | Iterable[str] = (),
+        *,
+        unit: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        expose: bool = True,
+    ) -> dict[str, _flags.FlagValue]:
+        """What some flags, or all, are for one unit, in one call."""
+        if isinstance(names, str):
+            names = [names]
+        request = _flags.request(self.project, names, unit, context, expose)
+        answer = self._call(self._gateway.EvaluateFlags, request)
+        return {value.name: _flags.read(value) for value in answer.flags}
 
     # Events and data.
 

@@ -82,7 +82,7 @@ fn questions_that_cannot_be_answered_say_so() {
         assert_eq!(found, code);
         assert!(told.contains(text), "{told}");
     }
-    check(flag(1), Kind::String, None, ErrorCode::TypeMismatch, "is of type Boolean, not String");
+    check(flag(1), Kind::String, None, ErrorCode::TypeMismatch, "is of type boolean, not string");
     check(flag(1), Kind::Boolean, None, ErrorCode::TargetingKeyMissing, "the question names none");
     let mut broken = flag(1);
     broken.rules[0].when = Some("?".into());
@@ -144,7 +144,7 @@ fn flags_that_cannot_be_are_refused() {
     }
     check(|flag| flag.default = "of".into(), "it has no variant `of` (there are: off, on)");
     check(|flag| flag.variants.clear(), "1 to 64 variants");
-    check(|flag| flag.kind = Kind::Integer, "variant `off` is false, which is no Integer");
+    check(|flag| flag.kind = Kind::Integer, "variant `off` is false, which is no integer");
     check(|flag| flag.rules[0].then = Then::Variant("x".into()), "no variant `x`");
     check(|flag| flag.rules[0].when = Some(" ".into()), "a condition is empty");
     check(|flag| flag.description = Some("x".repeat(FLAG_BYTES_MAX)), "more than 65536");

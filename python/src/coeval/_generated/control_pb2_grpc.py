@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from . import control_pb2 as coeval_dot_v1_dot_control__pb2
+from . import flags_pb2 as coeval_dot_v1_dot_flags__pb2
 from . import rollout_pb2 as coeval_dot_v1_dot_rollout__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -129,6 +130,36 @@ class ControlStub:
                 '/coeval.v1.Control/Forget',
                 request_serializer=coeval_dot_v1_dot_control__pb2.ForgetRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_control__pb2.ForgetProgress.FromString,
+                _registered_method=True)
+        self.ListFlags = channel.unary_unary(
+                '/coeval.v1.Control/ListFlags',
+                request_serializer=coeval_dot_v1_dot_flags__pb2.ListFlagsRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_flags__pb2.ListFlagsResponse.FromString,
+                _registered_method=True)
+        self.SetFlag = channel.unary_unary(
+                '/coeval.v1.Control/SetFlag',
+                request_serializer=coeval_dot_v1_dot_flags__pb2.SetFlagRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_flags__pb2.SetFlagResponse.FromString,
+                _registered_method=True)
+        self.RemoveFlag = channel.unary_unary(
+                '/coeval.v1.Control/RemoveFlag',
+                request_serializer=coeval_dot_v1_dot_flags__pb2.RemoveFlagRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_flags__pb2.RemoveFlagResponse.FromString,
+                _registered_method=True)
+        self.SetHoldout = channel.unary_unary(
+                '/coeval.v1.Control/SetHoldout',
+                request_serializer=coeval_dot_v1_dot_flags__pb2.SetHoldoutRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_flags__pb2.SetHoldoutResponse.FromString,
+                _registered_method=True)
+        self.GetFlagHistory = channel.unary_unary(
+                '/coeval.v1.Control/GetFlagHistory',
+                request_serializer=coeval_dot_v1_dot_flags__pb2.GetFlagHistoryRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_flags__pb2.GetFlagHistoryResponse.FromString,
+                _registered_method=True)
+        self.GetFlagExposures = channel.unary_unary(
+                '/coeval.v1.Control/GetFlagExposures',
+                request_serializer=coeval_dot_v1_dot_flags__pb2.GetFlagExposuresRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_flags__pb2.GetFlagExposuresResponse.FromString,
                 _registered_method=True)
 
 
@@ -266,6 +297,48 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListFlags(self, request, context):
+        """Feature flags, with what made each as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetFlag(self, request, context):
+        """Makes a flag what the request says, whole. Refused when somebody has changed it since, and when units would lose the
+        variant that a split gave them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveFlag(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetHoldout(self, request, context):
+        """The share of units that no experiment touches.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetFlagHistory(self, request, context):
+        """Who changed a flag, when and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetFlagExposures(self, request, context):
+        """How many units each variant of a flag was given to by a split.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -363,6 +436,36 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Forget,
                     request_deserializer=coeval_dot_v1_dot_control__pb2.ForgetRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_control__pb2.ForgetProgress.SerializeToString,
+            ),
+            'ListFlags': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFlags,
+                    request_deserializer=coeval_dot_v1_dot_flags__pb2.ListFlagsRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_flags__pb2.ListFlagsResponse.SerializeToString,
+            ),
+            'SetFlag': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFlag,
+                    request_deserializer=coeval_dot_v1_dot_flags__pb2.SetFlagRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_flags__pb2.SetFlagResponse.SerializeToString,
+            ),
+            'RemoveFlag': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveFlag,
+                    request_deserializer=coeval_dot_v1_dot_flags__pb2.RemoveFlagRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_flags__pb2.RemoveFlagResponse.SerializeToString,
+            ),
+            'SetHoldout': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetHoldout,
+                    request_deserializer=coeval_dot_v1_dot_flags__pb2.SetHoldoutRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_flags__pb2.SetHoldoutResponse.SerializeToString,
+            ),
+            'GetFlagHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFlagHistory,
+                    request_deserializer=coeval_dot_v1_dot_flags__pb2.GetFlagHistoryRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_flags__pb2.GetFlagHistoryResponse.SerializeToString,
+            ),
+            'GetFlagExposures': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFlagExposures,
+                    request_deserializer=coeval_dot_v1_dot_flags__pb2.GetFlagExposuresRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_flags__pb2.GetFlagExposuresResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -878,6 +981,168 @@ class Control:
             '/coeval.v1.Control/Forget',
             coeval_dot_v1_dot_control__pb2.ForgetRequest.SerializeToString,
             coeval_dot_v1_dot_control__pb2.ForgetProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFlags(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/ListFlags',
+            coeval_dot_v1_dot_flags__pb2.ListFlagsRequest.SerializeToString,
+            coeval_dot_v1_dot_flags__pb2.ListFlagsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFlag(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/SetFlag',
+            coeval_dot_v1_dot_flags__pb2.SetFlagRequest.SerializeToString,
+            coeval_dot_v1_dot_flags__pb2.SetFlagResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveFlag(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/RemoveFlag',
+            coeval_dot_v1_dot_flags__pb2.RemoveFlagRequest.SerializeToString,
+            coeval_dot_v1_dot_flags__pb2.RemoveFlagResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetHoldout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/SetHoldout',
+            coeval_dot_v1_dot_flags__pb2.SetHoldoutRequest.SerializeToString,
+            coeval_dot_v1_dot_flags__pb2.SetHoldoutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFlagHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/GetFlagHistory',
+            coeval_dot_v1_dot_flags__pb2.GetFlagHistoryRequest.SerializeToString,
+            coeval_dot_v1_dot_flags__pb2.GetFlagHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFlagExposures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Control/GetFlagExposures',
+            coeval_dot_v1_dot_flags__pb2.GetFlagExposuresRequest.SerializeToString,
+            coeval_dot_v1_dot_flags__pb2.GetFlagExposuresResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,40 +22,41 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from . import flags_pb2 as coeval_dot_v1_dot_flags__pb2
 from . import types_pb2 as coeval_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63oeval/v1/gateway.proto\x12\tcoeval.v1\x1a\x15\x63oeval/v1/types.proto\"\xca\x01\n\x12GetFeaturesRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x11\n\x07service\x18\x02 \x01(\tH\x00\x12*\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x16.coeval.v1.FeatureListH\x00\x12\x1f\n\x04rows\x18\x04 \x03(\x0b\x32\x11.coeval.v1.Column\x12\n\n\x02\x61t\x18\x05 \x03(\x12\x12\x1a\n\x12include_provenance\x18\x06 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\rB\x06\n\x04what\"\x1c\n\x0b\x46\x65\x61tureList\x12\r\n\x05names\x18\x01 \x03(\t\"\xad\x01\n\x13GetFeaturesResponse\x12*\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x18.coeval.v1.FeatureColumn\x12\n\n\x02\x61t\x18\x02 \x03(\x12\x12(\n\x05views\x18\x03 \x03(\x0b\x32\x19.coeval.v1.ViewProvenance\x12\x17\n\x0fsemantic_digest\x18\x04 \x01(\t\x12\r\n\x05stale\x18\x05 \x01(\x08\x12\x0c\n\x04rows\x18\x06 \x01(\r\"\x99\x01\n\rFeatureColumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x06values\x18\x02 \x01(\x0b\x32\x11.coeval.v1.Column\x12(\n\x08statuses\x18\x03 \x03(\x0e\x32\x16.coeval.v1.FieldStatus\x12-\n\x07reasons\x18\x04 \x03(\x0e\x32\x1c.coeval.v1.UnavailableReason\"\x82\x01\n\x0eViewProvenance\x12\x0c\n\x04view\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x13\n\x0b\x65vent_times\x18\x03 \x03(\x12\x12&\n\tpositions\x18\x04 \x03(\x0b\x32\x13.coeval.v1.Position\x12\x16\n\x0estorage_digest\x18\x05 \x01(\t\"\xdb\x01\n\x0ePredictRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1f\n\x04rows\x18\x03 \x03(\x0b\x32\x11.coeval.v1.Column\x12\n\n\x02\x61t\x18\x04 \x03(\x12\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x18\n\x10include_features\x18\x06 \x01(\x08\x12\x1a\n\x12include_provenance\x18\x07 \x01(\x08\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0c\n\x04tier\x18\n \x01(\t\"\xa1\x02\n\x0fPredictResponse\x12\"\n\x07outputs\x18\x01 \x03(\x0b\x32\x11.coeval.v1.Column\x12\'\n\x08outcomes\x18\x02 \x03(\x0b\x32\x15.coeval.v1.RowOutcome\x12\n\n\x02\x61t\x18\x03 \x03(\x12\x12*\n\x08\x66\x65\x61tures\x18\x04 \x03(\x0b\x32\x18.coeval.v1.FeatureColumn\x12(\n\x05views\x18\x05 \x03(\x0b\x32\x19.coeval.v1.ViewProvenance\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x17\n\x0fsemantic_digest\x18\x07 \x01(\t\x12\r\n\x05stale\x18\x08 \x01(\x08\x12#\n\x07timings\x18\t \x01(\x0b\x32\x12.coeval.v1.Timings\"\xd2\x01\n\nRowOutcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0b\n\x03\x61rm\x18\x02 \x01(\t\x12$\n\x06status\x18\x03 \x01(\x0e\x32\x14.coeval.v1.RowStatus\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x0bwait_reason\x18\x05 \x01(\x0e\x32\x15.coeval.v1.WaitReason\x12\x0f\n\x07wait_us\x18\x06 \x01(\r\x12#\n\x05waits\x18\x07 \x01(\x0b\x32\x14.coeval.v1.WaitTimes\x12\x0e\n\x06\x63\x61\x63hed\x18\x08 \x01(\x08\"c\n\tWaitTimes\x12\x18\n\x10\x65xecutor_busy_us\x18\x01 \x01(\r\x12\x11\n\tlinger_us\x18\x02 \x01(\r\x12\x18\n\x10memory_permit_us\x18\x03 \x01(\r\x12\x0f\n\x07tier_us\x18\x04 \x01(\r\"m\n\x07Timings\x12\x13\n\x0b\x66\x65\x61tures_us\x18\x01 \x01(\r\x12\x15\n\rtransforms_us\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\nforward_us\x18\x04 \x01(\r\x12\x10\n\x08total_us\x18\x05 \x01(\r*I\n\tRowStatus\x12\x1a\n\x16ROW_STATUS_UNSPECIFIED\x10\x00\x12\x06\n\x02OK\x10\x01\x12\x0c\n\x08\x46\x41LLBACK\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03*o\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04NONE\x10\x01\x12\x11\n\rEXECUTOR_BUSY\x10\x02\x12\n\n\x06LINGER\x10\x03\x12\x11\n\rMEMORY_PERMIT\x10\x04\x12\x08\n\x04TIER\x10\x05\x32\x99\x01\n\x07Gateway\x12L\n\x0bGetFeatures\x12\x1d.coeval.v1.GetFeaturesRequest\x1a\x1e.coeval.v1.GetFeaturesResponse\x12@\n\x07Predict\x12\x19.coeval.v1.PredictRequest\x1a\x1a.coeval.v1.PredictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63oeval/v1/gateway.proto\x12\tcoeval.v1\x1a\x15\x63oeval/v1/flags.proto\x1a\x15\x63oeval/v1/types.proto\"\xca\x01\n\x12GetFeaturesRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x11\n\x07service\x18\x02 \x01(\tH\x00\x12*\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x16.coeval.v1.FeatureListH\x00\x12\x1f\n\x04rows\x18\x04 \x03(\x0b\x32\x11.coeval.v1.Column\x12\n\n\x02\x61t\x18\x05 \x03(\x12\x12\x1a\n\x12include_provenance\x18\x06 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\rB\x06\n\x04what\"\x1c\n\x0b\x46\x65\x61tureList\x12\r\n\x05names\x18\x01 \x03(\t\"\xad\x01\n\x13GetFeaturesResponse\x12*\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x18.coeval.v1.FeatureColumn\x12\n\n\x02\x61t\x18\x02 \x03(\x12\x12(\n\x05views\x18\x03 \x03(\x0b\x32\x19.coeval.v1.ViewProvenance\x12\x17\n\x0fsemantic_digest\x18\x04 \x01(\t\x12\r\n\x05stale\x18\x05 \x01(\x08\x12\x0c\n\x04rows\x18\x06 \x01(\r\"\x99\x01\n\rFeatureColumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x06values\x18\x02 \x01(\x0b\x32\x11.coeval.v1.Column\x12(\n\x08statuses\x18\x03 \x03(\x0e\x32\x16.coeval.v1.FieldStatus\x12-\n\x07reasons\x18\x04 \x03(\x0e\x32\x1c.coeval.v1.UnavailableReason\"\x82\x01\n\x0eViewProvenance\x12\x0c\n\x04view\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x13\n\x0b\x65vent_times\x18\x03 \x03(\x12\x12&\n\tpositions\x18\x04 \x03(\x0b\x32\x13.coeval.v1.Position\x12\x16\n\x0estorage_digest\x18\x05 \x01(\t\"\xdb\x01\n\x0ePredictRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1f\n\x04rows\x18\x03 \x03(\x0b\x32\x11.coeval.v1.Column\x12\n\n\x02\x61t\x18\x04 \x03(\x12\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x18\n\x10include_features\x18\x06 \x01(\x08\x12\x1a\n\x12include_provenance\x18\x07 \x01(\x08\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0c\n\x04tier\x18\n \x01(\t\"\xa1\x02\n\x0fPredictResponse\x12\"\n\x07outputs\x18\x01 \x03(\x0b\x32\x11.coeval.v1.Column\x12\'\n\x08outcomes\x18\x02 \x03(\x0b\x32\x15.coeval.v1.RowOutcome\x12\n\n\x02\x61t\x18\x03 \x03(\x12\x12*\n\x08\x66\x65\x61tures\x18\x04 \x03(\x0b\x32\x18.coeval.v1.FeatureColumn\x12(\n\x05views\x18\x05 \x03(\x0b\x32\x19.coeval.v1.ViewProvenance\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x17\n\x0fsemantic_digest\x18\x07 \x01(\t\x12\r\n\x05stale\x18\x08 \x01(\x08\x12#\n\x07timings\x18\t \x01(\x0b\x32\x12.coeval.v1.Timings\"\xc2\x01\n\nRowOutcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0b\n\x03\x61rm\x18\x02 \x01(\t\x12$\n\x06status\x18\x03 \x01(\x0e\x32\x14.coeval.v1.RowStatus\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x0bwait_reason\x18\x05 \x01(\x0e\x32\x15.coeval.v1.WaitReason\x12\x0f\n\x07wait_us\x18\x06 \x01(\r\x12#\n\x05waits\x18\x07 \x01(\x0b\x32\x14.coeval.v1.WaitTimes\"c\n\tWaitTimes\x12\x18\n\x10\x65xecutor_busy_us\x18\x01 \x01(\r\x12\x11\n\tlinger_us\x18\x02 \x01(\r\x12\x18\n\x10memory_permit_us\x18\x03 \x01(\r\x12\x0f\n\x07tier_us\x18\x04 \x01(\r\"m\n\x07Timings\x12\x13\n\x0b\x66\x65\x61tures_us\x18\x01 \x01(\r\x12\x15\n\rtransforms_us\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\nforward_us\x18\x04 \x01(\r\x12\x10\n\x08total_us\x18\x05 \x01(\r*I\n\tRowStatus\x12\x1a\n\x16ROW_STATUS_UNSPECIFIED\x10\x00\x12\x06\n\x02OK\x10\x01\x12\x0c\n\x08\x46\x41LLBACK\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03*o\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04NONE\x10\x01\x12\x11\n\rEXECUTOR_BUSY\x10\x02\x12\n\n\x06LINGER\x10\x03\x12\x11\n\rMEMORY_PERMIT\x10\x04\x12\x08\n\x04TIER\x10\x05\x32\xed\x01\n\x07Gateway\x12L\n\x0bGetFeatures\x12\x1d.coeval.v1.GetFeaturesRequest\x1a\x1e.coeval.v1.GetFeaturesResponse\x12@\n\x07Predict\x12\x19.coeval.v1.PredictRequest\x1a\x1a.coeval.v1.PredictResponse\x12R\n\rEvaluateFlags\x12\x1f.coeval.v1.EvaluateFlagsRequest\x1a .coeval.v1.EvaluateFlagsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'coeval._generated.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROWSTATUS']._serialized_start=1700
-  _globals['_ROWSTATUS']._serialized_end=1773
-  _globals['_WAITREASON']._serialized_start=1775
-  _globals['_WAITREASON']._serialized_end=1886
-  _globals['_GETFEATURESREQUEST']._serialized_start=62
-  _globals['_GETFEATURESREQUEST']._serialized_end=264
-  _globals['_FEATURELIST']._serialized_start=266
-  _globals['_FEATURELIST']._serialized_end=294
-  _globals['_GETFEATURESRESPONSE']._serialized_start=297
-  _globals['_GETFEATURESRESPONSE']._serialized_end=470
-  _globals['_FEATURECOLUMN']._serialized_start=473
-  _globals['_FEATURECOLUMN']._serialized_end=626
-  _globals['_VIEWPROVENANCE']._serialized_start=629
-  _globals['_VIEWPROVENANCE']._serialized_end=759
-  _globals['_PREDICTREQUEST']._serialized_start=762
-  _globals['_PREDICTREQUEST']._serialized_end=981
-  _globals['_PREDICTRESPONSE']._serialized_start=984
-  _globals['_PREDICTRESPONSE']._serialized_end=1273
-  _globals['_ROWOUTCOME']._serialized_start=1276
-  _globals['_ROWOUTCOME']._serialized_end=1486
-  _globals['_WAITTIMES']._serialized_start=1488
-  _globals['_WAITTIMES']._serialized_end=1587
-  _globals['_TIMINGS']._serialized_start=1589
-  _globals['_TIMINGS']._serialized_end=1698
-  _globals['_GATEWAY']._serialized_start=1889
-  _globals['_GATEWAY']._serialized_end=2042
+  _globals['_ROWSTATUS']._serialized_start=1707
+  _globals['_ROWSTATUS']._serialized_end=1780
+  _globals['_WAITREASON']._serialized_start=1782
+  _globals['_WAITREASON']._serialized_end=1893
+  _globals['_GETFEATURESREQUEST']._serialized_start=85
+  _globals['_GETFEATURESREQUEST']._serialized_end=287
+  _globals['_FEATURELIST']._serialized_start=289
+  _globals['_FEATURELIST']._serialized_end=317
+  _globals['_GETFEATURESRESPONSE']._serialized_start=320
+  _globals['_GETFEATURESRESPONSE']._serialized_end=493
+  _globals['_FEATURECOLUMN']._serialized_start=496
+  _globals['_FEATURECOLUMN']._serialized_end=649
+  _globals['_VIEWPROVENANCE']._serialized_start=652
+  _globals['_VIEWPROVENANCE']._serialized_end=782
+  _globals['_PREDICTREQUEST']._serialized_start=785
+  _globals['_PREDICTREQUEST']._serialized_end=1004
+  _globals['_PREDICTRESPONSE']._serialized_start=1007
+  _globals['_PREDICTRESPONSE']._serialized_end=1296
+  _globals['_ROWOUTCOME']._serialized_start=1299
+  _globals['_ROWOUTCOME']._serialized_end=1493
+  _globals['_WAITTIMES']._serialized_start=1495
+  _globals['_WAITTIMES']._serialized_end=1594
+  _globals['_TIMINGS']._serialized_start=1596
+  _globals['_TIMINGS']._serialized_end=1705
+  _globals['_GATEWAY']._serialized_start=1896
+  _globals['_GATEWAY']._serialized_end=2133
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from . import flags_pb2 as _flags_pb2
 from . import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from . import flags_pb2 as coeval_dot_v1_dot_flags__pb2
 from . import gateway_pb2 as coeval_dot_v1_dot_gateway__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -44,6 +45,11 @@ class GatewayStub:
                 request_serializer=coeval_dot_v1_dot_gateway__pb2.PredictRequest.SerializeToString,
                 response_deserializer=coeval_dot_v1_dot_gateway__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.EvaluateFlags = channel.unary_unary(
+                '/coeval.v1.Gateway/EvaluateFlags',
+                request_serializer=coeval_dot_v1_dot_flags__pb2.EvaluateFlagsRequest.SerializeToString,
+                response_deserializer=coeval_dot_v1_dot_flags__pb2.EvaluateFlagsResponse.FromString,
+                _registered_method=True)
 
 
 class GatewayServicer:
@@ -63,6 +69,13 @@ class GatewayServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EvaluateFlags(self, request, context):
+        """The values of feature flags for one unit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +88,11 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=coeval_dot_v1_dot_gateway__pb2.PredictRequest.FromString,
                     response_serializer=coeval_dot_v1_dot_gateway__pb2.PredictResponse.SerializeToString,
+            ),
+            'EvaluateFlags': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvaluateFlags,
+                    request_deserializer=coeval_dot_v1_dot_flags__pb2.EvaluateFlagsRequest.FromString,
+                    response_serializer=coeval_dot_v1_dot_flags__pb2.EvaluateFlagsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +149,33 @@ class Gateway:
             '/coeval.v1.Gateway/Predict',
             coeval_dot_v1_dot_gateway__pb2.PredictRequest.SerializeToString,
             coeval_dot_v1_dot_gateway__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvaluateFlags(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coeval.v1.Gateway/EvaluateFlags',
+            coeval_dot_v1_dot_flags__pb2.EvaluateFlagsRequest.SerializeToString,
+            coeval_dot_v1_dot_flags__pb2.EvaluateFlagsResponse.FromString,
             options,
             channel_credentials,
             insecure,
