@@ -24,7 +24,6 @@ use inference::tensor::{TensorBatch, TensorError};
 use registry::deployment::Standing;
 use registry::id::EntryNumber;
 
-use crate::features::Features;
 use crate::fetch::Fetched;
 use crate::follow::Served;
 use crate::predict::tensor;
