@@ -416,12 +416,12 @@ impl Versions {
             }
         };
         let mut checks = checks;
-        let responses = match checks.is_steady {
-            true => self.responses(record, &plan),
-            false => Ok(None),
+        let responses = match self.responses(record, &plan) {
+            Ok(Some(_)) if !checks.is_steady => Err("the same row does not come out the same twice".to_owned()),
+            made => made.map_err(|error| error.to_string()),
         };
-        let responses = responses.unwrap_or_else(|error| {
-            checks.notes.push(format!("its answers are not cached: {error}"));
+        let responses = responses.unwrap_or_else(|reason| {
+            checks.notes.push(format!("its answers are not cached: {reason}"));
             None
         });
         let (name, version) = (name.into(), record.version.0);
