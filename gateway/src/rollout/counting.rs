@@ -302,6 +302,8 @@ fn pairs(
     let (scores, champion_scores) = (scores(of), scores(theirs));
     let (decisions, champion_decisions) = (decisions(&of.plan, of), decisions(&theirs.plan, theirs));
     let ratio = policy.shadow.as_ref().and_then(|shadow| shadow.max_forward_ratio);
+    // Nobody knows what the model would have taken for what it had said before.
+    let ratio = ratio.filter(|_| !theirs.rows.iter().any(|row| row.cached));
     let slower = ratio.map(|ratio| of.forward_time.as_secs_f64() > ratio * theirs.forward_time.as_secs_f64());
     let metrics = policy.shadow_metrics();
     let mut scored = 0;

@@ -37,6 +37,7 @@ use tonic::transport::Channel;
 use super::*;
 use crate::events::{EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
 
+mod cached;
 mod life;
 mod rollouts;
 
@@ -53,9 +54,11 @@ feature_views:
     entity: shop
     source: sales
     ttl: 3h
+    freshness: 2h
     features: [{name: amount, type: float64}]
 requests:
   - {name: basket, fields: [{name: total, type: float64}, {name: coupon, type: string, nullable: true}]}
+  - {name: numbers, fields: [{name: a, type: float64}, {name: b, type: float64}, {name: c, type: float64}]}
 transforms:
   - name: context
     inputs: [last_sale, basket]
@@ -63,6 +66,9 @@ transforms:
 feature_services:
   - {name: buying, features: [last_sale, \"context:*\", \"basket:total\", \"basket:coupon\"]}
   - {name: totals, features: [\"basket:total\"]}
+  - {name: twos, features: [\"numbers:a\", \"numbers:b\"]}
+  - {name: threes, features: [\"numbers:a\", \"numbers:b\", \"numbers:c\"]}
+  - {name: lately, features: [last_sale, \"basket:total\"]}
 models:
   - name: buys
     features: buying
@@ -106,6 +112,26 @@ models:
     inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
     outputs: [{name: score, dtype: float32}]
     fallback: {score: 0.25}
+  - name: pairs
+    features: twos
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"*\"]}]
+    outputs: [{name: score, dtype: float32}]
+    post: [{name: doubled, expr: \"score * 2.0\"}]
+    fallback: {score: 0.5}
+    cache: {max_bytes: 1MiB, ttl: 5m}
+  - name: triples
+    features: threes
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"*\"]}]
+    outputs: [{name: score, dtype: float32}]
+    cache: {}
+  - name: fresh
+    features: lately
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"*\"], missing: 0.0}]
+    outputs: [{name: score, dtype: float32}]
+    cache: {ttl: 1h}
 ";
 
 const NOW: Micros = 20_000 * DAY;
