@@ -19,6 +19,7 @@ use registry::id::{EntryNumber, FlagName};
 use crate::answer::Gateway;
 use crate::status::{Failure, Kind as FailureKind};
 
+pub mod client;
 pub mod condition;
 mod context;
 pub mod control;

@@ -325,6 +325,7 @@ pub async fn start(
         Some(cache) => Arc::new(CachedStore::new(store, cache, &metrics)),
     };
     let mut versions = Versions::new(registry.clone(), runtime, models);
+    versions.tenant = project.to_string();
     versions.is_idle = !roles.has(Role::Gateway);
     let mut follower = Follower::new(registry.clone(), project.clone(), events.clone(), versions, metrics.clone());
     follower.kept = kept.clone();
