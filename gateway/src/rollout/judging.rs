@@ -410,6 +410,10 @@ async fn ready_everywhere(gateway: &Gateway, trial: &Trial) -> Result<(), String
 
 /// What the criteria say now, for somebody who asks; the rollout goes on if they allow it.
 pub async fn judge_now(gateway: &Arc<Gateway>, trial: &Arc<Trial>) -> Result<Judged, String> {
+    // Somebody waits for it, so the logs are read now, not when it is cheap again.
+    if let Some((.., due)) = gateway.rollouts.beside.lock().await.found.get_mut(&trial.rollout) {
+        *due = None;
+    }
     look(gateway, trial).await?;
     let judged = gateway.rollouts.judged().get(&trial.rollout).cloned();
     judged.ok_or_else(|| "the rollout has moved on; look at it".to_owned())
