@@ -19,6 +19,7 @@ use registry::id::{EntryNumber, FlagName};
 use crate::answer::Gateway;
 use crate::status::{Failure, Kind as FailureKind};
 
+pub mod client;
 pub mod condition;
 mod context;
 pub mod control;
@@ -101,6 +102,11 @@ impl ServedFlags {
         self.holdout == flags.holdout.as_ref().map(|(_, fact)| fact.entry)
             && self.flags.len() == flags.flags.len()
             && self.flags.iter().zip(&flags.flags).all(same)
+    }
+
+    /// A condition that is compiled already, if it is one.
+    fn condition(&self, text: &str) -> Option<Arc<Condition>> {
+        self.conditions.get(text)?.1.as_ref().ok().cloned()
     }
 
     pub fn names(&self) -> impl Iterator<Item = &FlagName> {

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use feature_defs::time::Micros;
 use feature_defs::window::{DAY, HOUR, SECOND};
+use gateway::flags::client::{EvaluationContext, FlagClient, Resolution};
 use proto::v1;
 use serde_json::{Value as Json, json};
 use tests::{ManualClock, Project, Server};
@@ -62,7 +64,9 @@ async fn ask(server: &Server, question: v1::EvaluateFlagsRequest) -> v1::FlagVal
 async fn http(server: &Server, request: &str, headers: &str, body: &str, header: &str) -> (u16, String, Json) {
     let mut stream = TcpStream::connect(server.running.http_addr).await.unwrap();
     let length = body.len();
-    let text = format!("{request} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n{body}");
+    let text = format!(
+        "{request} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n{body}"
+    );
     stream.write_all(text.as_bytes()).await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
@@ -91,7 +95,10 @@ async fn a_flag_is_set_ramped_and_removed_by_whoever_looked_last() {
     assert_eq!(reads, ["role string", "hours number"]);
     // The gateway that took the change serves it when it has answered.
     let pilot = ask(&server, question(None, json!({"role": "pilot", "hours": 250}))).await;
-    assert_eq!((pilot.value.as_str(), pilot.reason.as_str(), pilot.entry), ("true", "TARGETING_MATCH", first.control_entry));
+    assert_eq!(
+        (pilot.value.as_str(), pilot.reason.as_str(), pilot.entry),
+        ("true", "TARGETING_MATCH", first.control_entry)
+    );
     assert_eq!(ask(&server, question(None, json!({"role": "pilot"}))).await.error_code, "TARGETING_KEY_MISSING");
     assert!(set(&server, &flag(1_000), 0, false).await.unwrap().existed);
 
@@ -109,16 +116,19 @@ async fn a_flag_is_set_ramped_and_removed_by_whoever_looked_last() {
     assert!(code == Code::InvalidArgument && text.contains("no variant `none`"), "{text}");
     broken["colour"] = json!("red");
     assert_eq!(refused(set(&server, &broken, first.control_entry, false).await.unwrap_err()).0, Code::InvalidArgument);
-    let unsigned = v1::SetFlagRequest { project: "flags".into(), flag: flag(1).to_string(), who: "ada".into(), ..Default::default() };
+    let unsigned = v1::SetFlagRequest {
+        project: "flags".into(),
+        flag: flag(1).to_string(),
+        who: "ada".into(),
+        ..Default::default()
+    };
     let (code, text) = refused(server.control.clone().set_flag(unsigned).await.unwrap_err());
     assert!(code == Code::InvalidArgument && text.contains("`why`"), "{text}");
 
     // Two at once from one look: one is refused and told by whom.
     let (one, two) = (flag(2_000), flag(3_000));
-    let (one, two) = tokio::join!(
-        set(&server, &one, first.control_entry, false),
-        set(&server, &two, first.control_entry, false)
-    );
+    let (one, two) =
+        tokio::join!(set(&server, &one, first.control_entry, false), set(&server, &two, first.control_entry, false));
     let (won, lost) = if one.is_ok() { (one, two) } else { (two, one) };
     assert!(lost.unwrap_err().message().contains("was changed by ada"));
     let second = won.unwrap().control_entry;
@@ -130,7 +140,8 @@ async fn a_flag_is_set_ramped_and_removed_by_whoever_looked_last() {
     let (code, text) = refused(server.control.clone().list_flags(unknown).await.unwrap_err());
     assert!(code == Code::NotFound && text.contains("did you mean `new_page`?"), "{text}");
 
-    let history = |changes_max: u32| v1::GetFlagHistoryRequest { project: "flags".into(), name: "new_page".into(), changes_max };
+    let history =
+        |changes_max: u32| v1::GetFlagHistoryRequest { project: "flags".into(), name: "new_page".into(), changes_max };
     let remove = v1::RemoveFlagRequest {
         project: "flags".into(),
         name: "new_page".into(),
@@ -147,7 +158,10 @@ async fn a_flag_is_set_ramped_and_removed_by_whoever_looked_last() {
     assert_eq!(ask(&server, question(Some("N14228"), json!({}))).await.error_code, "FLAG_NOT_FOUND");
     // Also of a flag that is no more.
     let after = server.control.clone().get_flag_history(history(0)).await.unwrap().into_inner();
-    assert_eq!(after.changes.iter().map(|change| change.entry).collect::<Vec<_>>(), [third, second, first.control_entry]);
+    assert_eq!(
+        after.changes.iter().map(|change| change.entry).collect::<Vec<_>>(),
+        [third, second, first.control_entry]
+    );
     assert!(after.changes[0].flag.is_empty() && after.changes[0].why == "it is on for good");
     server.stop().await.unwrap();
 }
@@ -188,19 +202,31 @@ async fn splits_are_sticky_held_out_and_written_down() {
         }
     };
     let told = exposures(NOON, NOON + 2 * HOUR).await;
-    assert_eq!(told["entries"][first.to_string()]["on"], json!({"units": quarter.len(), "evaluations": 2 * quarter.len()}));
+    assert_eq!(
+        told["entries"][first.to_string()]["on"],
+        json!({"units": quarter.len(), "evaluations": 2 * quarter.len()})
+    );
     assert_eq!(told["entries"][second.to_string()]["on"], json!({"units": half.len(), "evaluations": half.len()}));
     assert_eq!(told["torn_units"], 0);
     // Whoever only looks is not written down.
-    let quiet = v1::EvaluateFlagsRequest { exposures: v1::Exposures::None.into(), ..question(quarter.first().map(String::as_str), json!({})) };
+    let quiet = v1::EvaluateFlagsRequest {
+        exposures: v1::Exposures::None.into(),
+        ..question(quarter.first().map(String::as_str), json!({}))
+    };
     assert_eq!(ask(&server, quiet).await.reason, "SPLIT");
     assert_eq!(exposures(NOON, NOON + 2 * HOUR).await, told);
 
     // Units that are held out are in no split; there are about a fifth of them, and the others stay where they are.
-    let holdout = v1::SetHoldoutRequest { project: "flags".into(), buckets: 2_000, who: "ada".into(), why: "a baseline".into() };
+    let holdout =
+        v1::SetHoldoutRequest { project: "flags".into(), buckets: 2_000, who: "ada".into(), why: "a baseline".into() };
     server.control.clone().set_holdout(holdout.clone()).await.unwrap();
     let left = units_on(&server, &units).await;
-    assert!(left.is_subset(&half) && left.len() < half.len() && left.len() * 10 > half.len() * 7, "{} of {}", left.len(), half.len());
+    assert!(
+        left.is_subset(&half) && left.len() < half.len() && left.len() * 10 > half.len() * 7,
+        "{} of {}",
+        left.len(),
+        half.len()
+    );
     assert!(server.control.clone().set_holdout(holdout.clone()).await.unwrap().into_inner().existed);
     let too_many = v1::SetHoldoutRequest { buckets: 9_000, ..holdout };
     assert_eq!(server.control.clone().set_holdout(too_many).await.unwrap_err().code(), Code::InvalidArgument);
@@ -208,7 +234,8 @@ async fn splits_are_sticky_held_out_and_written_down() {
     let metrics = http(&server, "GET /metrics", "", "", "").await.2;
     let metrics = metrics.as_str().unwrap();
     let evaluations = 2 * quarter.len() + half.len() + 1 + left.len();
-    let line = format!("coeval_flag_evaluations_total{{flag=\"new_page\",variant=\"on\",reason=\"SPLIT\"}} {evaluations}");
+    let line =
+        format!("coeval_flag_evaluations_total{{flag=\"new_page\",variant=\"on\",reason=\"SPLIT\"}} {evaluations}");
     assert!(metrics.contains(&line), "{line}");
     server.stop().await.unwrap();
 
@@ -242,13 +269,21 @@ async fn flags_over_http() {
     let entry = set(&server, &flag(10_000), 0, false).await.unwrap().control_entry;
     let one = "POST /ofrep/v1/evaluate/flags/new_page";
     let (status, _, body) = http(&server, one, "", r#"{"context": {"targetingKey": "N14228"}}"#, "").await;
-    let split = json!({"key": "new_page", "value": true, "variant": "on", "reason": "SPLIT", "metadata": {"entry": entry}});
+    let split =
+        json!({"key": "new_page", "value": true, "variant": "on", "reason": "SPLIT", "metadata": {"entry": entry}});
     assert_eq!((status, body), (200, split.clone()));
     let (status, _, body) = http(&server, one, "", "{}", "").await;
-    assert_eq!((status, body["errorCode"].as_str(), body["key"].as_str()), (400, Some("TARGETING_KEY_MISSING"), Some("new_page")));
+    assert_eq!(
+        (status, body["errorCode"].as_str(), body["key"].as_str()),
+        (400, Some("TARGETING_KEY_MISSING"), Some("new_page"))
+    );
     let (status, _, body) = http(&server, "POST /ofrep/v1/evaluate/flags/old_page", "", "{}", "").await;
     assert_eq!((status, body["errorCode"].as_str()), (404, Some("FLAG_NOT_FOUND")));
-    for (wrong, code) in [("{", "PARSE_ERROR"), (r#"{"context": 3}"#, "INVALID_CONTEXT"), (r#"{"context": {"targetingKey": 3}}"#, "INVALID_CONTEXT")] {
+    for (wrong, code) in [
+        ("{", "PARSE_ERROR"),
+        (r#"{"context": 3}"#, "INVALID_CONTEXT"),
+        (r#"{"context": {"targetingKey": 3}}"#, "INVALID_CONTEXT"),
+    ] {
         let (status, _, body) = http(&server, one, "", wrong, "").await;
         assert_eq!((status, body["errorCode"].as_str()), (400, Some(code)), "{wrong}");
     }
@@ -261,22 +296,66 @@ async fn flags_over_http() {
     let (status, same, body) = http(&server, all, &known, context, "etag").await;
     assert_eq!((status, same, body), (304, tag.clone(), json!("")));
     // Another context, and another flag, are another answer.
-    let (status, other, _) = http(&server, all, &known, r#"{"context": {"targetingKey": "N14228", "role": "pilot", "hours": 100}}"#, "etag").await;
+    let (status, other, _) =
+        http(&server, all, &known, r#"{"context": {"targetingKey": "N14228", "role": "pilot", "hours": 100}}"#, "etag")
+            .await;
     assert!(status == 200 && other != tag);
     let mut plain = flag(0);
     plain["rules"] = json!([]);
     set(&server, &plain, entry, false).await.unwrap();
     let (status, _, body) = http(&server, all, &known, context, "etag").await;
-    assert_eq!((status, body["flags"][0]["value"].as_bool(), body["flags"][0]["reason"].as_str()), (200, Some(false), Some("DEFAULT")));
+    assert_eq!(
+        (status, body["flags"][0]["value"].as_bool(), body["flags"][0]["reason"].as_str()),
+        (200, Some(false), Some("DEFAULT"))
+    );
     let (status, _, body) = http(&server, "GET /ofrep/v1/configuration", "", "", "").await;
     assert_eq!((status, body["name"].as_str()), (200, Some("coeval")));
 
-    let ours = r#"{"flags": {"new_page": "boolean", "old_page": null}, "targeting_key": "N14228", "exposures": "none"}"#;
+    let ours =
+        r#"{"flags": {"new_page": "boolean", "old_page": null}, "targeting_key": "N14228", "exposures": "none"}"#;
     let (status, _, body) = http(&server, "POST /v1/flags", "", ours, "").await;
-    assert_eq!((status, &body["flags"]["new_page"]["value"], body["flags"]["old_page"]["error_code"].as_str()), (200, &json!(false), Some("FLAG_NOT_FOUND")));
+    assert_eq!(
+        (status, &body["flags"]["new_page"]["value"], body["flags"]["old_page"]["error_code"].as_str()),
+        (200, &json!(false), Some("FLAG_NOT_FOUND"))
+    );
     let (status, _, body) = http(&server, "POST /v1/flags", "", r#"{"flags": {"new_page": "bool"}}"#, "").await;
     assert!(status == 400 && body["error"].as_str().unwrap().contains("there are: boolean"), "{body}");
     server.stop().await.unwrap();
+}
+
+/// As a provider of OpenFeature asks, in Rust.
+#[tokio::test(flavor = "multi_thread")]
+async fn flags_for_programs_in_rust() {
+    let project = Project::new(SETTINGS, DEFINITIONS).unwrap();
+    project.apply().await.unwrap();
+    let (server, _clock) = start(&project).await;
+    let entry = set(&server, &flag(10_000), 0, false).await.unwrap().control_entry;
+    let typed = |name: &str, kind: &str, value: Json| json!({"name": name, "kind": kind, "default": "a", "enabled": true, "variants": {"a": value}});
+    set(&server, &typed("limit", "integer", json!(7)), 0, false).await.unwrap();
+    set(&server, &typed("color", "string", json!("blue \"sky\"")), 0, false).await.unwrap();
+    set(&server, &typed("look", "object", json!({"size": [1, 2]})), 0, false).await.unwrap();
+    let address = format!("http://{}", server.running.grpc_addr);
+    let channel = tonic::transport::Channel::from_shared(address).unwrap().connect().await.unwrap();
+    let flags = FlagClient::new(channel, "flags", Duration::from_secs(5));
+    let nobody = EvaluationContext::default();
+    let pilot = json!({"role": "pilot", "hours": 200}).as_object().cloned().unwrap();
+    let pilot = EvaluationContext { targeting_key: Some("N14228".into()), attributes: pilot };
+    let found = flags.resolve_bool_value("new_page", &pilot).await.unwrap();
+    let expected = Resolution { value: true, variant: "on".into(), reason: "TARGETING_MATCH".into(), entry };
+    assert_eq!(found, expected);
+    assert_eq!(flags.resolve_int_value("limit", &nobody).await.unwrap().value, 7);
+    assert_eq!(flags.resolve_float_value("limit", &nobody).await.unwrap().value, 7.0);
+    assert_eq!(flags.resolve_string_value("color", &nobody).await.unwrap().value, "blue \"sky\"");
+    assert_eq!(json!(flags.resolve_struct_value("look", &nobody).await.unwrap().value), json!({"size": [1, 2]}));
+    let code = |error: gateway::flags::client::ResolutionError| error.code;
+    assert_eq!(code(flags.resolve_bool_value("new_page", &nobody).await.unwrap_err()), "TARGETING_KEY_MISSING");
+    assert_eq!(code(flags.resolve_bool_value("limit", &nobody).await.unwrap_err()), "TYPE_MISMATCH");
+    assert_eq!(code(flags.resolve_bool_value("nothing", &nobody).await.unwrap_err()), "FLAG_NOT_FOUND");
+    let large = json!({"x": "y".repeat(70_000)}).as_object().cloned().unwrap();
+    let large = EvaluationContext { targeting_key: None, attributes: large };
+    assert_eq!(code(flags.resolve_bool_value("limit", &large).await.unwrap_err()), "INVALID_CONTEXT");
+    server.stop().await.unwrap();
+    assert_eq!(code(flags.resolve_int_value("limit", &nobody).await.unwrap_err()), "GENERAL");
 }
 
 /// What is served is the last fold; exposures wait until the store is back.
@@ -294,7 +373,8 @@ async fn flags_are_served_while_the_store_is_away() {
         let value = ask(&server, question(Some(&format!("unit-{unit}")), json!({}))).await;
         assert_eq!((value.value.as_str(), value.reason.as_str()), ("true", "SPLIT"));
     }
-    let request = v1::GetFlagExposuresRequest { project: "flags".into(), name: "new_page".into(), from: NOON, to: NOON + HOUR };
+    let request =
+        v1::GetFlagExposuresRequest { project: "flags".into(), name: "new_page".into(), from: NOON, to: NOON + HOUR };
     let away = server.control.clone().get_flag_exposures(request.clone()).await.unwrap_err();
     assert_eq!(away.code(), Code::Unavailable, "{away}");
     std::fs::remove_file(&store).unwrap();

@@ -428,7 +428,7 @@ async fn a_gateway_that_cannot_read_the_log_says_so_and_serves_also_after_a_rest
 }
 
 /// A gateway in this process, whose clock is wrong.
-async fn gateway_with_clock(project: &Project, ahead_seconds: i64) -> (Running, Channel) {
+pub async fn gateway_with_clock(project: &Project, ahead_seconds: i64) -> (Running, Channel) {
     let clock = Arc::new(move || {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as i64;
         now + ahead_seconds * 1_000_000

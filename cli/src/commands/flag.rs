@@ -173,7 +173,9 @@ impl Home {
                 let answer = server.control().list_flags(request).await;
                 Ok(answer.map_err(|status| server.failed(status))?.into_inner())
             }
-            Home::Log { registry, project, .. } => control::list(registry, project, &request).map_err(failed),
+            Home::Log { registry, project, .. } => {
+                control::list(registry, project, &request, &ServedFlags::default()).map_err(failed)
+            }
         }
     }
 
@@ -438,7 +440,9 @@ async fn set(home: &Home, arguments: &SetArguments, output: &Output) -> Result<(
     });
     reads(&answer.attributes).into_iter().for_each(|reads| output.line(format!("reads {reads}")));
     for quoted in edit::quoted(&flag) {
-        output.note(format!("note: \"{quoted}\" in double quotes is the attribute of that name; a text is written '{quoted}'"));
+        output.note(format!(
+            "note: \"{quoted}\" in double quotes is the attribute of that name; a text is written '{quoted}'"
+        ));
     }
     let attributes: Map<String, Json> =
         answer.attributes.iter().map(|attribute| (attribute.name.clone(), json!(attribute.types))).collect();
@@ -460,18 +464,16 @@ async fn holdout(
             Some(holdout) => {
                 let share = percent(u16::try_from(holdout.buckets).unwrap_or(u16::MAX));
                 let v1::HoldoutInfo { entry, who, why, at, .. } = holdout;
-                output.line(format!("{share} of the units are in no experiment, since entry {entry} by {who} at {at}: {why}"));
+                output.line(format!(
+                    "{share} of the units are in no experiment, since entry {entry} by {who} at {at}: {why}"
+                ));
             }
         }
         output.json(&json!({"buckets": holdout.as_ref().map_or(0, |holdout| holdout.buckets), "entry": holdout.map(|of| of.entry)}));
         return Ok(());
     };
-    let request = v1::SetHoldoutRequest {
-        project: home.project(),
-        buckets: buckets.into(),
-        who: who(said),
-        why: why.to_owned(),
-    };
+    let request =
+        v1::SetHoldoutRequest { project: home.project(), buckets: buckets.into(), who: who(said), why: why.to_owned() };
     let answer = home.set_holdout(request).await?;
     output.line(format!("{} of the units are in no experiment; entry {}", percent(buckets), answer.control_entry));
     output.json(&json!({"buckets": buckets, "entry": answer.control_entry, "changed": !answer.existed}));

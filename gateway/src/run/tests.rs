@@ -39,6 +39,7 @@ use crate::events::{EventsError, Mode, Progress, Pushed, TableDone, TableProgres
 
 mod cached;
 mod life;
+mod rollouts;
 
 const DEFINITIONS: &str = "
 entities:
@@ -96,6 +97,15 @@ models:
     inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
     outputs: [{name: score, dtype: float32}]
     placement: {executors: 250, threads: 250}
+  - name: tried
+    features: totals
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
+    outputs: [{name: score, dtype: float32}]
+    decision: \"score > 5\"
+    fallback: {score: 0.25}
+    shadow: {min_rows: 5, drift: ignore, max_flip_rate: 10%}
+    canary: {unit: shop, steps: [50%, 100%], bake: 1s, min_units: 5, window: 1s, guardrails: [error_rate < 50%]}
   - name: small
     features: totals
     runtime: torchscript
@@ -219,6 +229,8 @@ impl Events for Double {
 }
 
 struct Server {
+    /// Stands still unless a test moves it.
+    clock_time: Arc<AtomicI64>,
     running: Running,
     events: Arc<Double>,
     registry: Arc<Registry>,
@@ -247,7 +259,8 @@ async fn start_with_models(
     models: ModelPlaces,
 ) -> Server {
     let clock_time = Arc::new(AtomicI64::new(NOW));
-    let clock: Clock = Arc::new(move || clock_time.load(Ordering::SeqCst));
+    let time = clock_time.clone();
+    let clock: Clock = Arc::new(move || time.load(Ordering::SeqCst));
     let registry = Registry::open(objects, &Path::from("shops"), wall_clock(&clock)).await.unwrap();
     let registry = Arc::new(registry);
     registry.submit(&project(), &Change::Apply(catalog()), "test", None).await.unwrap();
@@ -298,6 +311,7 @@ async fn start_with_models(
     running.started().await;
     let channel = Channel::from_shared(format!("http://{}", running.grpc_addr)).unwrap().connect().await.unwrap();
     Server {
+        clock_time,
         running,
         events,
         registry,
@@ -355,7 +369,7 @@ impl Server {
 
     /// The kinds of all entries.
     async fn history(&self) -> Vec<String> {
-        let entries = self.registry.history(registry::id::EntryNumber::FIRST, 1_000).await.unwrap();
+        let entries = self.registry.history(EntryNumber::FIRST, 1_000).await.unwrap();
         entries.into_iter().map(|entry| entry.kind).collect()
     }
 

@@ -119,9 +119,10 @@ impl Edit {
         let kind = self.kind.or_else(|| known.map(|known| known.kind));
         let mut variants = std::collections::BTreeMap::new();
         for text in &self.variants {
-            let (name, value) = text.split_once('=').filter(|(name, _)| !name.trim().is_empty()).ok_or_else(|| {
-                usage(format!("`--variant {text}` is no variant; write NAME=VALUE"))
-            })?;
+            let (name, value) = text
+                .split_once('=')
+                .filter(|(name, _)| !name.trim().is_empty())
+                .ok_or_else(|| usage(format!("`--variant {text}` is no variant; write NAME=VALUE")))?;
             let parsed = serde_json::from_str(value).ok();
             // A text needs no quotes, and one that looks like a number stays one.
             let value = match (kind, parsed) {
@@ -136,9 +137,7 @@ impl Edit {
                 return Err(usage(format!("variant `{}` is named twice", name.trim())));
             }
         }
-        let kind = kind.or_else(|| {
-            Kind::ALL.into_iter().find(|kind| variants.values().all(|value| kind.holds(value)))
-        });
+        let kind = kind.or_else(|| Kind::ALL.into_iter().find(|kind| variants.values().all(|value| kind.holds(value))));
         let kind = kind.ok_or_else(|| usage("the variants are of different types; name the flag's with `--type`"))?;
         Ok((kind, variants))
     }
@@ -152,7 +151,9 @@ impl Edit {
         }
         for text in &self.rules {
             let (when, then) = text.rsplit_once("->").ok_or_else(|| {
-                usage(format!("`--rule '{text}'` is no rule; write CONDITION -> VARIANT, or CONDITION -> VARIANT=SHARE"))
+                usage(format!(
+                    "`--rule '{text}'` is no rule; write CONDITION -> VARIANT, or CONDITION -> VARIANT=SHARE"
+                ))
             })?;
             let (when, then) = (when.trim(), then.trim());
             let then = match then.contains('=') {
@@ -198,9 +199,9 @@ impl Edit {
         });
         shrink(&mut split, &wanted);
         for (variant, share) in &wanted {
-            split = split
-                .ramp(variant, *share)
-                .ok_or_else(|| usage(format!("the shares of a split are more than 100% together: {}", parts.join(", "))))?;
+            split = split.ramp(variant, *share).ok_or_else(|| {
+                usage(format!("the shares of a split are more than 100% together: {}", parts.join(", ")))
+            })?;
         }
         Ok(split)
     }
@@ -240,8 +241,13 @@ pub fn ramp(flag: &mut Flag, variant: &str, share: u16, rule: Option<usize>) -> 
         return Err(CliError::unknown("variant", variant, flag.variants.keys().map(String::as_str)));
     }
     let name = flag.name.to_string();
-    let places: Vec<usize> =
-        flag.rules.iter().enumerate().filter(|(_, rule)| matches!(rule.then, Then::Split(_))).map(|(at, _)| at).collect();
+    let places: Vec<usize> = flag
+        .rules
+        .iter()
+        .enumerate()
+        .filter(|(_, rule)| matches!(rule.then, Then::Split(_)))
+        .map(|(at, _)| at)
+        .collect();
     let at = match (rule, places.as_slice()) {
         (Some(number), places) if places.iter().any(|at| at + 1 == number) => number - 1,
         (Some(number), _) => return Err(usage(format!("rule {number} of `{name}` splits no units"))),
@@ -252,7 +258,10 @@ pub fn ramp(flag: &mut Flag, variant: &str, share: u16, rule: Option<usize>) -> 
         }
         (None, many) => {
             let many: Vec<String> = many.iter().map(|at| (at + 1).to_string()).collect();
-            return Err(usage(format!("rules {} of `{name}` split units; say which with `--rule`", many.join(" and "))));
+            return Err(usage(format!(
+                "rules {} of `{name}` split units; say which with `--rule`",
+                many.join(" and ")
+            )));
         }
     };
     let Some(Rule { then: Then::Split(split), .. }) = flag.rules.get_mut(at) else {

@@ -32,16 +32,20 @@ fn shares_are_exact() {
 
 #[test]
 fn words_make_a_flag() {
-    let flag = wanted(&["--split", "on=10%", "--rule", "country = 'DE' -> on", "--rule", "a -> 3 > 2 -> on=50%,off=20%"]);
+    let flag =
+        wanted(&["--split", "on=10%", "--rule", "country = 'DE' -> on", "--rule", "a -> 3 > 2 -> on=50%,off=20%"]);
     assert_eq!((flag.kind, flag.default.as_str(), flag.enabled), (registry::flags::Kind::Boolean, "off", true));
     assert_eq!(described(&flag), "2 rules, split on=10%, else off");
     assert_eq!(flag.rules[1].when.as_deref(), Some("a -> 3 > 2"));
-    assert_eq!(edit::lines(&flag)[2..], [
-        "  rule 1: country = 'DE' -> on",
-        "  rule 2: a -> 3 > 2 -> split on=50%,off=20% (layer new_ranker)",
-        "  rule 3: everybody -> split on=10% (layer new_ranker)",
-        "  else: off",
-    ]);
+    assert_eq!(
+        edit::lines(&flag)[2..],
+        [
+            "  rule 1: country = 'DE' -> on",
+            "  rule 2: a -> 3 > 2 -> split on=50%,off=20% (layer new_ranker)",
+            "  rule 3: everybody -> split on=10% (layer new_ranker)",
+            "  else: off",
+        ]
+    );
     let sizes = wanted(&["--variant", "small=10", "--variant", "large=100", "--default", "small"]);
     assert_eq!((sizes.kind, &sizes.variants["large"]), (registry::flags::Kind::Integer, &json!(100)));
     let texts = wanted(&["--type", "string", "--variant", "a=10", "--variant", "b=\"x y\"", "--default", "a"]);
