@@ -104,6 +104,11 @@ impl ServedFlags {
             && self.flags.iter().zip(&flags.flags).all(same)
     }
 
+    /// A condition that is compiled already, if it is one.
+    fn condition(&self, text: &str) -> Option<Arc<Condition>> {
+        self.conditions.get(text)?.1.as_ref().ok().cloned()
+    }
+
     pub fn names(&self) -> impl Iterator<Item = &FlagName> {
         self.flags.keys()
     }

@@ -433,7 +433,7 @@ async fn ask<'m>(
         match model.server.submit_in_tier(inputs, deadline, tier).await {
             Ok(outcome) => {
                 answers.take(&group, &outcome);
-                for looked_up in &looked_up {
+                if let Some(looked_up) = &looked_up {
                     let answered = group.iter().enumerate().filter(|(_, row)| answers.answered(**row));
                     answered.for_each(|(place, row)| looked_up.keep(*row, &outcome.outputs, place));
                 }

@@ -46,7 +46,8 @@ async fn main() {
     told("the forward alone", micros);
 
     let options = ServerOptions::new(BatchLimits::new(16, 64));
-    let server = ModelServer::start("layers", Arc::new(TorchRuntime), artefact, spec, options).await.expect("it starts");
+    let server =
+        ModelServer::start("layers", Arc::new(TorchRuntime), artefact, spec, options).await.expect("it starts");
     let parts = ScopeParts { tenant: "shop", model: "sha256:00", plan: "plan", outputs: &["p"], parameters: &[] };
     let (scope, cache) = (Scope::new(parts), ResponseCache::new(64 << 20, Duration::from_secs(300)));
     let mut micros = Vec::new();

@@ -132,7 +132,7 @@ def shop(tmp_path_factory):
 @with_server
 def test_the_client_evaluates(shop):
     with coeval.connect(f"grpc://{shop.grpc}") as client:
-        everything = client.flags(unit="N14228", expose=False)
+        everything = client.flags(unit="N14228")
         assert sorted(everything) == ["color", "early", "limit", "look", "off", "ranker", "ratio", "whole"]
         assert {name: everything[name].value for name in ("color", "early", "limit", "look", "off", "ratio")} == {
             "color": "color", "early": True, "limit": 10, "look": {"size": 3, "tags": ["a"]}, "off": False, "ratio": 0.5,

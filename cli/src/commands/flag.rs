@@ -173,7 +173,9 @@ impl Home {
                 let answer = server.control().list_flags(request).await;
                 Ok(answer.map_err(|status| server.failed(status))?.into_inner())
             }
-            Home::Log { registry, project, .. } => control::list(registry, project, &request).map_err(failed),
+            Home::Log { registry, project, .. } => {
+                control::list(registry, project, &request, &ServedFlags::default()).map_err(failed)
+            }
         }
     }
 

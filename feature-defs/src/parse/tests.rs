@@ -281,10 +281,7 @@ fn models_are_checked_key_by_key() {
     model(
         "fallback: {p_late: 0.22}",
         "cache: {max_bytes: 1KiB, size: 1MiB}",
-        &[
-            "15:5 1024 bytes hold hardly any answer; use at least `64KiB`, or leave out `cache`",
-            "15:5 unknown key",
-        ],
+        &["15:5 1024 bytes hold hardly any answer; use at least `64KiB`, or leave out `cache`", "15:5 unknown key"],
     );
     model("fallback: {p_late: 0.22}", "fallback: {model: delay_small}", &[]);
     model(

@@ -22,8 +22,8 @@ use super::context::Context;
 
 /// Of one condition: what a person can read.
 pub const ATTRIBUTES_MAX: usize = 32;
-/// Of one condition. Each is compiled when the flag is set.
-const READINGS_MAX: usize = 8;
+/// Of types of the attributes of one condition. Each is compiled when the flag is set.
+const CHOICES_MAX: usize = 16;
 
 /// From here on a float64 does not tell neighbouring integers apart.
 const EXACT_END: u64 = 1 << 53;
@@ -178,17 +178,14 @@ impl Condition {
 /// does not.
 fn readings(text: &str, attributes: &[Attribute]) -> (Vec<Reading>, Option<ExpressionError>) {
     let (mut readings, mut first_error) = (Vec::new(), None);
-    let mut chosen = vec![0; attributes.len()];
-    let mut tried = 0;
-    loop {
-        let classes = || attributes.iter().zip(&chosen).map(|(attribute, class)| attribute.classes[*class]);
-        let has_choice = |(attribute, class): (&Attribute, Class)| {
-            class == Class::Number && attribute.as_float && attribute.as_integer
+    for classes in choices(attributes) {
+        let has_choice = |(attribute, class): (&Attribute, &Class)| {
+            *class == Class::Number && attribute.as_float && attribute.as_integer
         };
         // Integers beyond 2^53 are told apart by a reading of their own.
-        let both = attributes.iter().zip(classes()).any(has_choice);
+        let both = attributes.iter().zip(&classes).any(has_choice);
         for prefers_float in [true, false].into_iter().take(if both { 2 } else { 1 }) {
-            let types = attributes.iter().zip(classes()).map(|(attribute, class)| match class {
+            let types = attributes.iter().zip(&classes).map(|(attribute, class)| match class {
                 Class::String => Type::String,
                 Class::Bool => Type::Bool,
                 Class::Timestamp => Type::Timestamp,
@@ -199,18 +196,40 @@ fn readings(text: &str, attributes: &[Attribute]) -> (Vec<Reading>, Option<Expre
                 Ok(reading) => readings.push(reading),
                 Err(error) => first_error = first_error.or(Some(error)),
             }
-            tried += 1;
-        }
-        // The last attribute changes first.
-        let next = (0..attributes.len()).rev().find(|at| chosen[*at] + 1 < attributes[*at].classes.len());
-        match next {
-            Some(at) if tried < READINGS_MAX => {
-                chosen[at] += 1;
-                chosen[at + 1..].fill(0);
-            }
-            _ => return (readings, first_error),
         }
     }
+    (readings, first_error)
+}
+
+/// What attributes may be together, at most [`CHOICES_MAX`]: first all alike as far as they can be, then each for itself with
+/// the last one changing first.
+fn choices(attributes: &[Attribute]) -> Vec<Vec<Class>> {
+    let alike = |class: Class| {
+        let choose = |attribute: &Attribute| match attribute.classes.contains(&class) {
+            true => class,
+            false => attribute.classes[0],
+        };
+        attributes.iter().map(choose).collect::<Vec<Class>>()
+    };
+    let mut found: Vec<Vec<Class>> = Vec::new();
+    for classes in CLASSES.map(alike) {
+        if !found.contains(&classes) {
+            found.push(classes);
+        }
+    }
+    let mut chosen = vec![0; attributes.len()];
+    while found.len() < CHOICES_MAX {
+        let classes: Vec<Class> =
+            attributes.iter().zip(&chosen).map(|(attribute, class)| attribute.classes[*class]).collect();
+        if !found.contains(&classes) {
+            found.push(classes);
+        }
+        let next = (0..attributes.len()).rev().find(|at| chosen[*at] + 1 < attributes[*at].classes.len());
+        let Some(at) = next else { break };
+        chosen[at] += 1;
+        chosen[at + 1..].fill(0);
+    }
+    found
 }
 
 fn reading(text: &str, attributes: &[Attribute], types: Vec<Type>) -> Result<Reading, ExpressionError> {

@@ -13,7 +13,7 @@ use registry::state::{Change, Fact, Refusal, flag_change_of};
 use registry::{Outcome, Receipt, Registry, RegistryError};
 
 use super::condition::{Condition, ConditionError};
-use super::exposures;
+use super::{ServedFlags, exposures};
 use crate::answer::Gateway;
 use crate::follow::Retry;
 use crate::status::{Failure, Kind};
@@ -32,7 +32,10 @@ pub async fn set(
     request: &v1::SetFlagRequest,
 ) -> Result<v1::SetFlagResponse, Failure> {
     let flag = read(&request.flag)?;
-    let attributes = attributes(&flag).map_err(|error| Failure::invalid(error.to_string()))?;
+    let conditions = flag.clone();
+    let attributes = tokio::task::spawn_blocking(move || attributes(&conditions, &ServedFlags::default())).await;
+    let attributes = attributes.map_err(|error| Failure::internal("the conditions could not be compiled", &error))?;
+    let attributes = attributes.map_err(|error| Failure::invalid(error.to_string()))?;
     let after = Some(EntryNumber(request.after)).filter(|after| *after != EntryNumber::NONE);
     let change = FlagChange::Set(SetFlag { flag, after, reshuffle: request.reshuffle });
     let receipt = submit(registry, project, change, &request.who, &request.why).await?;
@@ -82,11 +85,12 @@ pub async fn set_holdout(
     Err(Failure::new(Kind::Precondition, "somebody else is changing the holdout; look at it and decide again"))
 }
 
-/// The flags as the fold has them.
+/// The flags as the fold has them. What `served` has compiled is not compiled again.
 pub fn list(
     registry: &Registry,
     project: &ProjectName,
     request: &v1::ListFlagsRequest,
+    served: &ServedFlags,
 ) -> Result<v1::ListFlagsResponse, Failure> {
     let state = registry.state();
     let none = Flags::default();
@@ -107,7 +111,7 @@ pub fn list(
         why: fact.why.clone().unwrap_or_default(),
         at: at(fact),
     });
-    let flags = found.into_iter().map(info).collect::<Result<_, _>>()?;
+    let flags = found.into_iter().map(|record| info(record, served)).collect::<Result<_, _>>()?;
     Ok(v1::ListFlagsResponse { flags, holdout, control_head: state.head.0 })
 }
 
@@ -190,10 +194,10 @@ fn at(fact: &Fact) -> String {
     fact.at.to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
-fn info(record: &FlagRecord) -> Result<v1::FlagInfo, Failure> {
+fn info(record: &FlagRecord, served: &ServedFlags) -> Result<v1::FlagInfo, Failure> {
     let flag = serde_json::to_string(&record.flag)
         .map_err(|error| Failure::internal("a flag cannot be written as JSON", &error))?;
-    let (attributes, problems) = match attributes(&record.flag) {
+    let (attributes, problems) = match attributes(&record.flag, served) {
         Ok(attributes) => (attributes, Vec::new()),
         Err(problem) => (Vec::new(), vec![problem.to_string()]),
     };
@@ -208,10 +212,13 @@ pub fn read(text: &str) -> Result<Flag, Failure> {
 }
 
 /// What the conditions of a flag read, or the first one that is none.
-pub fn attributes(flag: &Flag) -> Result<Vec<v1::FlagAttribute>, ConditionError> {
+pub fn attributes(flag: &Flag, served: &ServedFlags) -> Result<Vec<v1::FlagAttribute>, ConditionError> {
     let mut found: Vec<v1::FlagAttribute> = Vec::new();
     for text in flag.rules.iter().filter_map(|rule| rule.when.as_deref()) {
-        let condition = Condition::compile(text)?;
+        let condition = match served.condition(text) {
+            Some(condition) => condition,
+            None => Arc::new(Condition::compile(text)?),
+        };
         for (name, types) in condition.attributes() {
             let types = types.into_iter().map(str::to_owned);
             match found.iter_mut().find(|known| known.name == name) {
@@ -282,8 +289,9 @@ impl Gateway {
     pub async fn list_flags(&self, request: v1::ListFlagsRequest) -> Result<v1::ListFlagsResponse, Failure> {
         self.check_project(&request.project)?;
         let (registry, project) = (self.registry.clone(), self.project.clone());
-        // Every condition is compiled, to say what it reads.
-        let listed = tokio::task::spawn_blocking(move || list(&registry, &project, &request)).await;
+        let served = self.served().flags.clone();
+        // Conditions that are not served yet are compiled, to say what they read.
+        let listed = tokio::task::spawn_blocking(move || list(&registry, &project, &request, &served)).await;
         listed.unwrap_or_else(|error| Err(Failure::internal("the flags could not be listed", &error)))
     }
 

@@ -52,14 +52,12 @@ struct FlagsBody {
     targeting_key: Option<String>,
     #[serde(default)]
     context: Map<String, Json>,
-    #[serde(default)]
-    exposures: ExposuresBody,
+    exposures: Option<ExposuresBody>,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum ExposuresBody {
-    #[default]
     Log,
     None,
 }
@@ -82,8 +80,10 @@ async fn flags_twin(State(gateway): State<Arc<Gateway>>, body: Bytes) -> Result<
     let flags = body.flags.iter().map(|(name, of)| Ok((name.as_str(), kind(of)?)));
     let flags = flags.collect::<Result<Vec<_>, Failure>>()?;
     let exposures = match body.exposures {
-        ExposuresBody::Log => v1::Exposures::Log,
-        ExposuresBody::None => v1::Exposures::None,
+        // Nobody uses all flags at once.
+        None if flags.is_empty() => v1::Exposures::None,
+        None | Some(ExposuresBody::Log) => v1::Exposures::Log,
+        Some(ExposuresBody::None) => v1::Exposures::None,
     };
     let context = Context::new(body.targeting_key.as_deref(), &body.context)?;
     let question = Question { flags, context, exposures };

@@ -229,6 +229,8 @@ impl Events for Double {
 }
 
 struct Server {
+    /// Stands still unless a test moves it.
+    clock_time: Arc<AtomicI64>,
     running: Running,
     events: Arc<Double>,
     registry: Arc<Registry>,
@@ -257,7 +259,8 @@ async fn start_with_models(
     models: ModelPlaces,
 ) -> Server {
     let clock_time = Arc::new(AtomicI64::new(NOW));
-    let clock: Clock = Arc::new(move || clock_time.load(Ordering::SeqCst));
+    let time = clock_time.clone();
+    let clock: Clock = Arc::new(move || time.load(Ordering::SeqCst));
     let registry = Registry::open(objects, &Path::from("shops"), wall_clock(&clock)).await.unwrap();
     let registry = Arc::new(registry);
     registry.submit(&project(), &Change::Apply(catalog()), "test", None).await.unwrap();
@@ -308,6 +311,7 @@ async fn start_with_models(
     running.started().await;
     let channel = Channel::from_shared(format!("http://{}", running.grpc_addr)).unwrap().connect().await.unwrap();
     Server {
+        clock_time,
         running,
         events,
         registry,

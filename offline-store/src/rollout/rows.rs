@@ -344,7 +344,8 @@ impl Rows {
             let found = wanted.versions.iter().position(|version| Some(version.number) == number);
             found.unwrap_or(if who == Who::Champion { 0 } else { wanted.versions.len() - 1 })
         };
-        let mut values = Values { wanted, labels, logged: &logged, of_versions: BTreeMap::new() };
+        let of_versions = wanted.versions.iter().map(|_| None).collect();
+        let mut values = Values { wanted, labels, logged: &logged, of_versions };
         for (row, who) in chosen {
             let Some((unit, mut bucket, stand)) = units.place(wanted, row, logged.id(row)) else {
                 self.without_unit += u64::from(who != Who::Shadow);
@@ -453,19 +454,22 @@ struct Values<'a> {
     wanted: &'a Wanted<'a>,
     labels: &'a Labels,
     logged: &'a Logged<'a>,
-    of_versions: BTreeMap<usize, Vec<Vec<Option<f64>>>>,
+    of_versions: Vec<Option<OfRows>>,
 }
 
+/// By outcome, of every row of the file.
+type OfRows = Vec<Vec<Option<f64>>>;
+
 impl Values<'_> {
-    fn of(&mut self, version: usize) -> Result<&[Vec<Option<f64>>], RolloutError> {
-        if !self.of_versions.contains_key(&version) {
-            let values = self.work_out(version)?;
-            self.of_versions.insert(version, values);
-        }
-        Ok(self.of_versions.get(&version).map_or(&[], Vec::as_slice))
+    fn of(&mut self, version: usize) -> Result<&OfRows, RolloutError> {
+        let values = match self.of_versions[version].take() {
+            Some(values) => values,
+            None => self.work_out(version)?,
+        };
+        Ok(self.of_versions[version].insert(values))
     }
 
-    fn work_out(&self, version: usize) -> Result<Vec<Vec<Option<f64>>>, RolloutError> {
+    fn work_out(&self, version: usize) -> Result<OfRows, RolloutError> {
         let Values { wanted, labels, logged, .. } = self;
         let (plan, batch) = (&wanted.versions[version].plan, logged.batch);
         let rows = batch.num_rows();

@@ -327,11 +327,15 @@ class Client:
         *,
         unit: str | None = None,
         context: Mapping[str, Any] | None = None,
-        expose: bool = True,
+        expose: bool | None = None,
     ) -> dict[str, _flags.FlagValue]:
-        """What some flags, or all, are for one unit, in one call."""
+        """What some flags, or all, are for one unit, in one call. Without `expose`, only of flags that are named is it
+        written down what the unit was given."""
         if isinstance(names, str):
             names = [names]
+        names = dict(names) if isinstance(names, Mapping) else list(names)
+        # Nobody uses all flags at once.
+        expose = bool(names) if expose is None else expose
         request = _flags.request(self.project, names, unit, context, expose)
         answer = self._call(self._gateway.EvaluateFlags, request)
         return {value.name: _flags.read(value) for value in answer.flags}

@@ -21,9 +21,6 @@ BUCKETS = 10_000
 #: A part of a unit's key.
 KeyPart = str | int | bool | bytes
 
-TYPES = ("boolean", "string", "integer", "float", "object")
-
-
 @dataclass(frozen=True)
 class Placed:
     """Where a unit falls in one layer."""

@@ -111,6 +111,7 @@ impl Server {
                 let shops: Vec<Option<&str>> = names.iter().map(|name| Some(name.as_str())).collect();
                 self.predict(rows(&shops)).await.unwrap();
             }
+            self.clock_time.fetch_add(1_000_000, Ordering::SeqCst);
             let story = self.story().await;
             if wanted(&story) {
                 return story;
