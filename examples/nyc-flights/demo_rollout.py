@@ -43,8 +43,8 @@ STEPS = 8
 HOUR_US = 3_600_000_000
 DAY_US = 24 * HOUR_US
 BEGIN, END = dt.date(2013, 7, 1), dt.date(2013, 7, 29)
-# The champion alone, so that there is traffic to plan by.
-ALONE_US = DAY_US
+# The champion alone, so that there is traffic to plan by, and some of it with labels.
+ALONE_US = 2 * DAY_US
 # When a flight has landed for sure: an hour to its departure, and the longest ones take eleven.
 OUTCOME_KNOWN_US = 18 * HOUR_US
 LABELS_EVERY_US = 6 * HOUR_US
@@ -260,7 +260,8 @@ class Follow:
             if not entry["kind"].startswith(("rollout_", "model_promote")):
                 continue
             numbers = entry.get("numbers") or {}
-            at = numbers.get("now_us") or self.july.now
+            # Before a row has come, the judge knows of no other time than its own.
+            at = min(numbers.get("now_us") or self.july.now, self.july.now)
             to = entry.get("to") or entry.get("ending") or ""
             self.transitions.append({
                 "entry": entry["entry"], "kind": entry["kind"], "version": self.version, "to": to, "at": when(at),
@@ -356,7 +357,7 @@ def demonstrate(server: Path, out: Path) -> bool:
         running.enter_context(departures.pusher)
         running.enter_context(arrivals.pusher)
         july = July(client, tool, archive, rows, departures, arrivals)
-        with steps.step("1 July: the champion alone, and what the criteria will need at this traffic"):
+        with steps.step("1 and 2 July: the champion alone, and what the criteria will need at this traffic"):
             alone_until = july.now + ALONE_US
             while july.now < alone_until:
                 july.moment()
