@@ -4,7 +4,7 @@
 ONLINE ?= embedded
 export ONLINE
 
-.PHONY: setup demo demo-audit demo-rollout test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-audit
+.PHONY: setup demo demo-audit demo-rollout test lint fmt clean bench-pit bench-windows bench-flight bench-online bench-inference bench-rollout bench-audit
 
 setup: ## what `demo` needs: compilers, a Python environment, libtorch
 	@scripts/setup.sh
@@ -27,7 +27,7 @@ lint: ## formatting and clippy only
 fmt: ## format the Rust code
 	@cargo fmt --all
 
-bench-pit bench-windows bench-flight bench-online bench-inference: bench-%: ## ours and what users would pick instead, in turn on the same files
+bench-pit bench-windows bench-flight bench-online bench-inference bench-rollout: bench-%: ## ours and what users would pick instead, in turn on the same files
 	@scripts/bench.sh $*
 
 bench-audit: ## faults planted into a serving log: which the audit flags, and what it says they are

@@ -1,6 +1,6 @@
 """Runs our workloads and the peers in turn on the same files, and says what came of it.
 
-    run.py pit|windows|flight|online|inference [--runs N] [--rows SPINE VIEW] [--only NAME...]
+    run.py pit|windows|flight|online|inference|rollout [--runs N] [--rows SPINE VIEW] [--only NAME...]
 
 Started by scripts/bench.sh, which builds the program and installs the peers. Every measured run is a process of its own
 on two cores; the contenders take turns, and medians are compared. Wrong or differing answers are an error; a missed
@@ -29,6 +29,7 @@ from pathlib import Path
 from inference import inference
 from online import online
 from report import CORES, PEERS, ROOT, Place, Report, Row, Wrong, measured, say
+from rollout import BLOCK_SECONDS, BLOCKS, rollout
 
 KEYS = 100_000
 # Small tables have fewer keys, but rows so seldom that some are older than 7 days when they are asked for.
@@ -409,18 +410,20 @@ def print_table(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = {"pit": pit, "windows": windows, "flight": flight, "online": online, "inference": inference}
+    benchmarks = {"pit": pit, "windows": windows, "flight": flight, "online": online, "inference": inference, "rollout": rollout}
     parser.add_argument("name", choices=benchmarks)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs=2, default=(1_000_000, 10_000_000), metavar=("SPINE", "VIEW"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of the workloads")
     parser.add_argument("--bench", type=Path, required=True, help="our program")
-    parser.add_argument("--server", type=Path, help="our server, for `online` and `inference`")
+    parser.add_argument("--server", type=Path, help="our server, for `online`, `inference` and `rollout`")
     parser.add_argument("--feast", type=Path, help="the Python that has Feast, for `online`")
-    parser.add_argument("--torch", type=Path, help="the Python that has torch, for `inference`")
+    parser.add_argument("--torch", type=Path, help="the Python that has torch, for `inference` and `rollout`")
     parser.add_argument("--seconds", type=float, help="of each measurement of `online` (5) and of each block of `inference` (10)")
     parser.add_argument("--overload-seconds", type=float, default=60.0, help="of twice the capacity")
     parser.add_argument("--soak-seconds", type=float, default=60.0, help="of predictions with the memory watched")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of `rollout`, with and without it")
+    parser.add_argument("--block-seconds", type=float, default=BLOCK_SECONDS, help="of `rollout`")
     parser.add_argument("--cycles", type=int, default=200, help="loads and unloads of a model")
     parser.add_argument("--data", type=Path, required=True, help="folder that keeps the generated files")
     args = parser.parse_args()

@@ -2,7 +2,7 @@
 # The benchmarks: builds our program, installs the engines it is compared with, and runs them in turn. docs/benchmarks.md
 # says what is measured.
 #
-#     scripts/bench.sh pit|windows|flight|online|inference [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
+#     scripts/bench.sh pit|windows|flight|online|inference|rollout [--runs N] [--only WORKLOAD...] [--rows SPINE VIEW]
 #     scripts/bench.sh audit [--rows N] [--seeds N]
 #
 # Generated files (about 12 GB for all benchmarks) and the peers' Python lie in COEVAL_BENCH, by default in the user's
@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-[ $# -gt 0 ] || fail "say which benchmark: pit, windows, flight, online, inference or audit"
+[ $# -gt 0 ] || fail "say which benchmark: pit, windows, flight, online, inference, rollout or audit"
 have cargo || fail "cargo not found; run \`make setup\` first"
 if [ "$1" = audit ]; then
     shift
@@ -51,14 +51,14 @@ if [ "$1" = online ]; then
 fi
 
 claim_builds
-if [ "$1" = online ] || [ "$1" = inference ]; then
+if [ "$1" = online ] || [ "$1" = inference ] || [ "$1" = rollout ]; then
     have redis-server || scripts/setup.sh redis
     use_libtorch
     step "building the server (release; the first time this takes a while)"
     cargo build --release --locked -p cli --features torch
     more+=(--server "$CARGO_TARGET_DIR/release/coeval")
 fi
-if [ "$1" = inference ]; then
+if [ "$1" = inference ] || [ "$1" = rollout ]; then
     features=(--features torch)
     more+=(--torch "$python")
 fi

@@ -4,7 +4,7 @@
 
 `slow.pt` is a recurrent network over its 50 features: many small steps, as in a model over a sequence, so that a forward
 over 32 rows costs little more than one over a single row. How many steps it has is found by measuring on this machine,
-with one thread inside an operation. `small.pt` is two layers, `noop.pt` hands its first feature back.
+with one thread inside an operation. `small.pt` is two layers, `small-2.pt` the same with other weights, `noop.pt` hands its first feature back.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def main() -> None:
     # As slow, with other weights: a file that was registered before is no new version.
     torch.jit.script(Slow(steps).eval()).save(str(args.folder / "other.pt"))
     torch.jit.script(Small().eval()).save(str(args.folder / "small.pt"))
+    torch.jit.script(Small().eval()).save(str(args.folder / "small-2.pt"))
     torch.jit.script(Noop().eval()).save(str(args.folder / "noop.pt"))
     said = {"steps": steps, "torch": torch.__version__}
     said |= {f"slow_{rows}_rows_ms": forward_ms(slow, rows) for rows in (1, 32)}

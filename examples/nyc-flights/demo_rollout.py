@@ -48,7 +48,8 @@ ALONE_US = DAY_US
 # When a flight has landed for sure: an hour to its departure, and the longest ones take eleven.
 OUTCOME_KNOWN_US = 18 * HOUR_US
 LABELS_EVERY_US = 6 * HOUR_US
-LOOK_SECONDS = 1.0
+# Somebody looks, and asks for the rollout to go on if it may: replayed days are too short to wait for the gateways' own looks.
+LOOK_EVERY_US = 12 * HOUR_US
 FIRST_LEARNT_UNTIL = dt.date(2013, 4, 1)
 HELD_OUT = "june"
 # The archive is moved to Celsius: these months as a whole, and July's rows so long after the third version has begun.
@@ -84,6 +85,15 @@ class Tool:
     def tell(self, *arguments: str) -> None:
         """In front of the user."""
         demo.run([str(self.program), "-C", str(self.project), *arguments, "--server", self.server], self.environment)
+
+    def advance(self) -> str:
+        """Has the rollout judged, so that it goes on if it may; why it does not."""
+        command = ["rollout", "advance", "delay", "--why", "twice a day"]
+        whole = [str(self.program), "-C", str(self.project), *command, "--server", self.server]
+        done = subprocess.run(whole, env=self.environment, capture_output=True, text=True, check=False)
+        # It may have ended by itself a moment before; what it did is told by its story.
+        said = done.stderr.strip().removeprefix("error: ").split(" (the server at ")[0]
+        return "" if done.returncode == 0 else said.split("; ")[0]
 
     def rollout(self) -> dict[str, Any]:
         return self.ask("rollout", "show", "delay", show=False)
@@ -157,14 +167,14 @@ class July:
         return int(self.at[min(self.next, len(self.at) - 1)])
 
     def run(self, ends: Callable[[], bool]) -> None:
-        """Goes on until `ends` says so, which is asked about once a second, or July is over."""
-        looked = time.monotonic()
+        """Goes on until `ends` says so, which is asked twice a day, or July is over."""
+        looked = self.now
         while self.next < len(self.at):
             self.moment()
-            if time.monotonic() - looked >= LOOK_SECONDS:
+            if self.now - looked >= LOOK_EVERY_US:
                 if ends():
                     return
-                looked = time.monotonic()
+                looked = self.now
 
     def moment(self) -> None:
         """Everything that happens at the next time at which somebody asks."""
@@ -224,16 +234,22 @@ class Follow:
 
     def look(self) -> bool:
         """Whether the rollout is over."""
+        why = self.tool.advance()
         story = self.tool.rollout()
         self.tell(story)
+        if story.get("running") and why:
+            print(f"   {when(self.july.now)}  {why}", flush=True)
         running = story.get("running")
         if not running or running["version"] != self.version:
             return True
-        held = running.get("held") or {}
-        if self.acknowledge and not self.acknowledged and any("drift" in why for why in held.get("reasons") or []):
+        criteria = {one["name"]: one for one in ((running.get("judged") or {}).get("judgement") or {}).get("criteria") or []}
+        met = {name for name, one in criteria.items() if one["verdict"] == "met"}
+        # Somebody looks once there is something to see, and only drift is in the way.
+        if self.acknowledge and not self.acknowledged and {"min_rows", "skew"} <= met and "drift" not in met:
             self.acknowledged = True
-            why = "summer: hotter than what it learnt from, for both versions"
-            self.tool.ask("rollout", "acknowledge", "delay", "--feature", "*", "--why", why)
+            print(f"   {when(self.july.now)}  {criteria['drift']['text']}")
+            why = "summer is hotter than what they learnt from, for both versions"
+            self.tool.ask("rollout", "acknowledge", "delay", "*", "--why", why)
         return False
 
     def tell(self, story: dict[str, Any]) -> None:
@@ -273,14 +289,16 @@ def rolled_back(july: July, tool: Tool, client: Any, new: int, old: int) -> tupl
     callers = [threading.Thread(target=go_on, args=(mine,), daemon=True) for mine in answers]
     for caller in callers:
         caller.start()
-    time.sleep(0.5)
-    said = time.monotonic()
-    done = tool.ask("rollout", "rollback", "delay", "--why", "the demonstration is over")
-    took = time.monotonic() - said
-    time.sleep(2.0)
-    ends.set()
-    for caller in callers:
-        caller.join(timeout=30)
+    try:
+        time.sleep(0.5)
+        said = time.monotonic()
+        done = tool.ask("rollout", "rollback", "delay", "--why", "the demonstration is over")
+        took = time.monotonic() - said
+        time.sleep(2.0)
+    finally:
+        ends.set()
+        for caller in callers:
+            caller.join(timeout=30)
     if done["champion"] != old:
         raise Failed(f"the rollback went to version {done['champion']}, not to {old}")
     flat = [answer for mine in answers for answer in mine]

@@ -277,6 +277,17 @@ pub struct Model {
     pub canary: Option<Canary>,
     /// How long the champion before stays loaded for a rollback.
     pub keep_previous: Option<Duration>,
+    /// None: every row is run.
+    pub cache: Option<ResponseCacheSettings>,
+}
+
+/// Answers that are given again for the same inputs, in the gateway's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResponseCacheSettings {
+    /// Of every version that is loaded.
+    pub memory_bytes: u64,
+    /// An answer is given again for so long at most.
+    pub ttl: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

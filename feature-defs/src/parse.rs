@@ -61,6 +61,9 @@ const MAX_ROWS_DEFAULT: i64 = 256;
 /// The longest window: far beyond what anybody waits for a prediction.
 const WINDOW_MAX: Duration = Duration::from_secs(10);
 const MAX_QUEUE_ROWS_DEFAULT: i64 = 4096;
+const RESPONSE_CACHE_DEFAULT: u64 = 64 << 20;
+const RESPONSE_CACHE_MIN: u64 = 64 << 10;
+const RESPONSE_TTL_DEFAULT: Duration = Duration::from_secs(300);
 const CANARY_MIN_UNITS_DEFAULT: i64 = 100;
 /// Numbers of rows, units and elements beyond this are typing errors.
 const COUNT_MAX: i64 = 1 << 40;
@@ -521,7 +524,8 @@ impl Reader<'_> {
                 "fallback",
                 "shadow",
                 "canary",
-                "keep_previous"
+                "keep_previous",
+                "cache"
             ],
         )?;
         let name = self.required(&object, "name", Self::string)?;
@@ -563,8 +567,21 @@ impl Reader<'_> {
             shadow: self.optional(&object, "shadow", Self::shadow),
             canary: self.optional(&object, "canary", Self::canary),
             keep_previous: self.optional(&object, "keep_previous", Self::duration),
+            cache: self.optional(&object, "cache", Self::response_cache),
             name,
         })
+    }
+
+    fn response_cache(&mut self, node: &Node) -> Option<ResponseCacheSettings> {
+        let object = self.object(node, "response cache", &["max_bytes", "ttl"])?;
+        let memory_bytes = self.optional(&object, "max_bytes", Self::size).unwrap_or(RESPONSE_CACHE_DEFAULT);
+        if memory_bytes < RESPONSE_CACHE_MIN {
+            let span = object.get("max_bytes").map_or(object.span, |node| node.span);
+            let message = format!("{memory_bytes} bytes hold hardly any answer");
+            self.report(Diagnostic::error(message, span).help("use at least `64KiB`, or leave out `cache`"));
+        }
+        let ttl = self.optional(&object, "ttl", Self::duration).unwrap_or(RESPONSE_TTL_DEFAULT);
+        Some(ResponseCacheSettings { memory_bytes, ttl })
     }
 
     fn model_input(&mut self, node: &Node) -> Option<ModelInput> {

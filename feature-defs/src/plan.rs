@@ -253,6 +253,8 @@ pub struct ModelPlan {
     pub tiers: Vec<String>,
     /// How versions of it reach users. No part of a digest.
     pub rollout: RolloutPlan,
+    /// Whether answers are given again, and for how long. No part of a digest.
+    pub cache: Option<catalog::ResponseCacheSettings>,
     pub semantic_digest: Digest,
 }
 

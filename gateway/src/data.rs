@@ -30,7 +30,9 @@ use crate::config::{ServeError, ServeOptions, store_folder};
 use crate::events::{
     Events, EventsError, Forgetting, ForgottenPlace, Mode, Progress, Pushed, TableDone, TableProgress, Wait,
 };
+use crate::grpc::NoFlight;
 use crate::metrics::Freshness;
+use crate::roles::Role;
 use crate::run::Mount;
 use crate::status::{Failure, Kind};
 
@@ -330,8 +332,11 @@ impl Offline {
     pub fn mount(self) -> Mount {
         let Offline { engine, memory_bytes, store_folder } = self;
         Box::new(move |routes, gateway| {
-            // Whoever looks at what was served replays it with the same engine.
+            // Whoever judges a rollout replays what was served with the same engine, whatever its roles.
             let _ = gateway.engine.set(engine.clone());
+            if !gateway.roles.has(Role::Offline) {
+                return routes.add_service(NoFlight::new(gateway.roles));
+            }
             let process = Arc::new(Process { gateway: gateway.clone(), store_folder });
             routes.add_service(offline_store::flight::service(engine, process, memory_bytes))
         })

@@ -26,6 +26,7 @@ use crate::events::Events;
 use crate::flags::{self, ServedFlags};
 use crate::kept::Kept;
 use crate::metrics::Metrics;
+use crate::response_cache;
 use crate::rollout::trial::{Trial, Trials};
 use crate::status::{Failure, Kind, chain};
 use crate::versions::{ServedModel, VersionState, Versions, Wanted};
@@ -395,6 +396,7 @@ impl Follower {
             }
         }
         try_out(&mut working.trials, project, &mut served);
+        response_cache::follow(&served);
         served
     }
 

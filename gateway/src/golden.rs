@@ -165,6 +165,8 @@ pub struct Checks {
     tolerances: Tolerances,
     /// Whether the training process sent them.
     pub golden: bool,
+    /// Whether the model answered the same twice.
+    pub is_steady: bool,
     /// What whoever deploys the version should know.
     pub notes: Vec<String>,
     next: AtomicUsize,
@@ -229,7 +231,14 @@ pub async fn check(server: &ModelServer, golden: Option<&Golden>) -> Result<Chec
         None if steady.is_some() => Vec::new(),
         None => rows,
     };
-    let checks = Checks { rows: kept, tolerances, golden: golden.is_some(), notes, ..Checks::default() };
+    let checks = Checks {
+        rows: kept,
+        tolerances,
+        golden: golden.is_some(),
+        is_steady: steady.is_none(),
+        notes,
+        ..Checks::default()
+    };
     Ok(Checked { checks, influence })
 }
 

@@ -43,6 +43,7 @@ pub mod observe;
 pub mod predict;
 pub mod presence;
 pub mod request;
+pub mod response_cache;
 pub mod rollout;
 pub mod serving_log;
 pub mod versions;

@@ -631,6 +631,18 @@ impl Metrics {
                 ("breaker_openings", snapshot.breaker_openings),
                 ("out_of_memory", snapshot.out_of_memory),
             ];
+            let kept = model.responses.as_ref().map(|responses| responses.metrics());
+            let of_cache = kept.iter().flat_map(|kept| {
+                [
+                    ("response_cache_hits", kept.hits),
+                    ("response_cache_misses", kept.misses),
+                    ("response_cache_bytes", kept.bytes),
+                    ("response_cache_entries", kept.entries),
+                    ("response_cache_evictions", kept.evictions),
+                    ("response_cache_expired", kept.expired),
+                ]
+            });
+            let counts = counts.into_iter().chain(of_cache);
             for (what, count) in counts {
                 let labels =
                     ModelCount { model: model.name.to_string(), version: model.version, what: what.to_owned() };

@@ -23,6 +23,7 @@ use crate::convert;
 use crate::features::Features;
 use crate::follow::Served;
 use crate::request::{self, Rows};
+use crate::response_cache::Caching;
 use crate::status::Failure;
 use crate::versions::ServedModel;
 
@@ -55,6 +56,8 @@ pub struct RowOutcome {
     pub cause: Option<Cause>,
     /// None where the row did not reach the model.
     pub waited: Option<Waited>,
+    /// The model was not asked: it has answered the same inputs before.
+    pub cached: bool,
 }
 
 /// Why a model did not answer a row.
@@ -164,6 +167,7 @@ impl RowOutcome {
                 memory_permit_us: micros(waited.memory_permit),
                 tier_us: micros(waited.tier),
             }),
+            cached: self.cached,
         }
     }
 }
@@ -250,7 +254,7 @@ impl Ask<'_> {
         let ready = self.gateway.prepared(&model.plan.service);
         let features = self.gateway.features(&ready, rows, self.at, own - forward).await?;
         let mut answers = match self.instead {
-            None => ask(model, rows, &features, None, own, self.tier).await?,
+            None => ask(model, rows, &features, None, own, self.tier, Caching::Allowed).await?,
             Some((cause, reason)) => unasked(model, rows, &features, cause, reason),
         };
         for step in steps.get(1..).unwrap_or_default() {
@@ -304,7 +308,9 @@ impl Ask<'_> {
         let Step { model, deadline } = *step;
         let wanted: Vec<usize> = answers.unanswered.keys().copied().collect();
         let answered = match model.plan.service.semantic_digest == answers.plan.service.semantic_digest {
-            true => ask(model, self.rows, features, Some(&wanted), deadline, self.tier_of(model)).await,
+            true => {
+                ask(model, self.rows, features, Some(&wanted), deadline, self.tier_of(model), Caching::Allowed).await
+            }
             false => self.ask_with_its_own(model, &wanted, deadline).await,
         };
         match answered {
@@ -328,7 +334,7 @@ impl Ask<'_> {
         let fetch_by = deadline.checked_sub(forward).unwrap_or(deadline);
         let ready = self.gateway.prepared(service);
         let features = self.gateway.features(&ready, &rows, self.at, fetch_by).await?;
-        ask(model, &rows, &features, Some(wanted), deadline, self.tier_of(model)).await
+        ask(model, &rows, &features, Some(wanted), deadline, self.tier_of(model), Caching::Allowed).await
     }
 
     /// The same rows as another service takes them.
@@ -358,7 +364,7 @@ pub(crate) async fn behind_requests(
     deadline: Instant,
 ) -> Result<Predicted, Failure> {
     let tier = model.plan.tiers.len().saturating_sub(1);
-    ask(model, rows, features, None, deadline, tier).await?.finish()
+    ask(model, rows, features, None, deadline, tier, Caching::Never).await?.finish()
 }
 
 /// What a model that is not asked leaves to others.
@@ -388,6 +394,7 @@ async fn ask<'m>(
     wanted: Option<&[usize]>,
     deadline: Instant,
     tier: usize,
+    caching: Caching,
 ) -> Result<Answers<'m>, Failure> {
     let plan = &*model.plan;
     let encoded = plan.encode(&features.assembled, rows.count);
@@ -405,17 +412,32 @@ async fn ask<'m>(
         Some(wanted) => wanted.to_vec(),
         None => (0..rows.count).collect(),
     };
-    let mut pending: Vec<Vec<usize>> = vec![all.into_iter().filter(|row| answers.open(*row)).collect()];
+    let mut open: Vec<usize> = all.into_iter().filter(|row| answers.open(*row)).collect();
+    let of_tensor = |error| Failure::internal("the features could not be made into tensors", &error);
+    let mut looked_up = None;
+    if let Some(responses) = model.responses.as_ref().filter(|_| caching == Caching::Allowed) {
+        let (known, others) =
+            responses.look_up(&encoded.inputs, &plan.service, &features.fetched, &open).map_err(of_tensor)?;
+        known.iter().for_each(|(row, outputs)| answers.recall(*row, outputs));
+        open.retain(|row| answers.open(*row));
+        looked_up = Some(others);
+    }
+    let mut pending: Vec<Vec<usize>> = vec![open];
     while let Some(group) = pending.pop() {
         if group.is_empty() {
             continue;
         }
         let inputs = encoded.inputs.iter().map(|input| Ok((input.name.clone(), tensor(input, &group)?)));
         let inputs: Result<Vec<_>, inference::tensor::TensorError> = inputs.collect();
-        let inputs =
-            inputs.map_err(|error| Failure::internal("the features could not be made into tensors", &error))?;
+        let inputs = inputs.map_err(of_tensor)?;
         match model.server.submit_in_tier(inputs, deadline, tier).await {
-            Ok(outcome) => answers.take(&group, outcome),
+            Ok(outcome) => {
+                answers.take(&group, &outcome);
+                if let Some(looked_up) = &looked_up {
+                    let answered = group.iter().enumerate().filter(|(_, row)| answers.answered(**row));
+                    answered.for_each(|(place, row)| looked_up.keep(*row, &outcome.outputs, place));
+                }
+            }
             Err(InferError::Model(ModelError::Runtime(_) | ModelError::OutOfMemory(_))) if group.len() > 1 => {
                 let (first, second) = group.split_at(group.len() / 2);
                 // The stack is taken from its end: rows are run in their order.
@@ -508,7 +530,7 @@ impl<'a> Answers<'a> {
     }
 
     fn settle(&mut self, row: usize, status: RowStatus, cause: Cause, reason: String) {
-        self.rows[row] = Some(RowOutcome { status, reason, cause: Some(cause), waited: None });
+        self.rows[row] = Some(RowOutcome { status, reason, cause: Some(cause), waited: None, cached: false });
     }
 
     fn fail(&mut self, row: usize, reason: String) {
@@ -547,8 +569,9 @@ impl<'a> Answers<'a> {
                 _ => unanswered.add(&format!("model `{}`: {}", model.name, outcome.reason)),
             }
             let Unanswered { cause, reason } = unanswered;
+            let RowOutcome { waited, cached, .. } = outcome;
             self.rows[row] =
-                Some(RowOutcome { status: RowStatus::Fallback, reason, cause: Some(cause), waited: outcome.waited });
+                Some(RowOutcome { status: RowStatus::Fallback, reason, cause: Some(cause), waited, cached });
         }
         self.unanswered = rest;
         self.queue_time += others.queue_time;
@@ -566,17 +589,40 @@ impl<'a> Answers<'a> {
         }
     }
 
-    fn take(&mut self, group: &[usize], outcome: Outcome) {
+    fn answered(&self, row: usize) -> bool {
+        self.rows[row].as_ref().is_some_and(|outcome| outcome.status == RowStatus::Answered)
+    }
+
+    /// What the model said to the same inputs before.
+    fn recall(&mut self, row: usize, outputs: &[Tensor]) {
+        for (index, tensor) in outputs.iter().enumerate() {
+            self.set(index, row, tensor, 0);
+        }
+        self.rows[row] = Some(RowOutcome {
+            status: RowStatus::Answered,
+            reason: String::new(),
+            cause: None,
+            waited: None,
+            cached: true,
+        });
+    }
+
+    /// Takes one row of an output.
+    fn set(&mut self, index: usize, row: usize, tensor: &Tensor, place: usize) {
+        let width: usize = tensor.row_shape().iter().product();
+        self.widths[index] = self.widths[index].max(width);
+        self.values[index][row] = match tensor.row_shape() {
+            [] => element(tensor.data(), place),
+            _ => Value::List((place * width..(place + 1) * width).map(|i| element(tensor.data(), i)).collect()),
+        };
+    }
+
+    fn take(&mut self, group: &[usize], outcome: &Outcome) {
         self.queue_time += outcome.waited.whole;
         self.forward_micros += outcome.forward_micros;
         for (index, (_, tensor)) in outcome.outputs.iter().enumerate() {
-            let width: usize = tensor.row_shape().iter().product();
-            self.widths[index] = self.widths[index].max(width);
             for (place, row) in group.iter().enumerate() {
-                self.values[index][*row] = match tensor.row_shape() {
-                    [] => element(tensor.data(), place),
-                    _ => Value::List((place * width..(place + 1) * width).map(|i| element(tensor.data(), i)).collect()),
-                };
+                self.set(index, *row, tensor, place);
             }
         }
         for (place, row) in group.iter().enumerate() {
@@ -591,6 +637,7 @@ impl<'a> Answers<'a> {
                 reason: String::new(),
                 cause: None,
                 waited: Some(outcome.waited),
+                cached: false,
             });
         }
     }
@@ -630,6 +677,7 @@ impl<'a> Answers<'a> {
             reason: "the row was not answered".to_owned(),
             cause: None,
             waited: None,
+            cached: false,
         };
         Ok(Predicted {
             outputs: arrays,

@@ -118,6 +118,3 @@ impl Rollouts {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -220,7 +220,7 @@ pub async fn open(options: &ServeOptions) -> Result<Opened, ServeError> {
         OnlineUrl::Embedded | OnlineUrl::RedisCluster(_) => store,
     };
     let models = ModelPlaces { cache: Some(local.join("models")), certifier: options.certifier.clone() };
-    let flight = roles.has(Role::Offline).then(|| offline.mount());
+    let flight = Some(offline.mount());
     let kept = Some(kept);
     Ok(Opened { project, registry, store, events, runtime, models, flight, serving_log, counts, audit, roles, kept })
 }
@@ -325,6 +325,7 @@ pub async fn start(
         Some(cache) => Arc::new(CachedStore::new(store, cache, &metrics)),
     };
     let mut versions = Versions::new(registry.clone(), runtime, models);
+    versions.tenant = project.to_string();
     versions.is_idle = !roles.has(Role::Gateway);
     let mut follower = Follower::new(registry.clone(), project.clone(), events.clone(), versions, metrics.clone());
     follower.kept = kept.clone();
@@ -355,7 +356,7 @@ pub async fn start(
     let routes = grpc::routes(gateway.clone()).add_service(health_service);
     let routes = match flight {
         Some(mount) => mount(routes, &gateway),
-        None => routes.add_service(grpc::NoFlight::new(roles)),
+        None => routes,
     };
     let Listeners { grpc, http } = listeners;
     let (grpc_addr, http_addr) = (grpc.address, http.address);

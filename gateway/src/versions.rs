@@ -29,6 +29,7 @@ use crate::follow::Retry;
 use crate::golden::{self, Checked, Checks};
 use crate::model_files::ModelFiles;
 use crate::predict::spec_of;
+use crate::response_cache::Responses;
 use crate::status::{Failure, Kind, chain};
 
 /// How long a version that could not be loaded is left alone, at first and at most.
@@ -48,6 +49,8 @@ pub struct ServedModel {
     pub plan: Arc<ModelPlan>,
     pub server: Arc<ModelServer>,
     pub checks: Arc<Checks>,
+    /// What it answered before, where its definition asks for that.
+    pub responses: Option<Arc<Responses>>,
 }
 
 pub type Key = (ModelName, ModelVersion);
@@ -76,6 +79,8 @@ pub struct Versions {
     registry: Arc<Registry>,
     runtime: Option<Arc<dyn Runtime>>,
     places: ModelPlaces,
+    /// Whose answers those of its models are.
+    pub tenant: String,
     /// What the models share.
     pub devices: SharedDevices,
     slots: Mutex<Slots>,
@@ -160,6 +165,7 @@ impl Versions {
             registry,
             runtime,
             places,
+            tenant: String::new(),
             devices: SharedDevices::new(),
             slots: Mutex::default(),
             turn: Semaphore::new(1),
@@ -234,8 +240,20 @@ impl Versions {
                 slot.loading = None;
                 // Policy may have changed; the executors stay as long as they would be started the same.
                 if !Arc::ptr_eq(&model.plan, &plan) {
+                    let kept = model.responses.as_ref().filter(|responses| responses.suits(&plan)).cloned();
+                    let responses = match kept {
+                        Some(kept) => Some(kept),
+                        None if model.checks.is_steady => {
+                            self.responses(wanted.record, &plan).unwrap_or_else(|error| {
+                                tracing::warn!(model = %model.name, %error, "answers of a model are not cached");
+                                None
+                            })
+                        }
+                        None => None,
+                    };
                     *model = Arc::new(ServedModel {
                         plan,
+                        responses,
                         name: model.name.clone(),
                         version: model.version,
                         server: model.server.clone(),
@@ -397,8 +415,25 @@ impl Versions {
                 (server, checks)
             }
         };
+        let mut checks = checks;
+        let responses = match self.responses(record, &plan) {
+            Ok(Some(_)) if !checks.is_steady => Err("the same row does not come out the same twice".to_owned()),
+            made => made.map_err(|error| error.to_string()),
+        };
+        let responses = responses.unwrap_or_else(|reason| {
+            checks.notes.push(format!("its answers are not cached: {reason}"));
+            None
+        });
         let (name, version) = (name.into(), record.version.0);
-        Ok(ServedModel { name, version, plan, server: Arc::new(server), checks: Arc::new(checks) })
+        Ok(ServedModel { name, version, plan, server: Arc::new(server), checks: Arc::new(checks), responses })
+    }
+
+    /// The cache that the plan of a version asks for. That there is no memory for it is no reason not to serve the model.
+    fn responses(&self, record: &ModelRecord, plan: &ModelPlan) -> Result<Option<Arc<Responses>>, MemoryError> {
+        let Some(cpu) = self.devices.cpu() else { return Ok(None) };
+        let named = format!("{}/{}", record.model.name, record.version);
+        let content = record.model.artifact.sha256.to_string();
+        Responses::new(&self.tenant, &named, &content, plan, &cpu)
     }
 
     /// The models of other names on the same devices, with what they need of the cores.

@@ -107,6 +107,7 @@ class Server(gateway_pb2_grpc.GatewayServicer, ingest_pb2_grpc.IngestServicer, c
                     "wait_reason": 2,
                     "wait_us": 70,
                     "waits": {"executor_busy_us": 50, "tier_us": 20},
+                    "cached": True,
                 }
             ]
             * (rows - 1)
@@ -370,6 +371,7 @@ def test_predict(client, server):
     first = answer.outcomes[0]
     assert (first.wait_reason, first.wait_us) == ("EXECUTOR_BUSY", 70)
     assert first.waits == {"executor_busy": 50, "tier": 20}
+    assert [outcome.cached for outcome in answer.outcomes] == [True, False]
     assert answer.features["weather:temp"].type == pa.float64()
     assert answer.timings.total_us == 10
     assert answer.request_id == "r"

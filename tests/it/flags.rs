@@ -133,8 +133,8 @@ async fn a_flag_is_set_ramped_and_removed_by_whoever_looked_last() {
     assert!(lost.unwrap_err().message().contains("was changed by ada"));
     let second = won.unwrap().control_entry;
 
-    let everything = v1::ListFlagsRequest { project: "flags".into(), names: vec![] };
-    let listed = server.control.clone().list_flags(everything).await.unwrap().into_inner();
+    let request = v1::ListFlagsRequest { project: "flags".into(), names: vec![] };
+    let listed = server.control.clone().list_flags(request).await.unwrap().into_inner();
     assert_eq!((listed.flags.len(), listed.flags[0].entry, listed.flags[0].who.as_str()), (1, second, "ada"));
     let unknown = v1::ListFlagsRequest { project: "flags".into(), names: vec!["new_pages".into()] };
     let (code, text) = refused(server.control.clone().list_flags(unknown).await.unwrap_err());

@@ -285,7 +285,7 @@ async fn three_gateways_go_back_within_a_second_and_survive_the_loss_of_one() {
         for caller in callers {
             let asked = caller.end().await;
             assert!(asked.iter().any(|(sent, version)| *sent < undone && *version == 2), "it had the traffic");
-            assert!(asked.iter().filter(|(sent, _)| *sent > undone).count() > 50, "somebody asked afterwards");
+            assert!(asked.iter().any(|(sent, _)| *sent > undone + UNDONE_WITHIN), "somebody asked afterwards");
             let late = asked.iter().filter(|(sent, version)| *sent > undone && *version != 1);
             worst = worst.max(late.map(|(sent, _)| *sent - undone).max().unwrap_or_default());
         }
@@ -428,7 +428,7 @@ async fn a_gateway_that_cannot_read_the_log_says_so_and_serves_also_after_a_rest
 }
 
 /// A gateway in this process, whose clock is wrong.
-async fn gateway_with_clock(project: &Project, ahead_seconds: i64) -> (Running, Channel) {
+pub async fn gateway_with_clock(project: &Project, ahead_seconds: i64) -> (Running, Channel) {
     let clock = Arc::new(move || {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as i64;
         now + ahead_seconds * 1_000_000

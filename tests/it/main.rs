@@ -2,6 +2,7 @@
 
 mod audit;
 mod drift;
+mod evidence;
 mod faults;
 mod flags;
 mod fleet;

@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::fleet::{Seen, log_of, promote, refused, register, rollback, wait_for};
+use crate::fleet::{Seen, gateway_with_clock, log_of, promote, refused, register, rollback, wait_for};
 use crate::models::{model_file, padded};
 use crate::process::Process;
 
@@ -76,20 +76,20 @@ async fn ask(channel: &Channel, first: usize) -> Result<Vec<(usize, u32)>, Statu
 }
 
 /// When a request was sent, about which unit, and which version answered.
-type Seen1 = (Instant, usize, u32);
+type Answered = (Instant, usize, u32);
 
 /// Callers of one gateway, until they are told to end or the gateway is gone.
 struct Traffic {
     stop: Arc<AtomicBool>,
-    asked: Vec<JoinHandle<Vec<Seen1>>>,
+    asked: Vec<JoinHandle<Vec<Answered>>>,
 }
 
 impl Traffic {
-    fn over(gateways: &[Process]) -> Traffic {
+    fn over(gateways: &[Channel]) -> Traffic {
         let stop = Arc::new(AtomicBool::new(false));
         let next = Arc::new(AtomicUsize::new(0));
-        let caller = |process: &Process| {
-            let (channel, stopped, next) = (process.channel(), stop.clone(), next.clone());
+        let caller = |channel: &Channel| {
+            let (channel, stopped, next) = (channel.clone(), stop.clone(), next.clone());
             tokio::spawn(async move {
                 let mut asked = Vec::new();
                 while !stopped.load(Ordering::SeqCst) {
@@ -106,7 +106,7 @@ impl Traffic {
         Traffic { stop, asked }
     }
 
-    async fn end(self) -> Vec<Vec<Seen1>> {
+    async fn end(self) -> Vec<Vec<Answered>> {
         self.stop.store(true, Ordering::SeqCst);
         let mut all = Vec::new();
         for asked in self.asked {
@@ -200,7 +200,7 @@ async fn a_canary_over_three_gateways_goes_by_its_criteria_though_one_is_killed(
     refused(change(&channels[0], advance).await, Code::FailedPrecondition, &["stays at", "units"]);
     refused(promote(&channels[0], version, "ada").await, Code::FailedPrecondition, &["rollout"]);
 
-    let traffic = Traffic::over(&gateways);
+    let traffic = Traffic::over(&channels);
     wait_for("the last step", || async { kinds(&entries(&project).await).contains(&"rollout_step") }).await;
     // SIGKILL, with everything that it had open.
     drop(gateways.remove(2));
@@ -254,8 +254,8 @@ async fn a_canary_over_three_gateways_goes_by_its_criteria_though_one_is_killed(
 }
 
 /// Whoever had the new version once kept it until the rollback: gateways do not differ about a unit, and a ramp only adds.
-fn sticky(asked: &[Vec<Seen1>], version: u32) {
-    let mut all: Vec<&Seen1> = asked.iter().flatten().collect();
+fn sticky(asked: &[Vec<Answered>], version: u32) {
+    let mut all: Vec<&Answered> = asked.iter().flatten().collect();
     all.sort_by_key(|(sent, ..)| *sent);
     let last = all.iter().rev().find(|(.., by)| *by == version).map(|(sent, ..)| *sent).expect("it had traffic");
     let mut moved = std::collections::BTreeMap::new();
@@ -272,4 +272,43 @@ fn sticky(asked: &[Vec<Seen1>], version: u32) {
     }
     assert!(moved.len() > 100, "{} units had the new version", moved.len());
     assert_eq!(back, 0, "of {} units that had the new version some went back to the old one", moved.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clocks_seconds_apart_write_each_step_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(redis) = RedisServer::start(folder.path()) else { return };
+    let project = project(&redis.url());
+    project.apply().await.unwrap();
+    let mut running = Vec::new();
+    for ahead in [6, 0, -6] {
+        running.push(gateway_with_clock(&project, ahead).await);
+    }
+    let channels: Vec<Channel> = running.iter().map(|(_, channel)| channel.clone()).collect();
+    for (number, bytes) in [(1, b"one"), (2, b"two")] {
+        assert_eq!(register(&channels[0], bytes).await, number);
+        crate::models::deploy(&channels[0], number).await.unwrap();
+    }
+    begin(&channels[0], 2, "ada").await.unwrap();
+    let traffic = Traffic::over(&channels);
+    let begun = Instant::now();
+    while !kinds(&entries(&project).await).contains(&"model_promote") {
+        let told = story(&channels[2]).await;
+        assert!(begun.elapsed() < PROMOTED_WITHIN, "not promoted: {told:#}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    // Each gateway has judged and wanted to write; the log has taken one of them each time.
+    assert_eq!(kinds(&entries(&project).await), ["rollout_begin", "rollout_step", "model_promote"]);
+    for channel in &channels {
+        wait_for("all follow", || async {
+            ask(channel, 0).await.is_ok_and(|answers| answers.iter().all(|(_, by)| *by == 2))
+        })
+        .await;
+    }
+    sticky(&traffic.end().await, 2);
+    for (server, channel) in running {
+        drop(channel);
+        server.shutdown_handle().shut_down();
+        server.wait().await.unwrap();
+    }
 }

@@ -74,6 +74,9 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
         if !outcome.reason.is_empty() {
             line.push_str(&format!(": {}", outcome.reason));
         }
+        if outcome.cached {
+            line.push_str("; it had answered these inputs before");
+        }
         if output.verbosity() > 0
             && let Some(waits) = &outcome.waits
         {

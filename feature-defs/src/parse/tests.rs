@@ -277,6 +277,12 @@ fn models_are_checked_key_by_key() {
         &["7:32 a tensor cannot hold `string`; use `float32`, `float64`, `int64`, `int32` or `bool`"],
     );
     model("fallback: {p_late: 0.22}", "fallback: none", &[]);
+    model("fallback: {p_late: 0.22}", "cache: {max_bytes: 64MiB, ttl: 5m}", &[]);
+    model(
+        "fallback: {p_late: 0.22}",
+        "cache: {max_bytes: 1KiB, size: 1MiB}",
+        &["15:5 1024 bytes hold hardly any answer; use at least `64KiB`, or leave out `cache`", "15:5 unknown key"],
+    );
     model("fallback: {p_late: 0.22}", "fallback: {model: delay_small}", &[]);
     model(
         "fallback: {p_late: 0.22}",

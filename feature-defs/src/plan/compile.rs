@@ -793,6 +793,7 @@ impl Compiler<'_> {
             deadline: model.slo.deadline.map(micros),
             tiers: model.slo.tiers.iter().map(|tier| tier.value.clone()).collect(),
             rollout,
+            cache: model.cache,
             semantic_digest: digest.digest(),
         })
     }

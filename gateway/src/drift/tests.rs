@@ -92,6 +92,7 @@ fn answer(plan: &Arc<ModelPlan>, shops: &[&str], time: Micros) -> Observed {
         reason: String::new(),
         cause: None,
         waited: None,
+        cached: false,
     };
     let scores: ArrayRef =
         Arc::new((0..shops.len()).map(|row| Some(row as f32)).collect::<arrow::array::Float32Array>());

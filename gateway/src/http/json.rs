@@ -142,6 +142,7 @@ pub fn predict_response(response: &v1::PredictResponse) -> Json {
             "reason": outcome.reason,
             "wait_reason": outcome.wait_reason().as_str_name(),
             "wait_us": outcome.wait_us,
+            "cached": outcome.cached,
             "waits": {
                 "executor_busy_us": waits.executor_busy_us,
                 "linger_us": waits.linger_us,

@@ -87,6 +87,8 @@ pub struct Counted {
     watch: Watch,
     /// Grows with everything that is counted.
     changes: u64,
+    /// What it was when it was written last, and the windows that were open then.
+    written: (u64, usize),
 }
 
 impl Counted {
@@ -98,6 +100,7 @@ impl Counted {
             beside: Beside::default(),
             watch: Watch::new(trial.pinned().policy.hard),
             changes: 0,
+            written: (0, 0),
         }
     }
 
@@ -115,8 +118,23 @@ impl Counted {
         self.exposures.remember(seen);
     }
 
-    pub fn changes(&self) -> u64 {
-        self.changes
+    /// Whether anything was counted since it was written last.
+    pub fn is_changed(&self) -> bool {
+        (self.changes, self.exposures.open()) != self.written
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.changes == 0
+    }
+
+    /// What was counted up to then is on the object store.
+    pub fn set_written(&mut self, (changes, open): (u64, usize)) {
+        self.written = (changes, open);
+    }
+
+    /// How much was counted.
+    pub fn counted(&self) -> (u64, usize) {
+        (self.changes, self.exposures.open())
     }
 
     /// Counts units whose windows are over, and says what there is so far.
@@ -284,6 +302,8 @@ fn pairs(
     let (scores, champion_scores) = (scores(of), scores(theirs));
     let (decisions, champion_decisions) = (decisions(&of.plan, of), decisions(&theirs.plan, theirs));
     let ratio = policy.shadow.as_ref().and_then(|shadow| shadow.max_forward_ratio);
+    // Nobody knows what the model would have taken for what it had said before.
+    let ratio = ratio.filter(|_| !theirs.rows.iter().any(|row| row.cached));
     let slower = ratio.map(|ratio| of.forward_time.as_secs_f64() > ratio * theirs.forward_time.as_secs_f64());
     let metrics = policy.shadow_metrics();
     let mut scored = 0;

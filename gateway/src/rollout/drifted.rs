@@ -75,3 +75,36 @@ fn of_inputs<'r>(reports: impl Iterator<Item = &'r FeatureReport>) -> (DriftVerd
     };
     (verdict, drifted)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_feature_that_drifts_is_enough_and_so_is_one_of_which_too_little_is_known() {
+        let report = |(name, verdict): (&str, Verdict)| FeatureReport {
+            name: name.to_owned(),
+            verdict,
+            importance: None,
+            rows: 0,
+            reference_rows: 0,
+            rates: Vec::new(),
+            distances: Vec::new(),
+            unseen_missed: None,
+            reasons: Vec::new(),
+        };
+        let check = |given: &[(&str, Verdict)], expected, drifted: &[&str]| {
+            let reports: Vec<FeatureReport> = given.iter().copied().map(report).collect();
+            let (verdict, features) = of_inputs(reports.iter());
+            assert_eq!(
+                (verdict, features.iter().map(String::as_str).collect::<Vec<_>>().as_slice()),
+                (expected, drifted)
+            );
+        };
+        use Verdict::{Drift, InsufficientData, Stable};
+        check(&[("a", Stable), ("b", Stable)], DriftVerdict::Stable, &[]);
+        check(&[("a", Stable), ("b", InsufficientData)], DriftVerdict::InsufficientData, &[]);
+        check(&[("a", Drift), ("b", InsufficientData), ("c", Drift)], DriftVerdict::Drift, &["a", "c"]);
+        check(&[], DriftVerdict::InsufficientData, &[]);
+    }
+}

@@ -307,3 +307,59 @@ fn decided(plan: &ModelPlan, outputs: &[ArrayRef], rows: usize) -> Result<Option
     let decided = decision.evaluate(&columns, rows).map_err(|error| error.to_string())?;
     Ok(decided.as_boolean_opt().cloned())
 }
+
+#[cfg(test)]
+mod tests {
+    use feature_defs::catalog::{Files, SourceFile};
+    use feature_defs::plan::{SourceSchemas, compile_definitions};
+
+    use super::*;
+
+    fn service(ttl: &str, expression: &str, features: &str) -> Arc<ServicePlan> {
+        let text = format!(
+            r#"
+entities:
+  - {{name: shop, keys: [{{name: shop, type: string}}]}}
+sources:
+  - name: sales
+    stream: true
+    schema: [{{name: shop, type: string}}, {{name: amount, type: float64}}]
+    event_time: sold_at
+feature_views:
+  - {{name: last_sale, entity: shop, source: sales, ttl: {ttl}, features: [{{name: amount, type: float64}}]}}
+requests:
+  - {{name: visit, fields: [{{name: people, type: float64}}]}}
+transforms:
+  - name: made
+    inputs: [last_sale, visit]
+    features: [{{name: each, expr: "{expression}"}}]
+feature_services:
+  - {{name: selling, features: [{features}]}}
+"#
+        );
+        let files = Files::new(vec![SourceFile { path: "shop.yaml".into(), text }]);
+        compile_definitions("shops", &files, &SourceSchemas::new()).unwrap().service("selling").unwrap().clone()
+    }
+
+    #[test]
+    fn rows_are_what_a_version_takes_where_all_of_it_is_in_them_and_made_alike() {
+        const ALL: &str = r#"last_sale, "made:*", "visit:people""#;
+        let rows_of = service("3h", "last_sale.amount / visit.people", ALL);
+        let check = |ttl: &str, expression: &str, features: &str, lacking: Option<&str>| {
+            let found = lacks(&service(ttl, expression, features), &rows_of);
+            match lacking {
+                None => assert_eq!(found, None),
+                Some(text) => assert!(found.as_ref().is_some_and(|found| found.contains(text)), "{found:?}"),
+            }
+        };
+        check("3h", "last_sale.amount / visit.people", ALL, None);
+        check("3h", "last_sale.amount / visit.people", r#""made:*", last_sale"#, None);
+        // The same name, and something else.
+        check("4h", "last_sale.amount / visit.people", ALL, Some("view `last_sale`"));
+        check("3h", "last_sale.amount * visit.people", ALL, Some("`made:each`"));
+        // What nobody asked for is not in the dataset.
+        let fewer = service("3h", "last_sale.amount / visit.people", r#""made:*", last_sale"#);
+        let lacking = lacks(&service("3h", "last_sale.amount / visit.people", ALL), &fewer);
+        assert!(lacking.is_some_and(|found| found.contains("`visit:people`")));
+    }
+}

@@ -130,7 +130,7 @@ async fn gather(gateway: &Gateway, trial: &Trial) -> Result<Merged, String> {
     let others = all.entry(trial.rollout).or_default();
     let merged = others.read(&*rollouts.store, &folder, &rollouts.me).await?;
     let homes = homes(gateway);
-    let written = {
+    let counted = {
         let mut all = rollouts.counted();
         let counted = all.entry(trial.rollout).or_insert_with(|| Counted::new(trial, homes.clone()));
         // Units that another gateway has counted are not counted here, should their home change.
@@ -139,11 +139,17 @@ async fn gather(gateway: &Gateway, trial: &Trial) -> Result<Merged, String> {
         let now = now(gateway, counted.newest());
         let (snapshot, mut beside) = counted.snapshot(now);
         beside.broken.extend(trial.prepared.local.broken());
-        (counted.changes() > 0).then_some((snapshot, beside))
+        let due = counted.is_changed().then(|| counted.counted());
+        (!counted.is_empty()).then_some((snapshot, beside, due))
     };
-    let Some((snapshot, beside)) = written else { return Ok(merged) };
-    let bytes = counts::encode(&rollouts.me, &snapshot, &beside)?;
-    counts::put(&*rollouts.store, &folder, &rollouts.me, bytes).await?;
+    let Some((snapshot, beside, due)) = counted else { return Ok(merged) };
+    if let Some(due) = due {
+        let bytes = counts::encode(&rollouts.me, &snapshot, &beside)?;
+        counts::put(&*rollouts.store, &folder, &rollouts.me, bytes).await?;
+        if let Some(counted) = rollouts.counted().get_mut(&trial.rollout) {
+            counted.set_written(due);
+        }
+    }
     Ok(merged.with(snapshot, beside))
 }
 
@@ -404,6 +410,10 @@ async fn ready_everywhere(gateway: &Gateway, trial: &Trial) -> Result<(), String
 
 /// What the criteria say now, for somebody who asks; the rollout goes on if they allow it.
 pub async fn judge_now(gateway: &Arc<Gateway>, trial: &Arc<Trial>) -> Result<Judged, String> {
+    // Somebody waits for it, so the logs are read now, not when it is cheap again.
+    if let Some((.., due)) = gateway.rollouts.beside.lock().await.found.get_mut(&trial.rollout) {
+        *due = None;
+    }
     look(gateway, trial).await?;
     let judged = gateway.rollouts.judged().get(&trial.rollout).cloned();
     judged.ok_or_else(|| "the rollout has moved on; look at it".to_owned())

@@ -105,6 +105,12 @@ async fn alone(
             let alone = match units::alone(&store, &root, &alone).await {
                 Ok(alone) => alone,
                 Err(RolloutError::TooMany { .. }) => return Ok(None),
+                // Whose rows they are is not in the log; how many there are is known all the same.
+                Err(error @ (RolloutError::Hashed { .. } | RolloutError::NoUnit { .. })) => Alone {
+                    tallies: vec![Tally::default(); outcomes.len()],
+                    notes: vec![chain(&error)],
+                    ..Alone::default()
+                },
                 Err(error) => return Err(chain(&error)),
             };
             let (first, last) = (serving_log::day(logged_from), serving_log::day(wall));
@@ -118,6 +124,7 @@ async fn alone(
         let Some((alone, share)) = work.await? else { continue };
         notes.extend(alone.notes.iter().cloned());
         match (alone.rows, share) {
+            (0, _) if !alone.notes.is_empty() => {}
             (0, _) => notes.push(format!(
                 "the serving log has no row that the champion answered within {days} days: units and what the champion does are not known"
             )),
@@ -156,6 +163,10 @@ async fn rows_per_day(
     };
     if gateway.request_time == RequestTime::Allowed {
         return Ok(by_log(notes, "by the time that they were answered for: requests bring their own"));
+    }
+    // What this gateway has counted just now is counted; what cannot be written yet is missing, and drift says so.
+    if let Some(drift) = &gateway.drift {
+        let _ = drift.flush(now).await;
     }
     let version = (Arc::<str>::from(&*asked.champion.plan.name), asked.champion.number);
     let to = floor_to(now, HOUR);

@@ -37,7 +37,9 @@ use tonic::transport::Channel;
 use super::*;
 use crate::events::{EventsError, Mode, Progress, Pushed, TableDone, TableProgress, Wait};
 
+mod cached;
 mod life;
+mod rollouts;
 
 const DEFINITIONS: &str = "
 entities:
@@ -52,9 +54,11 @@ feature_views:
     entity: shop
     source: sales
     ttl: 3h
+    freshness: 2h
     features: [{name: amount, type: float64}]
 requests:
   - {name: basket, fields: [{name: total, type: float64}, {name: coupon, type: string, nullable: true}]}
+  - {name: numbers, fields: [{name: a, type: float64}, {name: b, type: float64}, {name: c, type: float64}]}
 transforms:
   - name: context
     inputs: [last_sale, basket]
@@ -62,6 +66,9 @@ transforms:
 feature_services:
   - {name: buying, features: [last_sale, \"context:*\", \"basket:total\", \"basket:coupon\"]}
   - {name: totals, features: [\"basket:total\"]}
+  - {name: twos, features: [\"numbers:a\", \"numbers:b\"]}
+  - {name: threes, features: [\"numbers:a\", \"numbers:b\", \"numbers:c\"]}
+  - {name: lately, features: [last_sale, \"basket:total\"]}
 models:
   - name: buys
     features: buying
@@ -90,12 +97,41 @@ models:
     inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
     outputs: [{name: score, dtype: float32}]
     placement: {executors: 250, threads: 250}
+  - name: tried
+    features: totals
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
+    outputs: [{name: score, dtype: float32}]
+    decision: \"score > 5\"
+    fallback: {score: 0.25}
+    shadow: {min_rows: 5, drift: ignore, max_flip_rate: 10%}
+    canary: {unit: shop, steps: [50%, 100%], bake: 1s, min_units: 5, window: 1s, guardrails: [error_rate < 50%]}
   - name: small
     features: totals
     runtime: torchscript
     inputs: [{name: dense, dtype: float32, features: [\"basket:total\"]}]
     outputs: [{name: score, dtype: float32}]
     fallback: {score: 0.25}
+  - name: pairs
+    features: twos
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"*\"]}]
+    outputs: [{name: score, dtype: float32}]
+    post: [{name: doubled, expr: \"score * 2.0\"}]
+    fallback: {score: 0.5}
+    cache: {max_bytes: 1MiB, ttl: 5m}
+  - name: triples
+    features: threes
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"*\"]}]
+    outputs: [{name: score, dtype: float32}]
+    cache: {}
+  - name: fresh
+    features: lately
+    runtime: torchscript
+    inputs: [{name: dense, dtype: float32, features: [\"*\"], missing: 0.0}]
+    outputs: [{name: score, dtype: float32}]
+    cache: {ttl: 1h}
 ";
 
 const NOW: Micros = 20_000 * DAY;
@@ -193,6 +229,8 @@ impl Events for Double {
 }
 
 struct Server {
+    /// Stands still unless a test moves it.
+    clock_time: Arc<AtomicI64>,
     running: Running,
     events: Arc<Double>,
     registry: Arc<Registry>,
@@ -221,7 +259,8 @@ async fn start_with_models(
     models: ModelPlaces,
 ) -> Server {
     let clock_time = Arc::new(AtomicI64::new(NOW));
-    let clock: Clock = Arc::new(move || clock_time.load(Ordering::SeqCst));
+    let time = clock_time.clone();
+    let clock: Clock = Arc::new(move || time.load(Ordering::SeqCst));
     let registry = Registry::open(objects, &Path::from("shops"), wall_clock(&clock)).await.unwrap();
     let registry = Arc::new(registry);
     registry.submit(&project(), &Change::Apply(catalog()), "test", None).await.unwrap();
@@ -272,6 +311,7 @@ async fn start_with_models(
     running.started().await;
     let channel = Channel::from_shared(format!("http://{}", running.grpc_addr)).unwrap().connect().await.unwrap();
     Server {
+        clock_time,
         running,
         events,
         registry,
@@ -329,7 +369,7 @@ impl Server {
 
     /// The kinds of all entries.
     async fn history(&self) -> Vec<String> {
-        let entries = self.registry.history(registry::id::EntryNumber::FIRST, 1_000).await.unwrap();
+        let entries = self.registry.history(EntryNumber::FIRST, 1_000).await.unwrap();
         entries.into_iter().map(|entry| entry.kind).collect()
     }
 

@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
@@ -180,6 +181,14 @@ impl Shared {
         !state.grounds.background || state.stage == Stage::Closing || seat.is_spare(slots)
     }
 
+    pub fn timed_by(&self, index: usize, ground: Ground) -> TimedBy {
+        let on_cpu = self.recipe.devices.of_executor(index) == Device::Cpu;
+        match ground {
+            Ground::Background if on_cpu && self.recipe.load.threads <= 1 => TimedBy::Processor,
+            _ => TimedBy::Clock,
+        }
+    }
+
     /// Raises the executors that are lower than they should be, or has them replaced, one at a time.
     pub fn come_forward(self: &Arc<Shared>) {
         let mut guard = self.lock();
@@ -236,5 +245,31 @@ impl Shared {
         let name = format!("{} (an executor on its way to the foreground)", self.name);
         let one = Footprint { name, file_bytes: 0, executors: 1, ..footprint.clone() };
         self.seat(index).hold(one).map(Some)
+    }
+}
+
+/// What the time of a forward is measured by. The clock also counts what others took of the core.
+pub(super) enum TimedBy {
+    Clock,
+    Processor,
+}
+
+pub(super) struct Timer {
+    started: Instant,
+    processor: Option<Duration>,
+}
+
+impl Timer {
+    pub fn start(by: TimedBy) -> Timer {
+        let processor = match by {
+            TimedBy::Clock => None,
+            TimedBy::Processor => priority::processor_time(),
+        };
+        Timer { started: Instant::now(), processor }
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        let on_processor = self.processor.and_then(|started| Some(priority::processor_time()?.saturating_sub(started)));
+        on_processor.unwrap_or_else(|| self.started.elapsed())
     }
 }

@@ -8,14 +8,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::ground::Ground;
+use super::ground::{Ground, Timer};
 use super::metrics::{count, micros};
 use super::shared::{Answer, Caller, Job, Purpose, Reply, Running, Shared, Stage, State, refuse};
 use super::{InferError, StartError, WarmUp, chain};
 use crate::batch::{Decision, Member, Permit};
 use crate::memory::Footprint;
-use crate::model::{Device, LoadOptions, Model, ModelError, ModelSpec};
-use crate::priority;
+use crate::model::{LoadOptions, Model, ModelError, ModelSpec};
 use crate::tensor::Tensor;
 
 /// Every size is run at least so often before its time counts: runtimes profile on the first call, specialise on the
@@ -483,16 +482,6 @@ impl Executor {
         Ok(Done { trust: Trust::Sound, replies, learned })
     }
 
-    /// What the time of a forward is measured by. The clock also counts what others took of the core.
-    fn timed_by(&self) -> TimedBy {
-        let LoadOptions { threads, .. } = self.shared.recipe.load;
-        let on_cpu = self.shared.recipe.devices.of_executor(self.index) == Device::Cpu;
-        match self.ground.get() {
-            Ground::Background if on_cpu && threads <= 1 => TimedBy::Processor,
-            _ => TimedBy::Clock,
-        }
-    }
-
     fn run_members(
         &self,
         model: &mut dyn Model,
@@ -504,7 +493,7 @@ impl Executor {
         let padded_rows = padded_rows.min(self.shared.limits.padded_rows(rows)).max(rows);
         let ran = catch_unwind(AssertUnwindSafe(|| {
             let inputs = join(&self.shared.spec, members, padded_rows)?;
-            let start = Timer::start(self.timed_by());
+            let start = Timer::start(self.shared.timed_by(self.index, self.ground.get()));
             let outputs = model.forward(&inputs)?;
             let forward = start.elapsed();
             self.shared.spec.check_outputs(&outputs, padded_rows)?;
@@ -571,31 +560,6 @@ impl Executor {
             }
         }
         None
-    }
-}
-
-enum TimedBy {
-    Clock,
-    Processor,
-}
-
-struct Timer {
-    started: Instant,
-    processor: Option<Duration>,
-}
-
-impl Timer {
-    fn start(by: TimedBy) -> Timer {
-        let processor = match by {
-            TimedBy::Clock => None,
-            TimedBy::Processor => priority::processor_time(),
-        };
-        Timer { started: Instant::now(), processor }
-    }
-
-    fn elapsed(&self) -> Duration {
-        let on_processor = self.processor.and_then(|started| Some(priority::processor_time()?.saturating_sub(started)));
-        on_processor.unwrap_or_else(|| self.started.elapsed())
     }
 }
 

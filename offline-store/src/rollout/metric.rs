@@ -65,8 +65,9 @@ fn is_share(x: f64) -> bool {
 /// What became of a row, from the columns of the log.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rate {
-    /// The model did not answer: the row failed, or a fallback did.
+    /// The model did not answer, and not because of what the request or the store lacks.
     Errors,
+    /// The model did not answer, for whatever reason.
     Fallbacks,
     /// A view was older than its `freshness`.
     Stale,

@@ -309,6 +309,11 @@ impl<'a> Logged<'a> {
         })
     }
 
+    /// Empty where the model answered.
+    fn cause(&self, row: usize) -> &str {
+        if self.cause.is_valid(row) { self.cause.value(row) } else { "" }
+    }
+
     fn id(&self, row: usize) -> u64 {
         let mut bytes = self.ids.value(row).as_bytes().to_vec();
         bytes.extend(self.numbers.value(row).to_le_bytes());
@@ -322,6 +327,8 @@ impl Rows {
         let logged = Logged::of(batch)?;
         let chosen: Vec<(usize, Who)> = (0..batch.num_rows())
             .filter(|row| logged.sampled.value(*row) != "fallback" && logged.arm.is_valid(*row))
+            // What the caller left out no version could have answered.
+            .filter(|row| logged.cause(*row) != "incomplete")
             .filter_map(|row| Some((row, Who::named(logged.arm.value(row))?)))
             .collect();
         if chosen.is_empty() {
@@ -337,7 +344,8 @@ impl Rows {
             let found = wanted.versions.iter().position(|version| Some(version.number) == number);
             found.unwrap_or(if who == Who::Champion { 0 } else { wanted.versions.len() - 1 })
         };
-        let mut values = Values { wanted, labels, logged: &logged, of_versions: BTreeMap::new() };
+        let of_versions = wanted.versions.iter().map(|_| None).collect();
+        let mut values = Values { wanted, labels, logged: &logged, of_versions };
         for (row, who) in chosen {
             let Some((unit, mut bucket, stand)) = units.place(wanted, row, logged.id(row)) else {
                 self.without_unit += u64::from(who != Who::Shadow);
@@ -446,19 +454,22 @@ struct Values<'a> {
     wanted: &'a Wanted<'a>,
     labels: &'a Labels,
     logged: &'a Logged<'a>,
-    of_versions: BTreeMap<usize, Vec<Vec<Option<f64>>>>,
+    of_versions: Vec<Option<OfRows>>,
 }
 
+/// By outcome, of every row of the file.
+type OfRows = Vec<Vec<Option<f64>>>;
+
 impl Values<'_> {
-    fn of(&mut self, version: usize) -> Result<&[Vec<Option<f64>>], RolloutError> {
-        if !self.of_versions.contains_key(&version) {
-            let values = self.work_out(version)?;
-            self.of_versions.insert(version, values);
-        }
-        Ok(self.of_versions.get(&version).map_or(&[], Vec::as_slice))
+    fn of(&mut self, version: usize) -> Result<&OfRows, RolloutError> {
+        let values = match self.of_versions[version].take() {
+            Some(values) => values,
+            None => self.work_out(version)?,
+        };
+        Ok(self.of_versions[version].insert(values))
     }
 
-    fn work_out(&self, version: usize) -> Result<Vec<Vec<Option<f64>>>, RolloutError> {
+    fn work_out(&self, version: usize) -> Result<OfRows, RolloutError> {
         let Values { wanted, labels, logged, .. } = self;
         let (plan, batch) = (&wanted.versions[version].plan, logged.batch);
         let rows = batch.num_rows();
@@ -496,11 +507,13 @@ impl Values<'_> {
 
 fn happened(rate: Rate, plan: &ModelPlan, logged: &Logged<'_>) -> Result<Vec<Option<f64>>, RolloutError> {
     let rows = logged.batch.num_rows();
+    let cause = |row: usize| logged.cause(row);
     let all = |is: &dyn Fn(usize) -> bool| (0..rows).map(|row| Some(f64::from(u8::from(is(row))))).collect();
     Ok(match rate {
-        Rate::Errors => all(&|row| logged.status.value(row) != "ok"),
-        Rate::Fallbacks => all(&|row| logged.status.value(row) == "fallback"),
-        Rate::Nan => all(&|row| logged.cause.is_valid(row) && logged.cause.value(row) == "nan"),
+        // As they are counted when a request is answered.
+        Rate::Errors => all(&|row| logged.status.value(row) != "ok" && !matches!(cause(row), "incomplete" | "missing")),
+        Rate::Fallbacks => all(&|row| logged.status.value(row) != "ok"),
+        Rate::Nan => all(&|row| cause(row) == "nan"),
         Rate::SlowerThan(micros) => all(&|row| f64::from(logged.total.value(row)) > micros),
         Rate::Stale => {
             let stale = stale(plan, logged)?;

@@ -254,7 +254,7 @@ async fn a_unit_is_counted_once_in_an_arm_with_the_mean_of_its_window() {
     ];
     world.log(1, &rows).await;
     let all = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"].map(|id| (id, true));
-    world.label(&all, CLOCK + 21 * HOUR).await;
+    world.label(&all, CLOCK).await;
     let found = world.losses(&STAGES, 100 * HOUR).await;
 
     let brier = |entry, plane: &str| at(&found, entry, world.bucket(plane), CANARY[1]);
@@ -330,7 +330,7 @@ async fn shadow_compares_the_same_rows() {
     ];
     world.log(1, &shadows).await;
     world.log(2, &rows).await;
-    world.label(&[("a", true), ("b", true), ("c", true), ("d", true), ("shed", true)], 0).await;
+    world.label(&[("a", true), ("b", true), ("c", true), ("d", true), ("shed", true)], CLOCK).await;
     let found = world.losses(&STAGES, 100 * HOUR).await;
     let of = |plane: &str, metric| at(&found, 10, world.bucket(plane), metric);
     // (0 − 0.25 + 0.25 − 0.0625)/2 = −0.03125, counted as (d + 1)/2; one pair lies beyond the window.
@@ -356,7 +356,7 @@ async fn a_champion_alone_says_what_to_expect() {
         logged("f", "", 27 * HOUR, 0.5, "champion"),
     ];
     world.log(1, &rows).await;
-    world.label(&[("a", true), ("b-old", false), ("c", true)], 0).await;
+    world.label(&[("a", true), ("b-old", false), ("c", true)], CLOCK).await;
     let success = &world.policy.canary.as_ref().unwrap().success[0];
     let outcomes = [
         Outcome::Happened(Rate::Errors),

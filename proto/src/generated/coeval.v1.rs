@@ -661,6 +661,9 @@ pub struct RowOutcome {
     pub wait_us: u32,
     #[prost(message, optional, tag = "7")]
     pub waits: ::core::option::Option<WaitTimes>,
+    /// The model was not asked: it has answered the same inputs before (the model's `cache`).
+    #[prost(bool, tag = "8")]
+    pub cached: bool,
 }
 /// What a row waited for, in microseconds. The rest of its wait is the time of waking an executor up.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

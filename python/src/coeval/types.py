@@ -331,6 +331,8 @@ class Outcome:
     wait_us: int
     waits: Mapping[str, int] = field(default_factory=dict)
     """What it waited for, in microseconds: `executor_busy`, `linger`, `memory_permit`, `tier`; only what is not 0."""
+    cached: bool = False
+    """The model was not asked: it has answered the same inputs before."""
 
 
 @dataclass(frozen=True)
@@ -373,6 +375,7 @@ class Predictions:
                 gateway_pb2.WaitReason.Name(o.wait_reason),
                 o.wait_us,
                 {part.name.removesuffix("_us"): micros for part, micros in o.waits.ListFields()},
+                o.cached,
             )
             for o in self._response.outcomes
         ]

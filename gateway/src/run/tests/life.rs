@@ -126,7 +126,7 @@ impl Server {
         Ok(self.control.promote_model(request).await?.into_inner())
     }
 
-    async fn rollback(&mut self, model: &str) -> Result<v1::TrafficResponse, tonic::Status> {
+    pub(super) async fn rollback(&mut self, model: &str) -> Result<v1::TrafficResponse, tonic::Status> {
         let (project, model, who) = ("shops".to_owned(), model.to_owned(), "bob".to_owned());
         let request = v1::RollbackModelRequest { project, model, who, why: "it is not".into() };
         Ok(self.control.rollback_model(request).await?.into_inner())

@@ -148,7 +148,7 @@ class PredictResponse(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[_types_pb2.Column, _Mapping]]] = ..., outcomes: _Optional[_Iterable[_Union[RowOutcome, _Mapping]]] = ..., at: _Optional[_Iterable[int]] = ..., features: _Optional[_Iterable[_Union[FeatureColumn, _Mapping]]] = ..., views: _Optional[_Iterable[_Union[ViewProvenance, _Mapping]]] = ..., request_id: _Optional[str] = ..., semantic_digest: _Optional[str] = ..., stale: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class RowOutcome(_message.Message):
-    __slots__ = ("version", "arm", "status", "reason", "wait_reason", "wait_us", "waits")
+    __slots__ = ("version", "arm", "status", "reason", "wait_reason", "wait_us", "waits", "cached")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ARM_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,7 @@ class RowOutcome(_message.Message):
     WAIT_REASON_FIELD_NUMBER: _ClassVar[int]
     WAIT_US_FIELD_NUMBER: _ClassVar[int]
     WAITS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
     version: int
     arm: str
     status: RowStatus
@@ -163,7 +164,8 @@ class RowOutcome(_message.Message):
     wait_reason: WaitReason
     wait_us: int
     waits: WaitTimes
-    def __init__(self, version: _Optional[int] = ..., arm: _Optional[str] = ..., status: _Optional[_Union[RowStatus, str]] = ..., reason: _Optional[str] = ..., wait_reason: _Optional[_Union[WaitReason, str]] = ..., wait_us: _Optional[int] = ..., waits: _Optional[_Union[WaitTimes, _Mapping]] = ...) -> None: ...
+    cached: bool
+    def __init__(self, version: _Optional[int] = ..., arm: _Optional[str] = ..., status: _Optional[_Union[RowStatus, str]] = ..., reason: _Optional[str] = ..., wait_reason: _Optional[_Union[WaitReason, str]] = ..., wait_us: _Optional[int] = ..., waits: _Optional[_Union[WaitTimes, _Mapping]] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class WaitTimes(_message.Message):
     __slots__ = ("executor_busy_us", "linger_us", "memory_permit_us", "tier_us")
