@@ -190,7 +190,7 @@ def test_the_openfeature_provider(shop):
 
     from coeval.openfeature import CoevalProvider
 
-    api.set_provider(CoevalProvider(f"grpc://{shop.grpc}"))
+    api.set_provider_and_wait(CoevalProvider(f"grpc://{shop.grpc}"))
     client = api.get_client()
     german = EvaluationContext("x", {"country": "DE", "age": 30, "since": dt.datetime(2024, 1, 1)})
     details = client.get_boolean_details("ranker", False, german)
@@ -216,7 +216,7 @@ def test_the_openfeature_provider(shop):
     api.shutdown()
 
     # A server that is away gives everybody their own default.
-    api.set_provider(CoevalProvider("grpc://127.0.0.1:9", "shop", timeout=0.2))
+    api.set_provider_and_wait(CoevalProvider("grpc://127.0.0.1:9", "shop", timeout=0.2))
     details = api.get_client().get_boolean_details("ranker", True, german)
     assert (details.value, details.error_code) == (True, ErrorCode.GENERAL)
     api.shutdown()
@@ -230,7 +230,7 @@ def test_a_provider_that_knows_nothing_of_us(shop):
     from openfeature.evaluation_context import EvaluationContext
     from openfeature.exception import ErrorCode
 
-    api.set_provider(ofrep.OFREPProvider(f"http://{shop.http}"))
+    api.set_provider_and_wait(ofrep.OFREPProvider(f"http://{shop.http}"))
     client = api.get_client()
     details = client.get_boolean_details("ranker", False, EvaluationContext("x", {"country": "DE", "age": 30}))
     assert (details.value, details.variant, details.reason) == (True, "on", "TARGETING_MATCH")

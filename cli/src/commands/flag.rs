@@ -28,7 +28,7 @@ pub enum FlagCommand {
     /// A flag; with a unit or a context, what it is for them
     Get(GetArguments),
     /// Make a flag, or change what is named of it
-    Set(SetArguments),
+    Set(Box<SetArguments>),
     /// Give a variant a larger share of the units; who has it keeps it
     Ramp {
         name: String,

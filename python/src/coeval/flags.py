@@ -21,6 +21,7 @@ BUCKETS = 10_000
 #: A part of a unit's key.
 KeyPart = str | int | bool | bytes
 
+
 @dataclass(frozen=True)
 class Placed:
     """Where a unit falls in one layer."""

@@ -3,7 +3,7 @@
     from openfeature import api
     from coeval.openfeature import CoevalProvider
 
-    api.set_provider(CoevalProvider("grpc://127.0.0.1:7400"))
+    api.set_provider_and_wait(CoevalProvider("grpc://127.0.0.1:7400"))
     api.get_client().get_boolean_value("new_ranker", False, EvaluationContext("N14228", {"carrier": "UA"}))
 
 Flags are evaluated by the server, so a change reaches every caller within a quarter of a second, and the units that a split gave
