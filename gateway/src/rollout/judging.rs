@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drift::sequential::judge::{self, Criterion, Decision, Judgement, Verdict};
+use drift::sequential::policy::Measure;
 use feature_defs::catalog::RequestTime;
 use feature_defs::time::Micros;
 use offline_store::rollout::rows::{self, StageKind, VersionOf};
@@ -17,7 +18,8 @@ use registry::assignment::Homes;
 use registry::deployment::DeploymentChange;
 use registry::id::{EntryNumber, ModelName, ModelVersion};
 use registry::rollout::{
-    End, Ending, Evidence, Hold, Holder, Promotion, REASON_BYTES_MAX, REASONS_MAX, Rollout, RolloutChange, Stage, Step,
+    End, Ending, Evidence, Held, Hold, Holder, Promotion, REASON_BYTES_MAX, REASONS_MAX, Rollout, RolloutChange, Stage,
+    Step,
 };
 use registry::state::Change;
 use serde::Serialize;
@@ -81,12 +83,23 @@ pub async fn run(gateway: &Arc<Gateway>) {
 }
 
 async fn look_again(gateway: &Arc<Gateway>) {
+    let mut changes = gateway.follower.subscribe();
+    let mut next = tokio::time::Instant::now() + LOOK;
     loop {
         let rollouts = &gateway.rollouts;
         tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
+            () = tokio::time::sleep_until(next) => {}
             () = rollouts.urgent.notified() => {}
+            changed = changes.changed() => {
+                // A version that gets traffic must not go on at the priority of a shadow.
+                put_in_background(gateway);
+                match changed {
+                    Ok(()) => continue,
+                    Err(_) => return,
+                }
+            }
         }
+        next = tokio::time::Instant::now() + LOOK;
         let served = gateway.served();
         let running: Vec<EntryNumber> = served.trials.values().map(|trial| trial.rollout).collect();
         rollouts.counted().retain(|rollout, _| running.contains(rollout));
@@ -235,7 +248,8 @@ async fn find(gateway: &Arc<Gateway>, trial: &Arc<Trial>, times: &Times<'_>, bef
         found.problems.extend(drifted.notes);
     }
     let policy = &trial.pinned().policy;
-    if policy.canary.as_ref().is_some_and(|canary| !canary.success.is_empty()) {
+    let by_labels = policy.guardrails.iter().any(|rail| matches!(rail.measure, Measure::Metric(_)));
+    if by_labels || policy.canary.as_ref().is_some_and(|canary| !canary.success.is_empty()) {
         let stage = |(stage, entry, _): &(Stage, EntryNumber, Micros)| rows::Stage {
             entry: entry.0,
             from: times.begun(entry.0),
@@ -332,6 +346,11 @@ fn holding(criteria: &[Criterion]) -> Vec<String> {
     criteria.iter().filter_map(reason).collect()
 }
 
+/// What reasons are about, without what they list: a feature more that has drifted is no other reason.
+fn kinds(reasons: &[String]) -> impl Iterator<Item = &str> {
+    reasons.iter().map(|reason| reason.split(" (").next().unwrap_or_default())
+}
+
 /// Writes down what follows from a judgement. Somebody else may have done so already.
 async fn act(gateway: &Arc<Gateway>, trial: &Trial, judged: &Judged) -> Result<(), String> {
     let state = gateway.registry.state();
@@ -346,7 +365,8 @@ async fn act(gateway: &Arc<Gateway>, trial: &Trial, judged: &Judged) -> Result<(
         Decision::Hold => {
             let reasons = holding(&judged.judgement.criteria);
             let known = rollout.held.as_ref();
-            if reasons.is_empty() || known.is_some_and(|held| held.by == Holder::Person || held.reasons == reasons) {
+            let is_known = |held: &Held| held.by == Holder::Person || kinds(&held.reasons).eq(kinds(&reasons));
+            if reasons.is_empty() || known.is_some_and(is_known) {
                 return Ok(());
             }
             let evidence = written(judged, reasons);
