@@ -1,4 +1,5 @@
 use clap::Parser;
+use registry::flags::Then;
 use serde_json::json;
 
 use super::edit::quoted;
