@@ -155,7 +155,7 @@ async fn serve(server: &Server, clock: &ManualClock) {
             project: "judged".into(),
             model: "delay".into(),
             request_id: format!("round {round}"),
-            rows: vec![strings("plane", &names), doubles("length", &vec![Some(0.25 * round as f64); PLANES])],
+            rows: vec![strings("plane", &names), doubles("length", &[Some(0.25 * round as f64); PLANES])],
             ..v1::PredictRequest::default()
         };
         let answer = gateway.predict(request).await.unwrap().into_inner();

@@ -48,7 +48,6 @@ pub struct Queue {
 
 impl Queue {
     /// Gives the work back where there is no room.
-    #[expect(clippy::result_large_err, reason = "whoever is refused counts what it is about")]
     pub fn offer(&self, work: Work) -> Result<(), Work> {
         let rows = work.observed.rows.count;
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);

@@ -161,7 +161,7 @@ pub async fn look(engine: &Engine, plan: &Arc<Plan>, asked: &Asked, known: &Know
         found.files.push(number);
         rows += logged.rows();
         let version = logged.batch.column_by_name(columns::VERSION).and_then(|of| of.as_primitive_opt::<UInt32Type>());
-        let version = version.filter(|of| of.len() > 0 && of.is_valid(0)).map(|of| of.value(0));
+        let version = version.filter(|of| !of.is_empty() && of.is_valid(0)).map(|of| of.value(0));
         let schema = logged.batch.schema();
         let schema = schema.fields().iter().map(|field| format!("{} {}\n", field.name(), field.data_type())).collect();
         let kind = Kind { version, hashed: logged.hashed.to_vec(), schema };
