@@ -37,8 +37,10 @@ fn what_is_not_understood_is_a_usage_error() {
     check("rollout promote delay 2", "--why <TEXT>");
     check("rollout rollback delay", "--why <TEXT>");
     check("--color green validate", "always");
-    // Commands that do not exist yet are not pretended to.
-    check("rollout show", "unrecognized subcommand");
+    check("rollout show", "<MODEL>");
+    check("rollout shadow delay 2 --why x --dataset june --without-evaluation", "cannot be used with");
+    check("rollout canary delay 2 --why x --buckets 5000..10", "FROM..TO");
+    check("rollout acknowledge delay --why x", "<FEATURES>");
 }
 
 #[test]

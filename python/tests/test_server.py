@@ -480,6 +480,29 @@ def test_labels_are_joined_to_what_was_predicted(client):
         client.add_labels("bys", {"request_id": ["labelled"], "bought": [True]})
 
 
+def test_a_model_is_turned_off_and_on_and_rolled_out_by_criteria_only(client):
+    registered = client.register_model("buys", weighted([3.0, 1.0]))
+    client.deploy_model("buys", registered.version, why="test")
+    client.promote("buys", registered.version, why="test")
+    request = {"customer": ["ann"], "total": [3.0], "coupon": [None]}
+    assert client.change_rollout("buys", "off", why="it is not well")["off"]["why"] == "it is not well"
+    (outcome,) = client.predict("buys", request, at=at(3), deadline_ms=10_000).outcomes
+    assert outcome.arm == "off" and outcome.status != coeval.RowStatus.OK and "it is not well" in outcome.reason
+    story = client.change_rollout("buys", "on", why="it is again")
+    assert story["off"] is None and story == client.rollout("buys") | {"control_log": story["control_log"]}
+    assert [line["kind"] for line in story["history"]][-2:] == ["model_off", "model_on"]
+    (outcome,) = client.predict("buys", request, at=at(3), deadline_ms=10_000).outcomes
+    assert outcome.arm == "champion" and outcome.version == registered.version
+
+    other = client.register_model("buys", weighted([3.0, 1.1]))
+    client.deploy_model("buys", other.version, why="test")
+    with pytest.raises(coeval.CoevalError, match="a rollout without criteria is refused"):
+        client.begin_rollout("buys", other.version, why="on a feeling")
+    with pytest.raises(coeval.CoevalError, match="no rollout of model `buys` runs"):
+        client.change_rollout("buys", "hold")
+    client.retire("buys", other.version, why="test")
+
+
 def weighted(weights):
     torch = pytest.importorskip("torch", reason="torch is not installed")
 

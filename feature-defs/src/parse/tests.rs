@@ -279,9 +279,32 @@ fn models_are_checked_key_by_key() {
     model("fallback: {p_late: 0.22}", "fallback: none", &[]);
     model("fallback: {p_late: 0.22}", "cache: {max_bytes: 64MiB, ttl: 5m}", &[]);
     model(
+        "success: [log_loss]",
+        "window: 10m, whole_weeks: true, alpha: 1%, blackouts: [{from: 2026-12-24, until: \"2026-12-27T12:00:00Z\"}], success: [{metric: log_loss, not_worse_by: 0.01, centre: 0.4}, {metric: clicks, range: [0, 5], better: higher}]",
+        &[],
+    );
+    model(
+        "success: [log_loss]",
+        "alpha: 60%",
+        &["17:137 `alpha` is the chance of a false verdict, more than 0% and at most 50%; leave it out for 5%"],
+    );
+    model(
+        "success: [log_loss]",
+        "blackouts: [{from: 2026-12-27, until: 2026-12-24}]",
+        &["17:143 a blackout ends after it begins"],
+    );
+    model(
+        "success: [log_loss]",
+        "success: [{metric: clicks, range: [5, 0]}]",
+        &["17:164 expected two numbers, the lower one first, got a list"],
+    );
+    model(
         "fallback: {p_late: 0.22}",
         "cache: {max_bytes: 1KiB, size: 1MiB}",
-        &["15:5 1024 bytes hold hardly any answer; use at least `64KiB`, or leave out `cache`", "15:5 unknown key"],
+        &[
+            "15:24 1024 bytes hold hardly any answer; use at least `64KiB`, or leave out `cache`",
+            "15:30 unknown key `size` in response cache; known here: `max_bytes`, `ttl`",
+        ],
     );
     model("fallback: {p_late: 0.22}", "fallback: {model: delay_small}", &[]);
     model(

@@ -16,7 +16,7 @@ import queue
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import grpc
@@ -33,6 +33,7 @@ from ._generated import (
     gateway_pb2_grpc,
     ingest_pb2,
     ingest_pb2_grpc,
+    rollout_pb2,
 )
 from .columns import to_column
 from .dataset import Dataset, Flights, SpineWriter, Stream
@@ -498,10 +499,81 @@ class Client:
         return Traffic(answer.champion, answer.before, answer.previous)
 
     def rollback(self, model: str, why: str | None = None, *, who: str | None = None) -> Traffic:
-        """Makes the champion before the champion again, at once."""
+        """Ends the rollout that runs; without one, makes the champion before the champion again. At once."""
         request = control_pb2.RollbackModelRequest(project=self.project, model=model, who=who or _user(), why=why or "")
         answer = self._call(self._control.RollbackModel, request)
         return Traffic(answer.champion, answer.before, answer.previous)
+
+    def begin_rollout(
+        self,
+        model: str,
+        version: int,
+        why: str | None = None,
+        *,
+        dataset: str | Dataset | None = None,
+        stage: str = "",
+        skip_shadow: bool = False,
+        layer: str = "",
+        buckets: tuple[int, int] | None = None,
+        who: str | None = None,
+    ) -> dict[str, Any]:
+        """Brings an active version to users step by step, each judged by the criteria that the definitions declare; they are pinned
+        now. With `dataset`, both versions score it first, and a version that is shown to be worse is refused. Returns what
+        `rollout` does."""
+        name = dataset.id if isinstance(dataset, Dataset) else dataset
+        first, last = buckets or (0, 0)
+        request = rollout_pb2.BeginRolloutRequest(
+            project=self.project,
+            model=model,
+            version=version,
+            stage=stage,
+            dataset=name or "",
+            skip_evaluation=name is None,
+            skip_shadow=skip_shadow,
+            layer=layer,
+            from_bucket=first,
+            to_bucket=last,
+            who=who or _user(),
+            why=why or "",
+        )
+        answer = self._call(self._control.BeginRollout, request, timeout=max(self._timeout, DEPLOY_SECONDS_MAX))
+        report: dict[str, Any] = json.loads(answer.report)
+        return report
+
+    def rollout(self, model: str) -> dict[str, Any]:
+        """Who has the traffic, what is being tried and how it stands by each criterion, and what happened before."""
+        request = rollout_pb2.GetRolloutRequest(project=self.project, model=model)
+        report: dict[str, Any] = json.loads(self._call(self._control.GetRollout, request).report)
+        return report
+
+    def plan_rollout(self, model: str, version: int) -> dict[str, Any]:
+        """How many rows, units and days the declared criteria need at the traffic there is."""
+        request = rollout_pb2.PlanRolloutRequest(project=self.project, model=model, version=version)
+        answer = self._call(self._control.PlanRollout, request, timeout=max(self._timeout, DEPLOY_SECONDS_MAX))
+        report: dict[str, Any] = json.loads(answer.report)
+        return report
+
+    def change_rollout(
+        self,
+        model: str,
+        change: Literal["hold", "resume", "acknowledge", "end", "off", "on", "advance"],
+        why: str | None = None,
+        *,
+        features: Sequence[str] = (),
+        who: str | None = None,
+    ) -> dict[str, Any]:
+        """Holds a rollout, lets it go on, acknowledges the drift of `features` (`*` for all), ends it, judges it now, or turns the
+        model off and on. Returns what `rollout` does."""
+        request = rollout_pb2.ChangeRolloutRequest(
+            project=self.project,
+            model=model,
+            change=rollout_pb2.ChangeRolloutRequest.Change.Value(change.upper()),
+            features=features,
+            who=who or _user(),
+            why=why or "",
+        )
+        report: dict[str, Any] = json.loads(self._call(self._control.ChangeRollout, request).report)
+        return report
 
     def retire(
         self, model: str, version: int, why: str | None = None, *, force: bool = False, who: str | None = None

@@ -41,7 +41,7 @@ pub fn tell(report: &Json, output: &Output) {
     }
     let running = &report["running"];
     if running.is_null() {
-        output.line("no rollout runs".to_owned());
+        output.line("no rollout runs");
     } else {
         tell_running(running, output);
     }
@@ -72,7 +72,7 @@ fn tell_running(running: &Json, output: &Output) {
     }
     let judged = &running["judged"];
     if judged.is_null() {
-        output.line("not judged yet".to_owned());
+        output.line("not judged yet");
         return;
     }
     let reasons: Vec<&str> = list(&judged["judgement"]["reasons"]).filter_map(Json::as_str).collect();
@@ -133,7 +133,7 @@ pub fn tell_plan(report: &Json, output: &Output) {
     output.table(&["CRITERION", "STEP", "NEEDED", "OF", "DAYS"], &rows);
     match plan["days"].as_f64() {
         Some(days) => output.line(format!("about {days:.1} days in all, nine times in ten")),
-        None => output.line("it would never end by its criteria".to_owned()),
+        None => output.line("it would never end by its criteria"),
     }
     list(&plan["warnings"]).filter_map(Json::as_str).for_each(|warning| output.note(format!("warning: {warning}")));
     list(&report["notes"]).filter_map(Json::as_str).for_each(|note| output.note(format!("note: {note}")));
