@@ -12,6 +12,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use feature_defs::plan::ServicePlan;
+use feature_defs::value::Type;
 use proto::v1;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
@@ -137,7 +138,7 @@ async fn features_twin(State(gateway): State<Arc<Gateway>>, body: Bytes) -> Resu
     let request = v1::GetFeaturesRequest {
         project: body.project.unwrap_or_else(|| gateway.project.to_string()),
         what: Some(what),
-        rows: columns(&service, &body.rows)?,
+        rows: columns(&service, &[], &body.rows)?,
         at: json::times(&body.at)?,
         include_provenance: body.provenance,
         deadline_ms: body.deadline_ms,
@@ -155,11 +156,16 @@ async fn predict_twin(
     gateway.check_serving()?;
     let served = gateway.served();
     // The state that the columns are read by is the one that answers.
-    let service = served.model(&name, body.version)?.plan.service.clone();
+    let model = served.model(&name, body.version)?;
+    let service = model.plan.service.clone();
+    // The unit of a canary, and what a version that is tried takes, may come beside.
+    let unit = model.plan.rollout.unit.iter().map(|key| (key.name.clone(), key.key_type.clone()));
+    let tried = served.trials.get(&name).map(|trial| trial.columns()).unwrap_or_default();
+    let beside: Vec<(String, Type)> = unit.chain(tried).collect();
     let request = v1::PredictRequest {
         project: body.project.unwrap_or_else(|| gateway.project.to_string()),
         model: name,
-        rows: columns(&service, &body.rows)?,
+        rows: columns(&service, &beside, &body.rows)?,
         at: json::times(&body.at)?,
         deadline_ms: body.deadline_ms,
         include_features: body.include_features,
@@ -176,13 +182,19 @@ fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     serde_json::from_slice(body).map_err(|error| Failure::invalid(format!("the body cannot be read: {error}")))
 }
 
-fn columns(service: &ServicePlan, rows: &BTreeMap<String, Vec<serde_json::Value>>) -> Result<Vec<v1::Column>, Failure> {
+fn columns(
+    service: &ServicePlan,
+    beside: &[(String, Type)],
+    rows: &BTreeMap<String, Vec<serde_json::Value>>,
+) -> Result<Vec<v1::Column>, Failure> {
     let read = |(name, values): (&String, &Vec<serde_json::Value>)| {
-        let wanted = service.columns.iter().find(|column| column.name == *name).ok_or_else(|| {
+        let declared = service.columns.iter().find(|column| column.name == *name).map(|column| &column.column_type);
+        let other = || beside.iter().find(|(known, _)| known == name).map(|(_, column_type)| column_type);
+        let wanted = declared.or_else(other).ok_or_else(|| {
             let what = format!("column in what service `{}` takes:", service.name);
             Failure::invalid(not_known(&what, name, service.columns.iter().map(|column| column.name.as_str())))
         })?;
-        json::column(name, values, &wanted.column_type)
+        json::column(name, values, wanted)
     };
     rows.iter().map(read).collect()
 }

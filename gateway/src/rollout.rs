@@ -29,7 +29,7 @@ pub mod skew;
 pub mod traffic;
 pub mod trial;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use feature_defs::time::Micros;
@@ -57,8 +57,6 @@ pub struct Rollouts {
     judged: Mutex<BTreeMap<EntryNumber, Judged>>,
     others: tokio::sync::Mutex<BTreeMap<EntryNumber, Others>>,
     beside: tokio::sync::Mutex<Beside>,
-    /// The gateways that count, as they were last seen.
-    live: Mutex<BTreeSet<Incarnation>>,
     queue: Queue,
     /// Told when a hard rule is broken.
     urgent: Notify,
@@ -75,7 +73,6 @@ impl Rollouts {
         Arc::new(Rollouts {
             store,
             root,
-            live: Mutex::new(BTreeSet::from([me.clone()])),
             me,
             counted: Mutex::default(),
             judged: Mutex::default(),

@@ -284,7 +284,6 @@ async fn three_gateways_go_back_within_a_second_and_survive_the_loss_of_one() {
         tokio::time::sleep(UNDONE_WITHIN + Duration::from_millis(500)).await;
         for caller in callers {
             let asked = caller.end().await;
-            assert!(asked.iter().any(|(sent, version)| *sent < undone && *version == 2), "it had the traffic");
             assert!(asked.iter().any(|(sent, _)| *sent > undone + UNDONE_WITHIN), "somebody asked afterwards");
             let late = asked.iter().filter(|(sent, version)| *sent > undone && *version != 1);
             worst = worst.max(late.map(|(sent, _)| *sent - undone).max().unwrap_or_default());

@@ -1,6 +1,6 @@
 //! `coeval predict`: what a model says about rows.
 
-use proto::v1::{ListModelsRequest, PredictRequest, RowStatus};
+use proto::v1::{ListModelsRequest, NamedType, PredictRequest, RowStatus};
 use serde_json::{Map, Value as Json, json};
 
 use crate::columns::{cell, decode};
@@ -41,8 +41,11 @@ pub async fn run(place: &Place, arguments: &PredictArguments, output: &Output) -
         known.dedup();
         return Err(CliError::unknown("registered model", &arguments.model, known));
     };
-    let service = server.service(&newest.service).await?;
+    let mut service = server.service(&newest.service).await?;
     let ask = &arguments.ask;
+    // The unit of a canary may be named beside what the service takes.
+    let is_named = |column: &NamedType| ask.rows.iter().any(|row| row.contains(&format!("{}=", column.name)));
+    service.inputs.extend(std::mem::take(&mut service.units).into_iter().filter(is_named));
     let request = PredictRequest {
         project: server.project.clone(),
         model: arguments.model.clone(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use feature_defs::plan::{ModelPlan, Plan, SourceKind};
+use feature_defs::plan::{ModelPlan, Plan, ServicePlan, SourceKind};
 use feature_defs::value::Type;
 use futures::{Stream, StreamExt};
 use proto::v1;
@@ -521,6 +521,7 @@ fn catalog(project: &str, served: &Served, ready: &[bool]) -> v1::GetCatalogResp
                 .map(|column| named(&column.name, &column.column_type, column.nullable))
                 .collect(),
             features: service.outputs.iter().map(|output| named(&output.name, &output.feature_type, true)).collect(),
+            units: units(plan, service),
         })
         .collect();
     response.sources = plan
@@ -540,6 +541,16 @@ fn catalog(project: &str, served: &Served, ready: &[bool]) -> v1::GetCatalogResp
         })
         .collect();
     response
+}
+
+/// Keys of units that canaries randomise and the service does not take.
+fn units(plan: &Plan, service: &ServicePlan) -> Vec<v1::NamedType> {
+    let of_service = plan.models.iter().filter(|model| model.service.name == service.name);
+    let keys = of_service.flat_map(|model| &model.rollout.unit).filter(|key| key.column.is_none());
+    let mut units: Vec<v1::NamedType> = keys.map(|key| named(&key.name, &key.key_type, true)).collect();
+    units.sort_by(|a, b| a.name.cmp(&b.name));
+    units.dedup_by(|a, b| a.name == b.name);
+    units
 }
 
 fn named(name: &str, value_type: &Type, nullable: bool) -> v1::NamedType {

@@ -168,12 +168,8 @@ async fn gather(gateway: &Gateway, trial: &Trial) -> Result<Merged, String> {
 
 fn homes(gateway: &Gateway) -> Homes {
     let me = &gateway.presence.incarnation;
-    let mut live: std::collections::BTreeSet<_> =
-        gateway.presence.others().into_iter().map(|report| report.incarnation).collect();
-    live.insert(me.clone());
-    let homes = Homes::new(me, &live);
-    *gateway.rollouts.live.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = live;
-    homes
+    let others = gateway.presence.others().into_iter().map(|report| report.incarnation);
+    Homes::new(me, &others.chain([me.clone()]).collect())
 }
 
 /// The time that things are judged for. Replays bring their own, and the newest that was answered is now.

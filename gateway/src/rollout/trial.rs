@@ -163,10 +163,16 @@ impl Trial {
         }
     }
 
+    /// Columns that requests may carry beside what the champion's service takes.
+    pub fn columns(&self) -> Vec<(String, Type)> {
+        let of_challenger = self.challenger.iter().flat_map(|model| &model.plan.service.columns);
+        let of_challenger = of_challenger.map(|column| (column.name.clone(), column.column_type.clone()));
+        self.prepared.unit.iter().cloned().chain(of_challenger).collect()
+    }
+
     /// Whether requests may carry a column beside what the champion's service takes.
     pub fn takes(&self, column: &str) -> bool {
-        let of_challenger = || self.challenger.iter().flat_map(|model| &model.plan.service.columns);
-        self.prepared.unit.iter().any(|(name, _)| name == column) || of_challenger().any(|known| known.name == column)
+        self.columns().iter().any(|(known, _)| known == column)
     }
 
     /// Where each row stands; none for rows that do not name the unit.

@@ -2211,6 +2211,9 @@ pub struct ServiceInfo {
     pub inputs: ::prost::alloc::vec::Vec<NamedType>,
     #[prost(message, repeated, tag = "4")]
     pub features: ::prost::alloc::vec::Vec<NamedType>,
+    /// Columns that requests to models of this service may carry beside: keys of units that canaries randomise.
+    #[prost(message, repeated, tag = "5")]
+    pub units: ::prost::alloc::vec::Vec<NamedType>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SourceInfo {

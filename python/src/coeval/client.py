@@ -291,7 +291,7 @@ class Client:
         """What `model` says about rows of keys and request fields. `version` 0 is the champion; without a
         `tier`, the rows are of the first that the model declares."""
         service = self._service_of_model(model)
-        table = self._request_rows(service, rows) if service else tables.to_table(rows)
+        table = self._request_rows(service, rows, service.units) if service else tables.to_table(rows)
         request = gateway_pb2.PredictRequest(
             project=self.project,
             model=model,
@@ -676,9 +676,9 @@ class Client:
     def _input_types(self, service: str) -> dict[str, pa.DataType]:
         return {f.name: f.type for f in self._service(service).inputs}
 
-    def _request_rows(self, service: Service, rows: Any) -> pa.Table:
+    def _request_rows(self, service: Service, rows: Any, units: Iterable[pa.Field] = ()) -> pa.Table:
         """The columns a service asks for, with its types. Others stay here: a DataFrame often holds more."""
-        wanted = {f.name: f.type for f in service.inputs}
+        wanted = {f.name: f.type for f in [*service.inputs, *units]}
         if isinstance(rows, Mapping):
             rows = {name: values for name, values in rows.items() if name in wanted}
             given = set(rows)
@@ -837,7 +837,8 @@ def _catalog(answer: control_pb2.GetCatalogResponse) -> Catalog:
             v.name: View(v.name, v.entity, v.storage_digest, v.semantic_digest, v.ready) for v in answer.views
         },
         services={
-            s.name: Service(s.name, s.semantic_digest, _schema(s.inputs), _schema(s.features)) for s in answer.services
+            s.name: Service(s.name, s.semantic_digest, _schema(s.inputs), _schema(s.features), _schema(s.units))
+            for s in answer.services
         },
         sources={
             s.name: Source(s.name, s.kind, _schema(s.schema), s.event_time, s.created_time) for s in answer.sources

@@ -631,6 +631,8 @@ class Service:
     #: Columns a request or spine must carry.
     inputs: pa.Schema
     features: pa.Schema
+    #: Columns that requests to its models may carry beside: keys of units that canaries randomise.
+    units: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,17 @@ async fn rows_of_one_request_go_to_the_arms_of_their_units() {
     wrong.rows.push(texts("colour", &shops));
     assert_eq!(server.predict(wrong).await.unwrap_err().code(), Code::InvalidArgument);
 
+    // Over HTTP too; and clients are told which column that is.
+    let (status, body) =
+        server.http("POST", "/v1/models/tried/predict", r#"{"rows": {"total": [1.0], "shop": ["shop 57"]}}"#).await;
+    assert_eq!(status, 200, "{body}");
+    let expected = versions(&answer)[57];
+    assert!(body.contains(&format!("\"version\":{expected}")), "{body}");
+    let catalog =
+        server.control.get_catalog(v1::GetCatalogRequest { project: "shops".into() }).await.unwrap().into_inner();
+    let totals = catalog.services.iter().find(|service| service.name == "totals").unwrap();
+    assert_eq!(totals.units.iter().map(|unit| unit.name.as_str()).collect::<Vec<_>>(), ["shop"]);
+
     let answer = server.rollback("tried").await.unwrap();
     assert_eq!((answer.champion, answer.before, answer.ended), (1, 1, 2));
     let outcomes = server.predict(rows(&shops)).await.unwrap().outcomes;

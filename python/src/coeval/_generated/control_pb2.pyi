@@ -78,16 +78,18 @@ class ViewInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., entity: _Optional[str] = ..., storage_digest: _Optional[str] = ..., semantic_digest: _Optional[str] = ..., ready: _Optional[bool] = ...) -> None: ...
 
 class ServiceInfo(_message.Message):
-    __slots__ = ("name", "semantic_digest", "inputs", "features")
+    __slots__ = ("name", "semantic_digest", "inputs", "features", "units")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SEMANTIC_DIGEST_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
     name: str
     semantic_digest: str
     inputs: _containers.RepeatedCompositeFieldContainer[NamedType]
     features: _containers.RepeatedCompositeFieldContainer[NamedType]
-    def __init__(self, name: _Optional[str] = ..., semantic_digest: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ..., features: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ...) -> None: ...
+    units: _containers.RepeatedCompositeFieldContainer[NamedType]
+    def __init__(self, name: _Optional[str] = ..., semantic_digest: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ..., features: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ..., units: _Optional[_Iterable[_Union[NamedType, _Mapping]]] = ...) -> None: ...
 
 class SourceInfo(_message.Message):
     __slots__ = ("name", "kind", "schema", "event_time", "created_time")
